@@ -1,0 +1,41 @@
+"""Which samples a step trains on."""
+
+from typing import TypeVar
+
+import torch
+
+from .sample import Sample
+
+
+T = TypeVar("T")
+
+
+def batch_at(items: list[T], step: int, size: int, seed: int) -> list[T]:
+    """What step 0, 1, 2... trains on: reshuffled every epoch, none dropped, and a function of (seed, step) alone, so that
+    a resumed run goes on where it was."""
+    batch = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, index = divmod(position, len(items))
+        batch.append(items[_order(len(items), seed, epoch)[index]])
+    return batch
+
+
+def group_by_image(samples: list[Sample], most: int) -> list[list[Sample]]:
+    """Samples that ask about the same image, in groups of like size, `most` at the most; those without image stay alone."""
+    by_image: dict[tuple, list[Sample]] = {}
+    for sample in samples:
+        by_image.setdefault(tuple(sample.images) or (sample.id,), []).append(sample)
+    groups = []
+    for found in by_image.values():
+        parts = -(-len(found) // most)
+        groups += [found[part::parts] for part in range(parts)]
+    return groups
+
+
+def _order(n: int, seed: int, epoch: int, _cache: dict = {}) -> list[int]:
+    key = n, seed, epoch
+    if key not in _cache:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        _cache.clear()
+        _cache[key] = torch.randperm(n, generator=generator).tolist()
+    return _cache[key]

@@ -1,0 +1,157 @@
+"""A broken file must be refused before training starts, in a message that says where it is broken and what to do."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minigrpo.data import DataError, load_image, read_jsonl
+
+REPORT = {"id": "r", "image": "film.png", "task": "report", "question": "Report.", "answer": "No effusion."}
+BOX = {"id": "g", "image": None, "task": "grounding", "question": "Where?", "answer": "[0.10, 0.20, 0.30, 0.40]",
+       "boxes": [[0.1, 0.2, 0.3, 0.4]], "kind": "anatomy", "label": "heart"}
+TALK = {"id": "c", "image": None, "task": "conversation", "turns": [["Effusion?", "No."], ["Sure?", "Yes."]]}
+
+
+@pytest.fixture
+def write(tmp_path):
+    Image.new("L", (8, 6), 77).save(tmp_path / "film.png")
+
+    def write(*lines) -> Path:
+        """Dicts become JSON; text and bytes stand as they are."""
+        raw = [json.dumps(line).encode() if isinstance(line, dict) else line.encode() if isinstance(line, str) else line
+               for line in lines]
+        (tmp_path / "data.jsonl").write_bytes(b"\n".join(raw))
+        return tmp_path / "data.jsonl"
+    return write
+
+
+def test_reads_every_task_and_resolves_images(write, tmp_path):
+    second = tmp_path / "second.png"
+    Image.new("RGB", (4, 4)).save(second)
+    pair = BOX | {"id": "two", "image": ["film.png", str(second)]}
+    file = write(REPORT | {"patient": "p1", "unknown": 1}, "", BOX, TALK, pair)
+    report, box, talk, two = read_jsonl(str(file))
+    assert report.image == str(tmp_path / "film.png") and report.images == [report.image] and report.patient == "p1"
+    assert (report.file, report.line, box.line) == (str(file), 1, 3)
+    assert box.image is None and box.images == [] and box.boxes == [[0.1, 0.2, 0.3, 0.4]] and box.label == "heart"
+    assert (talk.question, talk.answer, len(talk.turns)) == ("Effusion?", "No.", 2)
+    assert two.image == two.images == [str(tmp_path / "film.png"), str(second)]
+    assert [sample.id for sample in read_jsonl(file, task="grounding")] == ["g", "two"]
+
+
+def without(record: dict, name: str) -> dict:
+    return {key: value for key, value in record.items() if key != name}
+
+
+@pytest.mark.parametrize("line, wrong, mend", [
+    ("{nope", "not JSON", "one JSON object a line"),
+    (b"\xff\xfe\xff", "not JSON", "UTF-8"),
+    ("[" * 100_000, "not JSON", "one JSON object a line"),
+    ("[1]", "a JSON list", "one JSON object"),
+    ("null", "a JSON NoneType", "one JSON object"),
+    (without(REPORT, "id"), '"id" is missing', "its own"),
+    (REPORT | {"id": 7}, '"id" is missing or no text', "its own"),
+    (REPORT | {"task": "raport"}, "unknown task 'raport'", "report, grounding"),
+    (REPORT | {"task": ["report"]}, "unknown task ['report']", "report, grounding"),
+    (REPORT | {"question": " "}, '"question" is missing, empty', "write it, or remove the line"),
+    (without(REPORT, "answer"), '"answer" is missing', "write it, or remove the line"),
+    (REPORT | {"answer": 3}, '"answer" is missing, empty or no text', "write it, or remove the line"),
+    (without(TALK, "turns"), '"turns" is missing', "[[question, answer], ...]"),
+    (TALK | {"turns": [["Effusion?"]]}, '"turns" is missing or ill-formed', "[[question, answer], ...]"),
+    (TALK | {"turns": [["Effusion?", ""]]}, '"turns" is missing or ill-formed', "none of them empty"),
+    (TALK | {"question": ""}, '"question" is missing, empty', "write it"),
+    (BOX | {"boxes": [[0, 0, 1]]}, "box [0, 0, 1] is not four finite numbers", "write [x1, y1, x2, y2]"),
+    (BOX | {"boxes": [[0, 0, 1, "1"]]}, "not four finite numbers", "write [x1, y1, x2, y2]"),
+    (BOX | {"boxes": [[0, 0, True, 1]]}, "not four finite numbers", "write [x1, y1, x2, y2]"),
+    (BOX | {"boxes": [[0, 0, float("nan"), 1]]}, "not four finite numbers", "write [x1, y1, x2, y2]"),
+    (BOX | {"boxes": [[0, 0, float("inf"), 1]]}, "not four finite numbers", "write [x1, y1, x2, y2]"),
+    (BOX | {"boxes": [0, 0, 1, 1]}, "box 0 is not four finite numbers", "write [x1, y1, x2, y2]"),
+    (BOX | {"boxes": "all"}, "\"boxes\" is 'all'", "write a list of [x1, y1, x2, y2]"),
+    (BOX | {"boxes": [[0, 0, 512, 512]]}, "leaves 0..1", "divide x by the image's width"),
+    (BOX | {"boxes": [[0, 0, 10**400, 1]]}, "leaves 0..1", "divide x by the image's width"),
+    (BOX | {"boxes": [[0.5, 0, 0.4, 1]]}, "has no area", "x1 < x2"),
+    (BOX | {"boxes": [[0, 0.5, 1, 0.5]]}, "has no area", "y1 < y2"),
+    (BOX | {"boxes": []}, "grounding without boxes", 'add "boxes"'),
+    (BOX | {"answer": "It is in the middle."}, "the answer holds no box", 'write its boxes as "[x1, y1, x2, y2]"'),
+    (BOX | {"kind": "organ"}, "unknown kind 'organ'", "anatomy, abnormality, phrase"),
+    (BOX | {"label": 3}, '"label" is 3', "put it in quotes"),
+    (REPORT | {"id": "g"}, "id 'g' stands on line 1 already", "rename one"),
+    (without(REPORT, "image"), '"image" is missing', "null for no image"),
+    (REPORT | {"image": []}, '"image" is missing or ill-formed', "null for no image"),
+    (REPORT | {"image": 3}, '"image" is missing or ill-formed', "null for no image"),
+    (REPORT | {"image": "lost.png"}, "lost.png does not exist", "check the path"),
+    (REPORT | {"image": "."}, "does not exist", "check the path"),
+    (REPORT | {"image": "x" * 5000}, "does not exist", "check the path"),
+    (REPORT | {"image": "a\0b"}, "does not exist", "check the path"),
+])
+def test_refuses_a_bad_line(write, line, wrong, mend):
+    file = write(BOX, line)
+    with pytest.raises(DataError) as error:
+        read_jsonl(file)
+    message = str(error.value)
+    assert message.startswith(f"{file}:2: ") and wrong in message and mend in message
+
+
+def test_tells_ten_errors_at_once(write):
+    file = write(*[{"id": str(i)} | without(REPORT, "id") | {"answer": ""} for i in range(25)])
+    with pytest.raises(DataError) as error:
+        read_jsonl(file)
+    lines = str(error.value).splitlines()
+    assert [line.split(": ")[0] for line in lines[:-1]] == [f"{file}:{i}" for i in range(1, 11)]
+    assert lines[-1] == "... and 15 more"
+
+
+def test_refuses_missing_empty_and_unfit_files(write, tmp_path):
+    with pytest.raises(DataError, match="none.jsonl: no such file: check the path"):
+        read_jsonl(tmp_path / "none.jsonl")
+    for text in ("", "\n \n"):
+        with pytest.raises(DataError, match="data.jsonl:1: the file is empty: write one JSON object a line"):
+            read_jsonl(write(text))
+    with pytest.raises(DataError, match="data.jsonl: no sample has task 'report'; it holds conversation, grounding"):
+        read_jsonl(write(BOX, TALK), task="report")
+    with pytest.raises(ValueError, match="unknown task 'reports': choose one of all, report"):
+        read_jsonl(write(BOX), task="reports")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_truncated_image_is_found_although_its_header_is_whole(write, tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / f"whole.{suffix}")
+    whole = (tmp_path / f"whole.{suffix}").read_bytes()
+    (tmp_path / f"cut.{suffix}").write_bytes(whole[: len(whole) // 2])
+    assert Image.open(tmp_path / f"cut.{suffix}").size == (64, 64)
+    (tmp_path / "text.png").write_text("not an image")
+    file = write(REPORT, REPORT | {"id": "r2", "image": f"cut.{suffix}"}, REPORT | {"id": "r3", "image": "text.png"})
+    with pytest.raises(DataError) as error:
+        read_jsonl(file)
+    cut, text = str(error.value).splitlines()
+    assert cut.startswith(f"{file}:2: image {tmp_path}/cut.{suffix} cannot be read (") and "fetch it again" in cut
+    assert text.startswith(f"{file}:3: image {tmp_path}/text.png cannot be read (")
+    assert len(read_jsonl(file, verify_images=False)) == 3
+
+
+def test_each_image_is_decoded_once(write, monkeypatch):
+    opened = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or real(path))
+    read_jsonl(write(*[REPORT | {"id": str(i)} for i in range(5)]))
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize("peak", [4095, 65535])
+def test_16_bit_films_are_scaled_not_clipped(tmp_path, peak):
+    pixels = np.linspace(0, peak, 12).reshape(3, 4).astype(np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "film.png")
+    image = load_image(tmp_path / "film.png")
+    assert (image.mode, image.size) == ("RGB", (4, 3))
+    assert np.array_equal(np.asarray(image)[..., 1], np.round(pixels * (255 / peak)))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_8_bit_images_keep_their_values(tmp_path, mode):
+    Image.new("L", (5, 4), 255).convert(mode).save(tmp_path / "film.png")
+    image = load_image(tmp_path / "film.png")
+    assert image.mode == "RGB" and (np.asarray(image) == 255).all()
