@@ -1,0 +1,37 @@
+"""Overlap of a report with its reference."""
+
+import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+
+from ..rewards.text import ngrams
+
+_ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """F of the longest common subsequence of stemmed, lower-cased words. Range 0..1. Source: Lin 2004, rouge-score."""
+    return float(_ROUGE.score(reference, prediction)["rougeL"].fmeasure)
+
+
+def bleu_statistics(prediction: str, reference: str) -> list[int]:
+    """What corpus BLEU-4 needs of one item: clipped matches of n = 1..4, n-grams of n = 1..4, words of either text.
+
+    Whitespace tokens. nltk's convention: a text too short for an n-gram counts one unmatched.
+    """
+    predicted, wanted = prediction.split(), reference.split()
+    matches = [(ngrams(predicted, n) & ngrams(wanted, n)).total() for n in range(1, 5)]
+    totals = [max(len(predicted) - n + 1, 1) for n in range(1, 5)]
+    return [*matches, *totals, len(predicted), len(wanted)]
+
+
+def bleu4(statistics: np.ndarray) -> np.ndarray:
+    """Corpus BLEU-4 of summed `bleu_statistics`, [..., 10] -> [...]. Range 0..1. Source: Papineni et al. 2002.
+
+    Smoothing: an n for which nothing matched counts 0.1 matches (nltk's method1), so that a small corpus without a
+    common 4-gram is not 0; with no common word at all it is 0.
+    """
+    sums = np.asarray(statistics, dtype=float)
+    matches, totals, words, wanted = sums[..., :4], sums[..., 4:8], sums[..., 8], sums[..., 9]
+    precision = np.exp(np.log(np.where(matches > 0, matches, 0.1) / totals).mean(-1))
+    brevity = np.exp(np.minimum(0.0, 1 - wanted / np.maximum(words, 1)))
+    return np.where(matches[..., 0] > 0, precision * brevity, 0.0)

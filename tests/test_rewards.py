@@ -1,0 +1,215 @@
+"""Rewards against slow oracles, and the ways in which a policy would cheat them."""
+
+import itertools
+import math
+import random
+import sys
+import types
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nltk.translate.gleu_score import sentence_gleu
+
+from minigrpo.data import Sample
+from minigrpo.rewards import Scores, dice, gleu, reward_fn, soft_f1
+from minigrpo.rewards.grounding import iou_matrix, match
+
+HEART = [0.3, 0.4, 0.7, 0.8]
+coordinate = st.integers(-2, 22).map(lambda value: value / 20)
+boxes = st.lists(st.tuples(*[coordinate] * 4), max_size=4)
+
+
+def report(answer="no pleural effusion", **other):
+    return Sample("r", None, "report", "Report.", answer, **other)
+
+
+def grounding(*reference):
+    return Sample("g", None, "grounding", "Where?", "", boxes=list(reference))
+
+
+def slow_iou(a, b):
+    for x1, y1, x2, y2 in (a, b):
+        if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
+            return 0.0
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    area_a, area_b = (a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1])
+    return width * height / (area_a + area_b - width * height)
+
+
+def slow_total(predicted, reference):
+    """The largest matched IoU, by trying every assignment."""
+    few, many = sorted((predicted, reference), key=len)
+    return max(sum(map(slow_iou, few, order)) for order in itertools.permutations(many, len(few)))
+
+
+@given(boxes, boxes)
+@settings(max_examples=120, deadline=None)
+def test_grounding_rewards_equal_the_exhaustive_matching(predicted, reference):
+    iou = iou_matrix(predicted, reference)
+    assert iou.shape == (len(predicted), len(reference))
+    assert np.allclose(iou, np.reshape([slow_iou(a, b) for a in predicted for b in reference], iou.shape), atol=1e-12)
+    if not predicted or not reference:
+        assert soft_f1(predicted, reference) == dice(predicted, reference) == 0
+        return
+    total = slow_total(predicted, reference)
+    assert math.isclose(match(predicted, reference).sum(), total, abs_tol=1e-9)
+    assert math.isclose(dice(predicted, reference), 2 * total / (len(predicted) + len(reference)), abs_tol=1e-9)
+    false_positives = len(predicted) - len(match(predicted, reference))
+    precision = total / (total + false_positives) if total else 0
+    recall = total / len(reference)
+    expected = 2 * precision * recall / (precision + recall) if total else 0
+    assert math.isclose(soft_f1(predicted, reference), expected, abs_tol=1e-9)
+
+
+def test_known_values():
+    half = [0.3, 0.4, 0.5, 0.8]  # IoU 0.5 with HEART
+    assert soft_f1([HEART], [HEART]) == dice([HEART], [HEART]) == 1
+    assert math.isclose(soft_f1([half], [HEART]), 2 * 0.5 / 1.5) and math.isclose(dice([half], [HEART]), 0.5)
+    assert math.isclose(soft_f1([HEART, [0, 0, 0.1, 0.1]], [HEART]), 2 / 3)  # one false positive
+
+
+@pytest.mark.parametrize("bad", [[0.7, 0.8, 0.3, 0.4], [0.3, 0.4, 0.7, 8], [-0.3, 0.4, 0.7, 0.8], [0.3, 0.4, 0.3, 0.8],
+                                 [1e308, -1e308, 1e308, 1e308]])
+def test_improper_box_is_a_false_positive(bad):
+    assert soft_f1([bad], [HEART]) == 0
+    assert math.isclose(soft_f1([HEART, bad], [HEART]), 2 / 3) and math.isclose(dice([HEART, bad], [HEART]), 2 / 3)
+
+
+def test_soft_f1_loophole_that_dice_closes():
+    """A box that overlaps a free reference by 1% is no false positive: guessing pays under soft F1, not under dice."""
+    sliver = [0.0, 0.0, 0.1, 0.11]
+    other = [0.09, 0.1, 0.5, 0.5]  # the second reference, which the sliver barely touches
+    assert 0 < iou_matrix([sliver], [other])[0, 0] < 0.01
+    honest, junk = [HEART], [HEART, sliver]
+    assert soft_f1(junk, [HEART, other]) > soft_f1(honest, [HEART, other])
+    assert dice(junk, [HEART, other]) < dice(honest, [HEART, other])
+
+
+words = st.lists(st.sampled_from(["no", "pleural", "effusion", "is", "seen.", "The"]), max_size=14).map(" ".join)
+
+
+@given(words, words)
+@settings(max_examples=150, deadline=None)
+def test_gleu_equals_nltk(prediction, reference):
+    if not prediction or not reference:
+        assert gleu(prediction, reference) == 0
+    else:
+        assert abs(gleu(prediction, reference) - sentence_gleu([reference.split()], prediction.split())) < 1e-12
+
+
+def test_gleu_ignores_nothing_but_white_space():
+    assert gleu(" no\n pleural\teffusion", "no pleural effusion") == 1
+    assert gleu("No", "no") == gleu("", "no") == gleu("no", "") == gleu("", "") == 0
+
+
+def test_bare_name_covers_the_tasks_it_applies_to():
+    assert reward_fn("gleu").tasks == {"report", "classification", "conversation"}
+    assert reward_fn("soft_f1").tasks == reward_fn(" dice ").tasks == {"grounding"}
+    assert reward_fn("0.9*gleu+0.1*soft_f1").tasks == {"report", "classification", "conversation", "grounding"}
+    assert reward_fn("grounding=soft_f1").tasks == {"grounding"}
+
+
+def test_sums_per_task_and_parts():
+    answers, samples = ["no effusion", "[0.3, 0.4, 0.5, 0.8]"], [report(), grounding(HEART)]
+    scores = reward_fn(" report = gleu , grounding = 0.5 * soft_f1 + 0.25*dice ")(answers, samples)
+    expected = [gleu(answers[0], samples[0].answer), 0.5 * 2 / 3 + 0.25 * 0.5]
+    assert np.allclose(scores.values, expected) and scores.valid == [True, True]
+    assert math.isnan(scores.parts["gleu"][1]) and math.isnan(scores.parts["dice"][0])
+    assert np.allclose([scores.parts["gleu"][0], scores.parts["soft_f1"][1], scores.parts["dice"][1]],
+                       [expected[0], 2 / 3, 0.5])
+    bare = reward_fn("0.9*gleu+0.1*soft_f1")(answers, samples)
+    assert np.allclose(bare.values, [0.9 * expected[0], 0.1 * 2 / 3])
+
+
+def test_thinking_is_not_scored_and_a_broken_block_gets_the_floor():
+    where = "[0.3, 0.4, 0.7, 0.8]"
+    answers = [where, f"<think>[0, 0, 1, 1]?</think>{where}", f"<think>{where}", f"x</think>{where}", "nowhere"]
+    assert reward_fn("soft_f1")(answers, [grounding(HEART)] * 5).values == [1, 1, 0, 0, 0]
+    assert reward_fn("soft_f1", opened=True)(answers[:4], [grounding(HEART)] * 4).values == [0, 0, 0, 1]
+    text = "no pleural effusion"
+    written = [text, f"<think>a</think>{text}", f"<think>{text}"]
+    assert reward_fn("gleu")(written, [report(text)] * 3).values == [1, 1, 0]
+
+
+def test_box_scale():
+    assert reward_fn("dice", box_scale=1000)(["[300, 400, 700, 800]"], [grounding(HEART)]).values == [1]
+
+
+@pytest.fixture
+def user_module(monkeypatch):
+    module = types.ModuleType("user_rewards")
+    module.length = lambda answers, samples: [len(answer) for answer in answers]
+    module.holes = lambda answers, samples: [None, math.nan, math.inf, np.float32(0.5)]
+    module.short = lambda answers, samples: [1.0]
+    module.full = lambda answers, samples: Scores([1.0, 2.0], [True, False], {"inner": [3.0, 4.0]})
+    module.constant = 3
+    monkeypatch.setitem(sys.modules, "user_rewards", module)
+
+
+def test_user_reward_gets_answers_as_written(user_module):
+    reward = reward_fn("gleu+0.1*user_rewards:length")
+    scores = reward(["<think>a</think> no", "[0, 0, 1, 1]"], [report("no"), grounding(HEART)])
+    assert np.allclose(scores.values, [1 + 1.9, 1.2]) and scores.parts["user_rewards:length"] == [19, 12]
+    assert reward.tasks == {"report", "grounding", "classification", "conversation"}
+
+
+def test_none_and_nan_mean_could_not_be_scored(user_module):
+    scores = reward_fn("report=gleu+user_rewards:holes")(["no pleural effusion"] * 4, [report()] * 4)
+    assert scores.valid == [False, False, False, True] and scores.values == [0, 0, 0, 1.5]
+    assert scores.parts["gleu"] == [1, 1, 1, 1]
+
+
+def test_user_scores_keep_their_parts(user_module):
+    scores = reward_fn("user_rewards:full")(["a", "b"], [report()] * 2)
+    assert (scores.values, scores.valid) == ([1, 0], [True, False])
+    assert scores.parts == {"user_rewards:full": [1, 2], "user_rewards:full.inner": [3, 4]}
+
+
+@pytest.mark.parametrize("spec, wrong, mend", [
+    ("glue", "unknown reward 'glue'", "did you mean 'gleu'?"),
+    ("", "unknown reward ''", "known: gleu, soft_f1, dice"),
+    ("report=glue", "unknown reward 'glue'", "known: gleu, soft_f1, dice"),
+    ("reprot=gleu", "unknown task 'reprot'", "did you mean 'report'?"),
+    ("gleu,grounding=dice", "'gleu' names no task", "write task=reward"),
+    ("report=gleu,report=gleu", "report stands twice", "join its rewards with +"),
+    ("gleu+0.5*gleu", "'gleu' stands twice", "add its weights up"),
+    ("x*gleu", "bad weight 'x'", "0.5*gleu"),
+    ("nan*gleu", "bad weight 'nan'", "0.5*gleu"),
+    ("0*gleu", "bad weight '0'", "a number other than 0"),
+    ("*gleu", "bad weight ''", "0.5*gleu"),
+    ("report=soft_f1", "'soft_f1' cannot score report", "choose from gleu"),
+    ("grounding=gleu", "'gleu' cannot score grounding", "choose from soft_f1, dice"),
+    ("no_module_here:f", "cannot load 'no_module_here:f'", "PYTHONPATH"),
+    ("user_rewards:f", "cannot load 'user_rewards:f'", "module:function"),
+    ("user_rewards:", "cannot load 'user_rewards:'", "module:function"),
+    (":f", "cannot load ':f'", "module:function"),
+    ("user_rewards:constant", "'user_rewards:constant' is no function", "takes (answers, samples)"),
+])
+def test_refuses_a_bad_spec(user_module, spec, wrong, mend):
+    with pytest.raises(ValueError) as error:
+        reward_fn(spec)
+    assert f"--reward {spec!r}: " in str(error.value) and wrong in str(error.value) and mend in str(error.value)
+
+
+def test_refuses_bad_calls(user_module):
+    with pytest.raises(ValueError, match="2 answers for 1 samples: repeat each sample"):
+        reward_fn("gleu")(["a", "b"], [report()])
+    with pytest.raises(ValueError, match="scores grounding, but sample 'r' is report: leave such samples out"):
+        reward_fn("dice")(["a"], [report()])
+    with pytest.raises(ValueError, match="'user_rewards:short' gave 1 values for 2 answers: return one for each"):
+        reward_fn("user_rewards:short")(["a", "b"], [report()] * 2)
+
+
+def test_rows_are_scored_alone():
+    """Order and neighbours change nothing: the value belongs to the answer."""
+    rng = random.Random(0)
+    pairs = [(" ".join(rng.choices("ab c".split(), k=5)), report("a b c")) for _ in range(6)]
+    pairs += [(f"[{rng.random()}, 0, 1, {rng.random()}]", grounding(HEART)) for _ in range(6)]
+    reward = reward_fn("gleu+soft_f1")
+    alone = [reward([answer], [sample]).values[0] for answer, sample in pairs]
+    order = rng.sample(range(12), 12)
+    assert reward(*map(list, zip(*(pairs[i] for i in order)))).values == [alone[i] for i in order]
