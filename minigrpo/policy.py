@@ -1,0 +1,354 @@
+"""A Qwen3-VL as a policy: one pass over each prompt, shared by the group of answers that follows it.
+
+The weights stay in a plain `Qwen3VLForConditionalGeneration`; the pass through its layers is written out here, because
+the point of the whole project is in the attention: an answer's queries read one copy of their prompt's keys and values.
+
+Shapes: B prompts, G answers each, R = B G rows, P prompt tokens (padded on the right), T answer tokens, d width,
+H query heads, K key heads, D head width.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import logging as transformers_logging
+
+from minigrpo.data import Sample, load_image
+from minigrpo.logprob import linear_logprob
+
+
+@dataclass
+class Prompts:
+    """B encoded prompts, padded on the right."""
+
+    ids: Tensor  # [B, P]
+    mask: Tensor  # [B, P] bool, False on padding
+    positions: Tensor  # [3, B, P] M-RoPE positions: time, height, width
+    next_position: Tensor  # [B] the position of the first answer token, on all three axes
+    pixels: Tensor  # [patches of all images, channels * 2 * 16 * 16]
+    grids: Tensor  # [images, 3] patches of each image along time, height, width
+    images: Tensor  # [B] images of each prompt
+
+    def to(self, device: torch.device) -> "Prompts":
+        return Prompts(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def select(self, rows: slice) -> "Prompts":
+        """The prompts of a mini-batch, with their own images."""
+        chosen = torch.zeros_like(self.mask[:, 0])
+        chosen[rows] = True
+        images = chosen.repeat_interleave(self.images)
+        return Prompts(self.ids[rows], self.mask[rows], self.positions[:, rows], self.next_position[rows],
+                       self.pixels[images.repeat_interleave(self.grids.prod(1))], self.grids[images], self.images[rows])
+
+
+@dataclass
+class Images:
+    """The images of B samples, cut into patches."""
+
+    pixels: Tensor  # [patches of all images, channels * 2 * 16 * 16]
+    grids: Tensor  # [images, 3]
+    slots: list[list[int]]  # for each sample, the <|image_pad|> tokens that each of its images takes
+
+
+@dataclass
+class Prefix:
+    """What a group shares: its prompt's keys and values in every layer, and where its answers start."""
+
+    keys: list[Tensor]  # one [B, K, P, D] a layer
+    values: list[Tensor]  # one [B, K, P, D] a layer
+    mask: Tensor  # [B, P] bool
+    next_position: Tensor  # [B]
+    hidden: Tensor  # [B, d] last hidden state of the prompt, which predicts the first answer token
+
+
+class Policy:
+    """A Qwen3-VL, its tokenizer and its image processor."""
+
+    def __init__(self, model: Qwen3VLForConditionalGeneration, tokenizer, image_processor, *, autocast: bool = False):
+        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        self.language_model, self.visual = model.model.language_model, model.model.visual
+        self.head = model.lm_head.weight  # [V, d]
+        self.autocast = autocast
+        # The patches arrive cut out, so the convolution over them is one matrix product; Conv3d takes five times as long.
+        patch = self.visual.patch_embed
+        patch.forward = lambda x: F.linear(x.to(patch.proj.weight.dtype), patch.proj.weight.flatten(1), patch.proj.bias)
+        ends = model.generation_config.eos_token_id
+        ends = [tokenizer.eos_token_id] if ends is None else ends
+        self.end_ids = sorted({ends} if isinstance(ends, int) else set(ends))  # Qwen3-VL has several, all of them end
+        self.vision_end_id = tokenizer.convert_tokens_to_ids("<|vision_end|>")
+        self.end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")  # the one that we teach
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir: str, *, device: str = "cpu", autocast: bool = False) -> "Policy":
+        """Load a checkpoint folder, or a name on the hub, with fp32 weights; `autocast` computes in bfloat16."""
+        transformers_logging.disable_progress_bar()
+        if Path(name_or_dir).is_dir() and not (Path(name_or_dir) / "config.json").is_file():
+            raise ValueError(f"{name_or_dir} is no checkpoint: it holds no config.json. Give a folder that "
+                             "save_pretrained wrote, such as RUN/final, or a model's name on the hub")
+        try:
+            config = AutoConfig.from_pretrained(name_or_dir)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name_or_dir} is neither a checkpoint folder nor a model on the hub "
+                             f"({str(error).splitlines()[0]})") from error
+        if config.model_type != "qwen3_vl":
+            raise ValueError(f"{name_or_dir} is a {config.model_type} model; minigrpo trains dense Qwen3-VL (qwen3_vl)")
+        model = Qwen3VLForConditionalGeneration.from_pretrained(name_or_dir, dtype=torch.float32, config=config)
+        # eval() for good: Qwen3-VL has no dropout or batch statistics that training would need.
+        return cls(model.to(device).eval(), AutoTokenizer.from_pretrained(name_or_dir),
+                   Qwen2VLImageProcessorPil.from_pretrained(name_or_dir), autocast=autocast)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a checkpoint folder that transformers and vLLM load unchanged."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.device
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def to(self, device: str, *, autocast: bool = False) -> "Policy":
+        return Policy(self.model.to(device), self.tokenizer, self.image_processor, autocast=autocast)
+
+    def freeze(self) -> "Policy":
+        self.model.requires_grad_(False)
+        return self
+
+    # ---- prompts ------------------------------------------------------------------------------------------------
+
+    def encode(self, samples: list[Sample]) -> Prompts:
+        """Chat template, image slots, pixels and M-RoPE positions of B samples; images come before the question."""
+        images = self._images(samples)
+        return self._prompts([self._chat(sample, slots) for sample, slots in zip(samples, images.slots)], images)
+
+    def encode_turns(self, groups: list[list[Sample]]) -> tuple[Prompts, Tensor, Tensor]:
+        """Questions and answers about B images, for supervised training: prompts, tokens [R, T] and mask [R, T].
+
+        The samples of a group share their image, so the prompt ends behind it; a row is one question with its answer, and
+        the mask covers the answer and its end token. Groups shorter than the longest are filled with empty rows.
+        """
+        for group in groups:
+            if any(sample.images != group[0].images for sample in group):
+                raise ValueError(f"samples of one group must share their image: {', '.join(s.id for s in group)}")
+        images = self._images([group[0] for group in groups])
+        prompts, rows, masks, size = [], [], [], max(map(len, groups))
+        for group, slots in zip(groups, images.slots):
+            chats = [self._chat(sample, slots) for sample in group]
+            cut = len(chats[0]) - chats[0][::-1].index(self.vision_end_id) if slots else len(chats[0])
+            prompts.append(chats[0][:cut])
+            for sample, chat in zip(group, chats):
+                answer = self.tokenizer(sample.answer, add_special_tokens=False)["input_ids"] + [self.end_id]
+                rows.append(chat[cut:] + answer)
+                masks.append([0] * len(chat[cut:]) + [1] * len(answer))
+            rows += [[]] * (size - len(group))
+            masks += [[]] * (size - len(group))
+        tokens, _ = pad_right(rows, self.tokenizer.pad_token_id)
+        mask, _ = pad_right(masks, 0)
+        return self._prompts(prompts, images), tokens.to(self.device), mask.bool().to(self.device)
+
+    def _images(self, samples: list[Sample]) -> "Images":
+        opened = [load_image(path) for sample in samples for path in sample.images]
+        pixels, grids = torch.zeros(0, 1), torch.zeros(0, 3, dtype=torch.long)
+        if opened:
+            batch = self.image_processor(images=opened, return_tensors="pt")
+            pixels, grids = batch["pixel_values"], batch["image_grid_thw"]
+        slots = iter((grids.prod(1) // self.image_processor.merge_size**2).tolist())
+        return Images(pixels, grids, [[next(slots) for _ in sample.images] for sample in samples])
+
+    def _chat(self, sample: Sample, slots: list[int]) -> list[int]:
+        content = [{"type": "image"} for _ in slots] + [{"type": "text", "text": sample.question}]
+        text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                  add_generation_prompt=True)
+        # The template writes one <|image_pad|> an image; each needs one for every merged patch.
+        head, *tails = text.split("<|image_pad|>", len(slots))
+        text = head + "".join("<|image_pad|>" * n + tail for n, tail in zip(slots, tails))
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _prompts(self, rows: list[list[int]], images: "Images") -> Prompts:
+        ids, mask = pad_right(rows, self.tokenizer.pad_token_id)
+        positions, next_position = mrope_positions(ids, mask, images.grids, self.model.config.image_token_id,
+                                                   self.image_processor.merge_size)
+        counts = torch.tensor([len(slots) for slots in images.slots])
+        return Prompts(ids, mask, positions, next_position, images.pixels, images.grids, counts).to(self.device)
+
+    def encode_answers(self, answers: list[str]) -> tuple[Tensor, Tensor]:
+        """Answers as tokens [R, T] and mask [R, T], each closed by its end token."""
+        rows = [ids + [self.end_id] for ids in self.tokenizer(answers, add_special_tokens=False)["input_ids"]]
+        tokens, mask = pad_right(rows, self.tokenizer.pad_token_id)
+        return tokens.to(self.device), mask.to(self.device)
+
+    # ---- the two passes -----------------------------------------------------------------------------------------
+
+    def prefill(self, prompts: Prompts) -> Prefix:
+        """Images and prompts once: their keys, values and last hidden states, with gradient where it is enabled."""
+        keys, values = [], []
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys.append(k)
+            values.append(v)
+            # Padding is on the right, so the causal mask already hides it from every real token.
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+        with self._precision():
+            x = self.language_model.embed_tokens(prompts.ids)
+            slots, deepstack = prompts.ids == self.model.config.image_token_id, []
+            if len(prompts.grids):
+                seen = self.visual(prompts.pixels, grid_thw=prompts.grids)
+                x = x.masked_scatter(slots[..., None], seen.pooler_output.to(x.dtype))
+                deepstack = seen.deepstack_features
+            hidden = self._layers(x, prompts.positions, attend, slots, deepstack)
+        last = prompts.mask.sum(1) - 1
+        return Prefix(keys, values, prompts.mask, prompts.next_position, hidden[torch.arange(len(last)), last])
+
+    def extend(self, prefix: Prefix, tokens: Tensor, cache: "AnswerCache") -> Tensor:
+        """Hidden states [R, n, d] of the n answer tokens [R, n] that follow what `cache` holds; adds them to it."""
+        start, n = cache.length, tokens.shape[1]
+        group = len(tokens) // len(prefix.mask)
+        steps = torch.arange(start, start + n, device=tokens.device)
+        positions = prefix.next_position.repeat_interleave(group)[:, None] + steps  # (R, n), the same on all three axes
+        # What an answer token may see: its prompt, without padding, and its own answer up to itself.
+        causal = torch.arange(start + n, device=tokens.device) <= steps[:, None]  # (n, start + n)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = cache.append(layer, k, v)
+            return shared_prefix_attention(q, k, v, prefix.keys[layer], prefix.values[layer], prefix.mask, causal)
+
+        with self._precision():
+            # Answers are plain tokens, also where the policy sampled an <|image_pad|>: no image belongs to it.
+            x = self.language_model.embed_tokens(tokens)
+            hidden = self._layers(x, positions.expand(3, -1, -1), attend)
+        cache.length += n
+        return hidden
+
+    def score(self, prompts: Prompts, tokens: Tensor, mask: Tensor, *, temperature: float = 1.0,
+              entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """fp32 log-probs [R, T] of answers under the policy, 0 where masked (and the entropy [R, T] on request).
+
+        tokens, mask [R, T]; row r answers prompt r // G, G = R / B. One pass over each prompt serves its whole group,
+        so its backward pass runs once as well.
+        """
+        prefix = self.prefill(prompts)
+        group, remainder = divmod(len(tokens), len(prompts.ids))
+        if remainder or tokens.shape != mask.shape:
+            raise ValueError(f"score needs tokens and mask [R, T] with R a multiple of the {len(prompts.ids)} prompts, "
+                             f"got {tuple(tokens.shape)} and {tuple(mask.shape)}")
+        hidden = prefix.hidden.repeat_interleave(group, 0)[:, None]  # predicts the first token
+        if tokens.shape[1] > 1:
+            hidden = torch.cat([hidden, self.extend(prefix, tokens[:, :-1], AnswerCache())], dim=1)  # (R, T, d)
+        mask = mask.bool()
+        with self._precision():  # only answer tokens are projected onto the vocabulary
+            found = linear_logprob(hidden[mask], self.head, tokens[mask], temperature=temperature, entropy=entropy)
+        empty = torch.zeros(mask.shape, device=mask.device)
+        outs = [empty.masked_scatter(mask, x) for x in (found if entropy else (found,))]
+        return tuple(outs) if entropy else outs[0]
+
+    def _layers(self, x: Tensor, positions: Tensor, attend: Callable, slots: Tensor | None = None,
+                deepstack: list[Tensor] = ()) -> Tensor:
+        """The decoder: x [N, S, d], positions [3, N, S] -> hidden states [N, S, d]; `attend` does the attention."""
+        cos, sin = (part[:, None] for part in self.language_model.rotary_emb(x, positions))  # (N, 1, S, D)
+        for number, layer in enumerate(self.language_model.layers):
+            attention, y = layer.self_attn, layer.input_layernorm(x)
+            heads = (*y.shape[:2], -1, attention.head_dim)
+            q = rotate(attention.q_norm(attention.q_proj(y).view(heads)).transpose(1, 2), cos, sin)  # (N, H, S, D)
+            k = rotate(attention.k_norm(attention.k_proj(y).view(heads)).transpose(1, 2), cos, sin)  # (N, K, S, D)
+            v = attention.v_proj(y).view(heads).transpose(1, 2)
+            x = x + attention.o_proj(attend(number, q, k, v).transpose(1, 2).flatten(2))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            if number < len(deepstack):  # DeepStack: features of early vision layers join at the image slots
+                x = x.masked_scatter(slots[..., None], x[slots] + deepstack[number].to(x.dtype))
+        return self.language_model.norm(x)
+
+    def _precision(self):
+        return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
+
+
+class AnswerCache:
+    """Keys and values of the answer tokens so far, one [R, K, t, D] a layer; `size` preallocates for decoding."""
+
+    def __init__(self, size: int | None = None):
+        self.size, self.length, self.layers = size, 0, {}
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.size is None:  # scoring: all tokens come at once and need their gradient
+            return k, v
+        if layer not in self.layers:
+            room = (*k.shape[:2], self.size, k.shape[3])
+            self.layers[layer] = k.new_empty(room), v.new_empty(room)
+        end = self.length + k.shape[2]
+        for store, new in zip(self.layers[layer], (k, v)):
+            store[:, :, self.length:end] = new
+        return tuple(store[:, :, :end] for store in self.layers[layer])
+
+
+def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_mask: Tensor,
+                            causal: Tensor) -> Tensor:
+    """Attention of answers to [their group's prompt, themselves], exact, with one copy of the prompt's keys.
+
+    q [R, H, n, D], k and v [R, K, S, D], prefix_k and prefix_v [B, K, P, D], prefix_mask [B, P], causal [n, S]
+    -> [R, H, n, D]. All queries of a group meet the prompt's keys in one matrix product; the scores of both parts are
+    joined before the softmax.
+    """
+    (rows, heads, n, width), (prompts, key_heads, length) = q.shape, prefix_k.shape[:3]
+    group, share = rows // prompts, heads // key_heads
+    q = q.reshape(prompts, group, key_heads, share * n, width) * width**-0.5
+    to_prompt = q.transpose(1, 2).reshape(prompts, key_heads, -1, width) @ prefix_k.mT  # (B, K, G share n, P)
+    to_prompt = to_prompt.masked_fill(~prefix_mask[:, None, None], -torch.inf)
+    to_prompt = to_prompt.view(prompts, key_heads, group, share * n, length).transpose(1, 2)
+    to_self = q @ k.reshape(prompts, group, key_heads, -1, width).mT  # (B, G, K, share n, S)
+    to_self = to_self.masked_fill(~causal.repeat(share, 1), -torch.inf)
+    weight = torch.cat([to_prompt, to_self], dim=-1).softmax(-1, dtype=torch.float32).to(q.dtype)
+    on_prompt, on_self = weight.split([length, to_self.shape[-1]], dim=-1)
+    out = on_prompt.transpose(1, 2).reshape(prompts, key_heads, -1, length) @ prefix_v
+    out = out.view(prompts, key_heads, group, share * n, width).transpose(1, 2)
+    out = out + on_self @ v.reshape(prompts, group, key_heads, -1, width)
+    return out.reshape(rows, heads, n, width)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (RoFormer 2104.09864), with the two halves of a head as the pairs."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def mrope_positions(ids: Tensor, mask: Tensor, grids: Tensor, image_id: int, merge: int) -> tuple[Tensor, Tensor]:
+    """M-RoPE positions [3, B, P] and the next free position [B] (Qwen2-VL, 2409.12191, section 2.1).
+
+    Text counts up by one on all three axes. An image starts where the text left off, spreads over height and width at
+    one moment, and the text resumes after its longer side. ids, mask [B, P]; grids [images, 3] in prompt order.
+    """
+    positions, next_position = torch.zeros(3, *ids.shape, dtype=torch.long), []
+    grid = iter(grids.tolist())
+    for row, length in enumerate(mask.sum(1).tolist()):
+        is_image, column, position = (ids[row, :length] == image_id).tolist(), 0, 0
+        while column < length:
+            if is_image[column]:
+                _, height, width = (side // merge for side in next(grid))
+                end = column + height * width
+                y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+                positions[0, row, column:end] = position
+                positions[1, row, column:end], positions[2, row, column:end] = position + y.flatten(), position + x.flatten()
+                position += max(height, width)
+            else:
+                end = next((c for c in range(column, length) if is_image[c]), length)
+                positions[:, row, column:end] = position + torch.arange(end - column)
+                position += end - column
+            column = end
+        next_position.append(position)
+    return positions, torch.tensor(next_position)
+
+
+def pad_right(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token lists -> ids [N, longest] and mask [N, longest] (True on tokens, whatever their id)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    ids = torch.full(mask.shape, pad).masked_scatter(mask, torch.tensor([i for row in rows for i in row]))
+    return ids, mask

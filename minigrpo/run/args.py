@@ -1,0 +1,81 @@
+"""Arguments of the programs: dataclasses on the command line, or from a YAML or JSON file, and their errors."""
+
+import json
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+
+T = TypeVar("T")
+
+
+@dataclass
+class RunArguments:
+    """What every training program takes."""
+
+    model: str = field(metadata={"help": "checkpoint folder or hub name of a dense Qwen3-VL"})
+    train_data: str = field(metadata={"help": "JSONL file of training samples"})
+    output_dir: str = field(metadata={"help": "run folder to make: args.json, metrics.jsonl, curves.png, checkpoints/, final/"})
+    task: str = field(default="all", metadata={"help": "train on samples of this task only",
+                                               "choices": ["report", "grounding", "classification", "conversation", "all"]})
+    max_steps: int = field(default=300, metadata={"help": "optimisation steps (for GRPO: rollout batches)"})
+    save_steps: int = field(default=50, metadata={"help": "save a checkpoint to resume from every so many steps"})
+    seed: int = field(default=0, metadata={"help": "seeds the data order, sampling and, for --model tiny, the weights"})
+    resume: bool = field(default=False, metadata={"help": "continue the run in output_dir from its last checkpoint"})
+    device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
+    bf16: bool = field(default=False, metadata={"help": "compute in bfloat16 (weights and optimiser stay in fp32)"})
+
+    def check(self) -> None:
+        """Settings that can't work are an error now, not after hours."""
+        for name in ("max_steps", "save_steps"):
+            at_least_one(self, name)
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def at_least_one(args, name: str) -> None:
+    if getattr(args, name) < 1:
+        raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+
+
+def parse_args(kind: type[T], description: str, argv: list[str] | None = None) -> T:
+    """`program.py --name value ...` or `program.py settings.yaml --name value ...`; the command line wins."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(kind, description=description)
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        settings = read_settings(Path(argv.pop(0)))
+        for action in parser._actions:
+            if action.dest in settings:
+                action.default, action.required = settings.pop(action.dest), False
+        if settings:
+            parser.error(f"unknown settings in the file: {', '.join(settings)}")
+    args = kind(**vars(parser.parse_args(argv)))
+    if hasattr(args, "check"):
+        args.check()
+    return args
+
+
+def read_settings(path: Path) -> dict:
+    try:
+        settings = yaml.safe_load(path.read_text())  # JSON is YAML, too
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such settings file") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML or JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold `name: value` pairs, the same names as on the command line")
+    return settings
+
+
+@contextmanager
+def input_errors():
+    """Around a program's set-up: what the user gave wrong ends the program with one message instead of a traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")

@@ -1,0 +1,41 @@
+"""What the tests share: a handful of phantom films and one random tiny Qwen3-VL that has seen their text."""
+
+import pytest
+import torch
+
+from minigrpo.data import read_jsonl
+from minigrpo.data.phantom import Arguments, write_phantom
+from minigrpo.tiny import tiny_policy
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory):
+    """Folder with train.jsonl (12 films) and test.jsonl (4 films)."""
+    folder = tmp_path_factory.mktemp("phantom")
+    write_phantom(folder, Arguments(train=12, test=4, seed=0, size=192))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def samples(phantom):
+    return read_jsonl(phantom / "train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def policy(samples):
+    torch.manual_seed(0)
+    return tiny_policy(samples, seed=0, pixels=96 * 96)
+
+
+@pytest.fixture(scope="session")
+def mixed(samples, tmp_path_factory):
+    """Prompts that differ in everything: one image, an image of other shape, two images, none."""
+    from dataclasses import replace
+
+    from PIL import Image
+
+    wide = tmp_path_factory.mktemp("images") / "wide.png"
+    Image.radial_gradient("L").resize((200, 90)).save(wide)
+    first, second, third, fourth = samples[:4]
+    return [first, replace(second, image=str(wide)), replace(third, image=[third.image, str(wide)], question="Compare both."),
+            replace(fourth, image=None, question="What does an effusion look like on a film? Answer in one sentence, please.")]
