@@ -1,0 +1,30 @@
+PYTHON ?= python3
+SEED ?= 0
+OUT ?= runs/demo
+BIN := .venv/bin
+
+.PHONY: install demo demo-real test test-slow
+
+install: .venv/installed
+
+# The constraints are the exact versions that we tested; torch comes first, so that nothing asks for a newer one.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch .venv/installed
+
+# From nothing to a trained model and its pictures in OUT: phantom films, SFT, GRPO for both tasks, evaluation.
+demo: install
+	$(BIN)/python -m minigrpo.demo --output_dir $(OUT) --seed $(SEED)
+
+# The phantom-trained model on your films: DATA is a folder with train.jsonl and test.jsonl.
+demo-real: install
+	$(BIN)/python -m minigrpo.demo --output_dir $(OUT)-real --seed $(SEED) --data "$(DATA)" --model $(OUT)/sft/final
+
+test: install
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -q

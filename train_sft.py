@@ -1,0 +1,101 @@
+"""Supervised fine-tuning: the log-likelihood of each answer given its film and question.
+
+    python train_sft.py --model tiny --train_data data/phantom/train.jsonl --output_dir runs/sft
+
+The same `policy.score` that GRPO optimises through: the questions about one film share its pass through the model, and
+the loss covers answer tokens alone.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+from tqdm import tqdm
+
+from minigrpo.data import batch_at, group_by_image, read_jsonl
+from minigrpo.loss import aggregate
+from minigrpo.policy import Policy
+from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
+from minigrpo.run.folder import graceful_stop, last_checkpoint, load_optimizer, open_run, save_checkpoint, save_final, stop_early
+from minigrpo.run.log import JsonLines
+from minigrpo.run.plots import draw_curves
+from minigrpo.tiny import tiny_policy
+
+
+@dataclass
+class SftArguments(RunArguments):
+    batch_size: int = field(default=8, metadata={"help": "images per optimisation step, each with its questions"})
+    questions_per_image: int = field(default=8, metadata={"help": "most questions about one image in a step; they share its pass"})
+    micro_batch: int = field(default=8, metadata={"help": "images per forward and backward pass: as many as memory takes"})
+    learning_rate: float = field(default=1e-5, metadata={"help": "peak; 1e-5 in the paper, about 1e-3 for --model tiny"})
+    warmup: float = field(default=0.03, metadata={"help": "share of the steps over which the learning rate rises"})
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decoupled weight decay"})
+    grad_clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
+
+    def check(self) -> None:
+        super().check()
+        for name in ("batch_size", "questions_per_image", "micro_batch"):
+            at_least_one(self, name)
+
+
+def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up, then half a cosine down to a tenth of the peak."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def main() -> None:
+    with input_errors():
+        args = parse_args(SftArguments, __doc__)
+        checkpoint = last_checkpoint(args)
+        train = read_jsonl(args.train_data, task=args.task)
+        if checkpoint or args.model != "tiny":
+            policy = Policy.from_pretrained(checkpoint or args.model, device=args.device, autocast=args.bf16)
+        else:
+            policy = tiny_policy(train, seed=args.seed).to(args.device, autocast=args.bf16)
+        folder = open_run(args)
+        images = group_by_image(train, args.questions_per_image)
+
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    start = load_optimizer(checkpoint, optimizer) if checkpoint else 0
+    log = JsonLines(folder / "metrics.jsonl", start)
+    print(f"SFT: {len(train)} samples on {len(images)} images, {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters, {args.device}")
+
+    with graceful_stop() as stopping:
+        for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="sft")):
+            began = time.perf_counter()
+            groups = batch_at(images, step, args.batch_size, args.seed)
+            parts = [policy.encode_turns(groups[i:i + args.micro_batch]) for i in range(0, len(groups), args.micro_batch)]
+            answer_tokens = sum(int(mask.sum()) for _, _, mask in parts)
+            total = 0.0
+            for prompts, tokens, mask in parts:
+                logprob = policy.score(prompts, tokens, mask)  # (R, T)
+                loss = aggregate(-logprob, mask, denominator=answer_tokens)  # the whole batch's count, not this part's
+                loss.backward()
+                total += loss.item()
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip).item()
+            rate = learning_rate_at(step, args.max_steps, args.learning_rate, args.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+
+            seconds = time.perf_counter() - began
+            log.write({"step": step, "loss": total, "learning_rate": rate, "grad_norm": grad_norm,
+                       "tokens_per_second": answer_tokens / seconds, "seconds": seconds})
+            bar.set_postfix(loss=f"{total:.3f}", tokens_per_s=f"{answer_tokens / seconds:.0f}")
+            if stopping():
+                stop_early(folder, step + 1, policy, optimizer)
+            if (step + 1) % args.save_steps == 0 and step + 1 < args.max_steps:
+                save_checkpoint(folder, step + 1, policy, optimizer)
+
+    save_final(folder, policy)
+    draw_curves(folder)
+    print(f"saved {folder / 'final'}")
+
+
+if __name__ == "__main__":
+    main()
