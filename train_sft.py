@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from minigrpo.data import batch_at, group_by_image, read_jsonl
+from minigrpo.data import Sample, batch_at, group_by_image, read_jsonl
 from minigrpo.loss import aggregate
 from minigrpo.policy import Policy
 from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
@@ -25,11 +25,12 @@ from minigrpo.tiny import tiny_policy
 
 @dataclass
 class SftArguments(RunArguments):
-    batch_size: int = field(default=8, metadata={"help": "images per optimisation step, each with its questions"})
+    batch_size: int = field(default=8, metadata={"help": "images per optimisation step, each with its questions of one task"})
     questions_per_image: int = field(default=8, metadata={"help": "most questions about one image in a step; they share its pass"})
     micro_batch: int = field(default=8, metadata={"help": "images per forward and backward pass: as many as memory takes"})
     learning_rate: float = field(default=1e-5, metadata={"help": "peak; 1e-5 in the paper, about 1e-3 for --model tiny"})
     warmup: float = field(default=0.03, metadata={"help": "share of the steps over which the learning rate rises"})
+    beta2: float = field(default=0.999, metadata={"help": "AdamW's memory of squared gradients; 0.98 for short runs"})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decoupled weight decay"})
     grad_clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
 
@@ -47,6 +48,18 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float
     return peak * (0.55 + 0.45 * math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
+def alike(groups: list[list[Sample]], most: int) -> list[list[list[Sample]]]:
+    """Groups of one task and like size together, `most` at a time, so that little is padded."""
+    groups = sorted(groups, key=lambda group: (group[0].task, len(group)))
+    parts: list[list[list[Sample]]] = []
+    for group in groups:
+        if parts and len(parts[-1]) < most and parts[-1][0][0].task == group[0].task:
+            parts[-1].append(group)
+        else:
+            parts.append([group])
+    return parts
+
+
 def main() -> None:
     with input_errors():
         args = parse_args(SftArguments, __doc__)
@@ -59,7 +72,7 @@ def main() -> None:
         folder = open_run(args)
         images = group_by_image(train, args.questions_per_image)
 
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, args.beta2), weight_decay=args.weight_decay)
     start = load_optimizer(checkpoint, optimizer) if checkpoint else 0
     log = JsonLines(folder / "metrics.jsonl", start)
     print(f"SFT: {len(train)} samples on {len(images)} images, {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters, {args.device}")
@@ -68,7 +81,7 @@ def main() -> None:
         for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="sft")):
             began = time.perf_counter()
             groups = batch_at(images, step, args.batch_size, args.seed)
-            parts = [policy.encode_turns(groups[i:i + args.micro_batch]) for i in range(0, len(groups), args.micro_batch)]
+            parts = [policy.encode_turns(part) for part in alike(groups, args.micro_batch)]
             answer_tokens = sum(int(mask.sum()) for _, _, mask in parts)
             total = 0.0
             for prompts, tokens, mask in parts:

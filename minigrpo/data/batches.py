@@ -21,10 +21,13 @@ def batch_at(items: list[T], step: int, size: int, seed: int) -> list[T]:
 
 
 def group_by_image(samples: list[Sample], most: int) -> list[list[Sample]]:
-    """Samples that ask about the same image, in groups of like size, `most` at the most; those without image stay alone."""
+    """Samples of one task about the same image, in groups of like size, `most` at the most; those without image stay alone.
+
+    One task, because its answers are of like length: a report among boxes would pad all of them to its own.
+    """
     by_image: dict[tuple, list[Sample]] = {}
     for sample in samples:
-        by_image.setdefault(tuple(sample.images) or (sample.id,), []).append(sample)
+        by_image.setdefault((sample.task, *sample.images) if sample.images else (sample.id,), []).append(sample)
     groups = []
     for found in by_image.values():
         parts = -(-len(found) // most)
