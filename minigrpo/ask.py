@@ -1,0 +1,60 @@
+"""Ask one film one question.
+
+    python -m minigrpo.ask --model runs/demo/grounding/final --image film.png --question "Where is the heart?"
+
+Prints the answer; where it holds boxes, draws them into a copy of the film.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from minigrpo.data import Sample, load_image, parse_boxes, split_thinking
+from minigrpo.generate import generate
+from minigrpo.policy import Policy
+from minigrpo.run.args import input_errors, parse_args
+
+
+@dataclass
+class AskArguments:
+    model: str = field(metadata={"help": "checkpoint folder or hub name"})
+    image: str = field(metadata={"help": "image file"})
+    question: str = field(default="Write the findings of this chest X-ray.", metadata={"help": "what to ask"})
+    output: str | None = field(default=None, metadata={"help": "where the film with its boxes goes; default: beside the "
+                                                               "image, as NAME-boxes.png"})
+    max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
+    temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
+
+
+def main() -> None:
+    with input_errors():
+        args = parse_args(AskArguments, __doc__)
+        try:
+            film = load_image(args.image)
+        except OSError as error:
+            raise ValueError(f"--image {args.image} cannot be read as an image ({error})") from None
+        drawn = Path(args.output or Path(args.image).with_name(f"{Path(args.image).stem}-boxes.png"))
+        if drawn.exists():
+            raise ValueError(f"{drawn} exists already: give another --output")
+        policy = Policy.from_pretrained(args.model)
+    sample = Sample("asked", args.image, "conversation", args.question, "")
+    answer = generate(policy, policy.encode([sample]), max_new_tokens=args.max_new_tokens, temperature=args.temperature).texts[0]
+    print(answer)
+    if boxes := parse_boxes(split_thinking(answer)[1]):
+        draw_boxes(film, boxes).save(drawn)
+        print(f"boxes drawn into {drawn}")
+
+
+def draw_boxes(film: Image.Image, boxes: list) -> Image.Image:
+    """A copy of the film with its boxes (0..1) in red; what leaves the film or is reversed can't be drawn."""
+    film = film.copy()
+    pen, (width, height) = ImageDraw.Draw(film), film.size
+    for x1, y1, x2, y2 in boxes:
+        if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1:
+            pen.rectangle((x1 * width, y1 * height, x2 * width, y2 * height), outline="red", width=max(1, width // 160))
+    return film
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The three programs as a user runs them: small runs, resume, and bad input."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, code=0):
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def sft(phantom, out, *extra, steps=4):
+    return ["train_sft.py", "--model", "tiny", "--train_data", phantom / "train.jsonl", "--output_dir", out, "--max_steps", steps,
+            "--learning_rate", 1e-3, "--batch_size", 4, *extra]
+
+
+def grpo(phantom, model, out, *extra, steps=3):
+    return ["train_grpo.py", "--model", model, "--train_data", phantom / "train.jsonl", "--output_dir", out, "--max_steps", steps,
+            "--prompts_per_step", 4, "--group_size", 4, "--max_new_tokens", 16, "--learning_rate", 1e-4, *extra]
+
+
+@pytest.fixture(scope="module")
+def trained(phantom, tmp_path_factory):
+    """Folder with an SFT run and a GRPO run on top of it, four and three steps long."""
+    out = tmp_path_factory.mktemp("runs")
+    run(*sft(phantom, out / "sft"))
+    run(*grpo(phantom, out / "sft/final", out / "grpo"))
+    return out
+
+
+def weights(folder):
+    return load_file(folder / "final/model.safetensors")
+
+
+def same(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_run_folders_hold_what_they_promise(trained):
+    for name, steps in (("sft", 4), ("grpo", 3)):
+        assert {p.name for p in (trained / name).iterdir()} >= {"args.json", "metrics.jsonl", "curves.png", "final"}
+        assert [row["step"] for row in rows(trained / name)] == list(range(steps))
+    row = rows(trained / "grpo")[-1]
+    assert set(row) >= {"reward", "reward_gleu", "reward_soft_f1", "reward_std_in_group", "groups_without_spread", "kl", "entropy",
+                        "clip_high", "clip_low", "clip_dual", "ratio_deviation", "answer_tokens", "cut_off", "grad_norm",
+                        "tokens_per_second", "seconds_rollout", "seconds_reward", "seconds_reference", "seconds_update"}
+    groups = json.loads((trained / "grpo/rollouts.jsonl").read_text().splitlines()[0])["groups"]
+    assert len(groups[0]["answers"]) == 4 and {"text", "reward", "advantage"} <= set(groups[0]["answers"][0])
+
+
+def test_first_update_is_on_policy(trained):
+    """The sampler's log-probs are the old ones, so before the first step of a rollout the ratio is 1 and the KL 0."""
+    args = json.loads((trained / "grpo/args.json").read_text())
+    assert args["updates_per_rollout"] == 4
+    assert rows(trained / "grpo")[0]["ratio_deviation"] < 0.2
+
+
+def test_evaluation_and_paired_comparison(trained, phantom):
+    run("evaluate.py", "--model", "constant", "--train_data", phantom / "train.jsonl", "--data", phantom / "test.jsonl",
+        "--output_dir", trained / "constant")
+    run("evaluate.py", "--model", trained / "grpo/final", "--data", phantom / "test.jsonl", "--output_dir", trained / "evaluated",
+        "--baseline", trained / "constant", "--max_new_tokens", 16)
+    metrics = json.loads((trained / "evaluated/metrics.json").read_text())
+    assert set(metrics["tasks"]["grounding"]) >= {"soft_f1", "map50", "unparseable", "length"}
+    assert set(metrics["tasks"]["report"]) >= {"gleu", "rouge_l", "bleu4", "length", "unparseable"}
+    gain = metrics["difference"]["grounding"]["soft_f1"]
+    both = [json.loads((trained / name / "metrics.json").read_text())["tasks"]["grounding"]["soft_f1"]["mean"]
+            for name in ("evaluated", "constant")]
+    assert gain["difference"] == pytest.approx(both[0] - both[1])
+    assert {p.name for p in (trained / "evaluated").iterdir()} == {"predictions.jsonl", "metrics.json", "table.md", "samples.png"}
+
+
+@pytest.mark.parametrize("program", ["sft", "grpo"])
+def test_interrupted_run_resumes_bit_for_bit(program, trained, phantom, tmp_path):
+    """Ctrl-C finishes the step, leaves a checkpoint and exits with 130; --resume ends where the whole run ended."""
+    command = sft(phantom, tmp_path / "run") if program == "sft" else grpo(phantom, trained / "sft/final", tmp_path / "run")
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    log = tmp_path / "run/metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 130
+    (log.open("a")).write('{"step": 2, "rew')  # what a kill in the middle of a line would leave
+    assert "resuming from" in run(*command, "--resume")
+    assert same(tmp_path / "run", trained / program)
+    timeless = lambda row: {k: v for k, v in row.items() if "second" not in k}
+    assert list(map(timeless, rows(tmp_path / "run"))) == list(map(timeless, rows(trained / program)))
+    assert "is finished" in run(*command, "--resume")
+
+
+def test_resume_without_a_checkpoint_starts_at_zero(phantom, tmp_path, trained):
+    assert "no checkpoint" in run(*sft(phantom, tmp_path / "run", "--resume"))
+    assert same(tmp_path / "run", trained / "sft")
+
+
+def test_micro_batches_change_nothing_but_memory(trained, phantom, tmp_path):
+    run(*grpo(phantom, trained / "sft/final", tmp_path / "run", "--micro_prompts", 1, "--updates_per_rollout", 2, steps=1))
+    run(*grpo(phantom, trained / "sft/final", tmp_path / "whole", "--updates_per_rollout", 2, steps=1))
+    a, b = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 2e-5
+    assert rows(tmp_path / "run")[0]["loss"] == pytest.approx(rows(tmp_path / "whole")[0]["loss"], abs=1e-5)
+
+
+def test_settings_file(phantom, tmp_path, trained):
+    settings = {"model": str(trained / "sft/final"), "train_data": str(phantom / "train.jsonl"), "learning_rate": "1e-4",
+                "prompts_per_step": 4, "group_size": 4, "max_new_tokens": 16, "max_steps": 300}
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    run("train_grpo.py", tmp_path / "run.yaml", "--output_dir", tmp_path / "run", "--max_steps", 3)
+    assert same(tmp_path / "run", trained / "grpo")
+
+
+def test_ask_prints_and_draws(trained, phantom, tmp_path):
+    film = next((phantom / "films").glob("*.png"))
+    said = run("-m", "minigrpo.ask", "--model", trained / "sft/final", "--image", film, "--output", tmp_path / "drawn.png", "--max_new_tokens", 8)
+    assert said.strip()
+
+
+def broken(phantom, tmp_path, change):
+    """A copy of train.jsonl whose second line `change` has edited."""
+    lines = [json.loads(line) for line in (phantom / "train.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["image"] = str(phantom / line["image"])
+    text = [json.dumps(line) for line in lines]
+    text[1] = change(lines[1])
+    (tmp_path / "bad.jsonl").write_text("\n".join(text))
+    return tmp_path / "bad.jsonl"
+
+
+def edit(**fields):
+    return lambda line: json.dumps({**line, **fields})
+
+
+@pytest.mark.parametrize("change, message", [
+    (edit(image="nowhere.png"), "does not exist"), (lambda line: "{not json", "not JSON"), (edit(task="dance"), "unknown task"),
+    (edit(boxes=[[0.1, 0.1, 1.2, 0.5]]), "leaves 0..1"), (edit(boxes=[[0.5, 0.1, 0.4, 0.5]]), "x1 < x2"), (edit(answer=" "), "answer"),
+    (edit(id="phantom-train-00000-report"), "already")])
+def test_bad_line_stops_in_seconds(phantom, tmp_path, change, message):
+    data, out = broken(phantom, tmp_path, change), tmp_path / "run"
+    began = time.time()
+    said = run("train_sft.py", "--model", "tiny", "--train_data", data, "--output_dir", out, code=1)
+    assert message in said and f"{data}:2" in said and "Traceback" not in said
+    assert time.time() - began < 30 and not out.exists()
+
+
+def test_truncated_png(phantom, tmp_path):
+    shutil.copytree(phantom, tmp_path / "data")
+    film = sorted((tmp_path / "data/films").iterdir())[0]
+    film.write_bytes(film.read_bytes()[:2000])
+    said = run(*sft(tmp_path / "data", tmp_path / "run"), code=1)
+    assert str(film) in said and "train.jsonl:1" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("extra, message", [
+    (["--reward", "glue"], "gleu"), (["--reward", "soft_f1", "--task", "report"], "no sample"), (["--model", "/nowhere"], "/nowhere"),
+    (["--group_size", 1], "group_size"), (["--prompts_per_step", 6], "multiple"), (["--max_steps", 0], "max_steps"), (["--temperature", 0], "greedy")])
+def test_bad_grpo_argument(trained, phantom, tmp_path, extra, message):
+    said = run(*grpo(phantom, trained / "sft/final", tmp_path / "run"), *extra, code=1)
+    assert message in said and "Traceback" not in said and not (tmp_path / "run").exists()
+
+
+def test_a_run_is_never_overwritten(trained, phantom, tmp_path):
+    assert "already holds a run" in run(*sft(phantom, trained / "sft"), code=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("precious")
+    assert "not empty" in run(*sft(phantom, tmp_path / "mine"), code=1)
+    assert "not empty" in run("evaluate.py", "--model", trained / "sft/final", "--data", phantom / "test.jsonl", "--output_dir",
+                              trained / "sft", code=1)
+
+
+def test_help_explains_every_argument():
+    for program in ("train_sft.py", "train_grpo.py", "evaluate.py"):
+        said = run(program, "--help")
+        assert "--output_dir" in said and "JSONL" in said
