@@ -19,7 +19,7 @@ from minigrpo.loss import ESTIMATORS, group_advantages, grpo_loss
 from minigrpo.policy import Policy
 from minigrpo.rewards import reward_fn
 from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
-from minigrpo.run.folder import graceful_stop, last_checkpoint, load_optimizer, open_run, save_checkpoint, save_final, stop_early
+from minigrpo.run.folder import graceful_stop, last_checkpoint, load_optimizers, open_run, save_checkpoint, save_final, stop_early
 from minigrpo.run.log import JsonLines, Means, Timer, group_rows, rollout_stats
 from minigrpo.run.plots import draw_curves
 
@@ -62,7 +62,8 @@ def main() -> None:
         args = parse_args(GrpoArguments, __doc__)
         checkpoint = last_checkpoint(args)
         reward = reward_fn(args.reward)
-        train = [s for s in (found := read_jsonl(args.train_data, task=args.task)) if s.task in reward.tasks]
+        found = read_jsonl(args.train_data, task=args.task)
+        train = [sample for sample in found if sample.task in reward.tasks]
         if not train:
             raise ValueError(f"--reward {args.reward} covers {', '.join(sorted(reward.tasks))}: no sample of "
                              f"{args.train_data} is left (--task {args.task})")
@@ -71,7 +72,7 @@ def main() -> None:
         folder = open_run(args)
 
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    start = load_optimizer(checkpoint, optimizer) if checkpoint else 0
+    start = load_optimizers(checkpoint, optimizer) if checkpoint else 0
     metrics, rollouts = JsonLines(folder / "metrics.jsonl", start), JsonLines(folder / "rollouts.jsonl", start)
     print(f"GRPO: {len(train)} samples ({len(found) - len(train)} left out: --reward covers "
           f"{', '.join(sorted(reward.tasks))}), {args.prompts_per_step} prompts x {args.group_size} answers a step, {args.device}")

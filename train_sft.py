@@ -17,7 +17,7 @@ from minigrpo.data import Sample, batch_at, group_by_image, read_jsonl
 from minigrpo.loss import aggregate
 from minigrpo.policy import Policy
 from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
-from minigrpo.run.folder import graceful_stop, last_checkpoint, load_optimizer, open_run, save_checkpoint, save_final, stop_early
+from minigrpo.run.folder import graceful_stop, last_checkpoint, load_optimizers, open_run, save_checkpoint, save_final, stop_early
 from minigrpo.run.log import JsonLines
 from minigrpo.run.plots import draw_curves
 from minigrpo.tiny import tiny_policy
@@ -30,6 +30,9 @@ class SftArguments(RunArguments):
     micro_batch: int = field(default=8, metadata={"help": "images per forward and backward pass: as many as memory takes"})
     learning_rate: float = field(default=1e-5, metadata={"help": "peak; 1e-5 in the paper, about 1e-3 for --model tiny"})
     warmup: float = field(default=0.03, metadata={"help": "share of the steps over which the learning rate rises"})
+    optimizer: str = field(default="adamw", metadata={
+        "help": "muon (matrices; AdamW for the rest) learns from random weights in half the steps: for --model tiny",
+        "choices": ["adamw", "muon"]})
     beta2: float = field(default=0.999, metadata={"help": "AdamW's memory of squared gradients; 0.98 for short runs"})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decoupled weight decay"})
     grad_clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
@@ -46,6 +49,17 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float
     if step < rise:
         return peak * (step + 1) / rise
     return peak * (0.55 + 0.45 * math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def make_optimizers(policy: Policy, args: SftArguments) -> list[torch.optim.Optimizer]:
+    """AdamW for everything; or Muon (Jordan et al. 2024) for the matrices of the layers, at AdamW's learning rates."""
+    muon = [p for name, p in policy.model.named_parameters() if args.optimizer == "muon" and p.dim() == 2 and "embed" not in name]
+    chosen = {id(p) for p in muon}
+    adamw = torch.optim.AdamW([p for p in policy.parameters() if id(p) not in chosen], lr=args.learning_rate,
+                              betas=(0.9, args.beta2), weight_decay=args.weight_decay)
+    if not muon:
+        return [adamw]
+    return [adamw, torch.optim.Muon(muon, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 
 def alike(groups: list[list[Sample]], most: int) -> list[list[list[Sample]]]:
@@ -72,8 +86,8 @@ def main() -> None:
         folder = open_run(args)
         images = group_by_image(train, args.questions_per_image)
 
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, args.beta2), weight_decay=args.weight_decay)
-    start = load_optimizer(checkpoint, optimizer) if checkpoint else 0
+    optimizers = make_optimizers(policy, args)
+    start = load_optimizers(checkpoint, *optimizers) if checkpoint else 0
     log = JsonLines(folder / "metrics.jsonl", start)
     print(f"SFT: {len(train)} samples on {len(images)} images, {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters, {args.device}")
 
@@ -91,19 +105,20 @@ def main() -> None:
                 total += loss.item()
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip).item()
             rate = learning_rate_at(step, args.max_steps, args.learning_rate, args.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+                optimizer.zero_grad()
 
             seconds = time.perf_counter() - began
             log.write({"step": step, "loss": total, "learning_rate": rate, "grad_norm": grad_norm,
                        "tokens_per_second": answer_tokens / seconds, "seconds": seconds})
             bar.set_postfix(loss=f"{total:.3f}", tokens_per_s=f"{answer_tokens / seconds:.0f}")
             if stopping():
-                stop_early(folder, step + 1, policy, optimizer)
+                stop_early(folder, step + 1, policy, *optimizers)
             if (step + 1) % args.save_steps == 0 and step + 1 < args.max_steps:
-                save_checkpoint(folder, step + 1, policy, optimizer)
+                save_checkpoint(folder, step + 1, policy, *optimizers)
 
     save_final(folder, policy)
     draw_curves(folder)

@@ -30,7 +30,7 @@ def films():
 
 @pytest.fixture(scope="module")
 def samples(films):
-    return [film_samples(film, f"p{k}", f"films/p{k}.png", np.random.default_rng(k)) for k, film in enumerate(films)]
+    return [film_samples(film, f"p{k}", f"films/p{k}.png", np.random.default_rng(k), False) for k, film in enumerate(films)]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,8 @@ def test_the_heart_is_wide_exactly_when_it_is_called_so(films):
     for film in films:
         heart, right, left = (box_of(film.regions[name]) for name in ("cardiac silhouette", "right lung", "left lung"))
         ratio = (heart[2] - heart[0]) / (left[2] - right[0])
-        assert (ratio > 0.502) == any(f.label == "cardiomegaly" for f in film.findings)
+        enlarged = any(f.label == "cardiomegaly" for f in film.findings)  # drawn above 0.515; at 96 pixels, 0.03 is one
+        assert ratio > 0.485 if enlarged else ratio < 0.53
 
 
 def test_a_report_states_exactly_what_was_drawn(films, samples):
@@ -167,7 +168,7 @@ def test_the_number_of_boxes_is_a_real_question(films):
         count = [sum(f.label == label for f in film.findings) for film in films]
         assert any(n == 1 for n in count) and sum(n > 1 for n in count) > 0.15 * sum(n > 0 for n in count)
     kinds = [len({f.label for f in film.findings}) for film in films]
-    assert set(kinds) == {0, 1, 2, 3} and 0.15 < np.mean(np.array(kinds) == 0) < 0.38
+    assert set(kinds) == {0, 1, 2, 3} and 0.05 < np.mean(np.array(kinds) == 0) < 0.3
     assert {f.label for film in films for f in film.findings} == set(KINDS)
 
 

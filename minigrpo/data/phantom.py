@@ -28,7 +28,7 @@ from minigrpo.data.boxes import format_boxes
 
 SPLITS = ("train", "test")
 SIDES = {"right": -1, "left": 1}  # sign of u
-COUNTS = (0.25, 0.30, 0.28, 0.17)  # chance of 0, 1, 2, 3 kinds of finding on a film
+COUNTS = (0.15, 0.27, 0.33, 0.25)  # chance of 0, 1, 2, 3 kinds of finding on a film
 HEART_RATIOS = {"": (0.40, 0.49), "mild": (0.515, 0.56), "moderate": (0.56, 0.61), "severe": (0.61, 0.68)}
 STEPS = 4  # points drawn from one point of an outline to the next
 
@@ -401,7 +401,7 @@ def add_consolidation(d: Drawing) -> None:
     pen = d.pen
     for side, u, v in d.spots((0.55, 0.45)):
         severity, plain = draw(d.rng, {"mild": 0.4, "moderate": 0.4, "severe": 0.2}), visibility(d.rng)
-        spread = {"mild": 0.038, "moderate": 0.053, "severe": 0.072}[severity]
+        spread = {"mild": 0.045, "moderate": 0.062, "severe": 0.085}[severity]
         cloud = 0.8 * pen.blob(u, v, spread, spread)
         for du, dv, wide, high in zip(*d.rng.normal(0, 0.9, (2, 5)), *d.rng.uniform(0.4, 1.0, (2, 5)), strict=True):
             cloud += 0.6 * pen.blob(u + du * spread, v + dv * spread, wide * spread, high * spread)
@@ -409,7 +409,7 @@ def add_consolidation(d: Drawing) -> None:
         cloud *= 1 + np.clip(grain, -0.4, 0.4)  # never so dark that the cloud vanishes
         cloud = np.clip(cloud - 0.06, 0, 1) * d.lung * d.side_of(side)
         mask = (cloud > 0.35) & d.regions[f"{side} lung"]
-        d.air *= 1 - (0.3 + 0.6 * plain) * cloud
+        d.air *= 1 - (0.4 + 0.55 * plain) * cloud
         d.block(mask, 0.08)
         d.found("consolidation", mask, side, severity)
 
@@ -435,12 +435,12 @@ def add_nodule(d: Drawing) -> None:
     """One to three slightly lobed discs."""
     for side, u, v in d.spots((0.42, 0.33, 0.25)):
         severity, plain = draw(d.rng, {"small": 0.4, "moderate": 0.35, "large": 0.25}), visibility(d.rng)
-        radius = d.rng.uniform(*{"small": (0.024, 0.030), "moderate": (0.034, 0.042), "large": (0.046, 0.060)}[severity])
+        radius = d.rng.uniform(*{"small": (0.030, 0.037), "moderate": (0.042, 0.050), "large": (0.056, 0.070)}[severity])
         angle, distance = np.arctan2(d.pen.v - v, d.pen.u - u), np.hypot(d.pen.u - u, d.pen.v - v)
         lobes = 0.09 * np.cos(2 * angle + d.rng.uniform(0, 6)) + 0.05 * np.cos(5 * angle + d.rng.uniform(0, 6))
         depth = distance / (radius * (1 + lobes))
         mask = depth <= 1
-        d.added += (0.07 + 0.16 * plain) * np.clip((1.12 - depth) / 0.4, 0, 1)
+        d.added += (0.09 + 0.18 * plain) * np.clip((1.12 - depth) / 0.4, 0, 1)
         d.block(mask, 0.04)
         d.found("nodule", mask, side, severity)
 
@@ -700,9 +700,9 @@ def report(findings: list[Finding], rng) -> list[Statement]:
     return statements
 
 
-def film_samples(film: Film, patient: str, image: str, rng, every_region: bool) -> list[dict]:
-    """One report sample and the grounding samples of a film, as lines of the JSONL file: its findings, one phrase, and
-    `every_region` of its anatomy or as many as make three questions."""
+def film_samples(film: Film, patient: str, image: str, rng, exhaustive: bool) -> list[dict]:
+    """One report sample and the grounding samples of a film, as lines of the JSONL file: each finding, a phrase and some
+    anatomy; `exhaustive` asks for every positive sentence and six regions instead of one and what makes three questions."""
     statements = report(film.findings, rng)
     question, answer = templates.report_question(rng), " ".join(s.text for s in statements)
     findings = [{key: value for key, value in vars(f).items() if key != "mask"} for f in film.findings]
@@ -716,14 +716,15 @@ def film_samples(film: Film, patient: str, image: str, rng, every_region: bool) 
         samples.append(sample)
 
     labels = list(dict.fromkeys(f.label for f in film.findings))
-    asked = len(film.regions) if every_region else max(1, 3 - len(labels))
+    asked = 6 if exhaustive else max(1, 3 - len(labels))
     for name in rng.choice(list(film.regions), asked, replace=False).tolist():
         ground("anatomy", name, [box_of(film.regions[name])], name, templates.region_turn)
     for label in labels:
         ground("abnormality", label, [f.box for f in film.findings if f.label == label], label, templates.region_turn)
     stated = [s for s in statements if s.findings]
-    if stated:
-        told = stated[rng.integers(len(stated))]
+    if stated and not exhaustive:
+        stated = [stated[rng.integers(len(stated))]]
+    for told in stated:
         boxes, words = [f.box for f in told.findings], told.text.rstrip(".")
         ground("phrase", told.findings[0].label, boxes, words, templates.phrase_turn)
     common = {"image": image, "source": "phantom", "patient": patient}

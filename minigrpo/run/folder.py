@@ -48,7 +48,7 @@ def last_checkpoint(args) -> Path | None:
     return found[-1] if found else None
 
 
-def save_checkpoint(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+def save_checkpoint(folder: Path, step: int, policy: Policy, *optimizers: torch.optim.Optimizer) -> None:
     """Weights and optimiser state after `step` steps; the one before is removed once this one is complete.
 
     Data order and sampling depend on (seed, step) alone, so a run continues from this as if it had never stopped.
@@ -57,8 +57,8 @@ def save_checkpoint(folder: Path, step: int, policy: Policy, optimizer: torch.op
     aside = checkpoint.with_suffix(".part")
     shutil.rmtree(aside, ignore_errors=True)
     policy.save_pretrained(aside)
-    state = {f"{number}.{name}": value for number, entry in optimizer.state_dict()["state"].items()
-             for name, value in entry.items()}
+    state = {f"{which}.{number}.{name}": value for which, optimizer in enumerate(optimizers)
+             for number, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
     save_file(state, aside / "optimizer.safetensors")
     shutil.rmtree(checkpoint, ignore_errors=True)
     os.rename(aside, checkpoint)
@@ -67,13 +67,14 @@ def save_checkpoint(folder: Path, step: int, policy: Policy, optimizer: torch.op
             shutil.rmtree(other)
 
 
-def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> int:
-    """Put the checkpoint's optimiser state back; returns the number of steps done."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
+def load_optimizers(checkpoint: Path, *optimizers: torch.optim.Optimizer) -> int:
+    """Put the checkpoint's optimiser states back; returns the number of steps done."""
+    states: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in optimizers]
     for key, value in load_file(checkpoint / "optimizer.safetensors").items():
-        number, name = key.split(".")
-        state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        which, number, name = key.split(".")
+        states[int(which)].setdefault(int(number), {})[name] = value
+    for optimizer, state in zip(optimizers, states):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -104,8 +105,8 @@ def graceful_stop():
         signal.signal(signal.SIGINT, before)
 
 
-def stop_early(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+def stop_early(folder: Path, step: int, policy: Policy, *optimizers: torch.optim.Optimizer) -> None:
     """Leave a checkpoint behind and end the program with 130, as an interrupt does."""
-    save_checkpoint(folder, step, policy, optimizer)
+    save_checkpoint(folder, step, policy, *optimizers)
     print(f"stopped after step {step}; --resume continues from {folder / 'checkpoints'}")
     sys.exit(130)

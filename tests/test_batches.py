@@ -1,0 +1,22 @@
+"""Data order: every sample once an epoch, the same after a resume."""
+
+from minigrpo.data import Sample, batch_at, group_by_image
+
+
+def test_every_item_once_an_epoch():
+    """Bug of tiny-grpo and nanochat: drop_last or an integer division lost samples."""
+    drawn = [x for step in range(7) for x in batch_at(list(range(10)), step, 3, seed=0)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(10)) and drawn[:10] != drawn[10:20]
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    items = list(range(10))
+    late = batch_at(items, 5, 3, seed=1)
+    assert late == batch_at(items, 5, 3, seed=1) and late != batch_at(items, 5, 3, seed=2)
+
+
+def test_groups_share_image_and_task():
+    samples = [Sample(str(i), image, task, "q", "a") for i, (image, task) in enumerate(
+        [("a", "grounding"), ("b", "grounding"), ("a", "grounding"), ("a", "report"), (None, "report"), (None, "report"), ("a", "grounding")])]
+    groups = [[s.id for s in group] for group in group_by_image(samples, most=2)]
+    assert sorted(groups) == [["0", "6"], ["1"], ["2"], ["3"], ["4"], ["5"]]
