@@ -39,7 +39,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 
 
 def tiny_policy(samples: list[Sample], *, seed: int = 0, vocab_size: int = 1024, width: int = 128, layers: int = 4,
-                pixels: int = 192 * 192) -> Policy:
+                pixels: int = 160 * 160) -> Policy:
     """A random tiny Qwen3-VL whose tokenizer was trained on the samples; images are seen at `pixels` at most."""
     tokenizer = train_tokenizer([text for s in samples for text in (s.question, s.answer)], vocab_size)
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
@@ -53,7 +53,7 @@ def tiny_policy(samples: list[Sample], *, seed: int = 0, vocab_size: int = 1024,
                                               mrope_interleaved=True)),
         vision_config=dict(depth=depth, hidden_size=vision_width, intermediate_size=4 * vision_width, num_heads=3,
                            patch_size=16, spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=width,
-                           num_position_embeddings=12 * 12, deepstack_visual_indexes=[1, 2]),
+                           num_position_embeddings=10 * 10, deepstack_visual_indexes=[1, 2]),
         image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
         vision_end_token_id=ids["vision_end"], tie_word_embeddings=True)
     torch.manual_seed(seed)
