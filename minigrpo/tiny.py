@@ -72,7 +72,7 @@ def initialise(model: Qwen3VLForConditionalGeneration) -> None:
 
     0.02, the start of widths in the thousands, leaves narrow layers all but silent: here a weight's spread is
     1 / sqrt(inputs), smaller where a block adds to the residual, and patches know where they lie from the start (the fixed
-    sines and cosines of ViT 2010.11929, appendix D.4, as trainable weights).
+    sines and cosines of 1706.03762 over rows and columns, as trainable weights).
     """
     for name, weight in model.named_parameters():
         if name.endswith("embed_tokens.weight"):
