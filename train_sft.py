@@ -9,6 +9,7 @@ the loss covers answer tokens alone.
 import math
 import time
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from tqdm import tqdm
@@ -25,8 +26,8 @@ from minigrpo.tiny import tiny_policy
 
 @dataclass
 class SftArguments(RunArguments):
-    batch_size: int = field(default=8, metadata={"help": "images per optimisation step, each with its questions of one task"})
-    questions_per_image: int = field(default=8, metadata={"help": "most questions about one image in a step; they share its pass"})
+    batch_size: int = field(default=8, metadata={"help": "images per optimisation step, each with all its questions"})
+    questions_per_image: int = field(default=8, metadata={"help": "most questions about one image in a pass; they share it"})
     micro_batch: int = field(default=8, metadata={"help": "images per forward and backward pass: as many as memory takes"})
     learning_rate: float = field(default=1e-5, metadata={"help": "peak; 1e-5 in the paper, about 1e-3 for --model tiny"})
     warmup: float = field(default=0.03, metadata={"help": "share of the steps over which the learning rate rises"})
@@ -53,25 +54,43 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float
 
 def make_optimizers(policy: Policy, args: SftArguments) -> list[torch.optim.Optimizer]:
     """AdamW for everything; or Muon (Jordan et al. 2024) for the matrices of the layers, at AdamW's learning rates."""
-    muon = [p for name, p in policy.model.named_parameters() if args.optimizer == "muon" and p.dim() == 2 and "embed" not in name]
-    chosen = {id(p) for p in muon}
-    adamw = torch.optim.AdamW([p for p in policy.parameters() if id(p) not in chosen], lr=args.learning_rate,
-                              betas=(0.9, args.beta2), weight_decay=args.weight_decay)
-    if not muon:
-        return [adamw]
-    return [adamw, torch.optim.Muon(muon, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")]
+    parameters = policy.parameters()
+    adam = dict(lr=args.learning_rate, betas=(0.9, args.beta2), weight_decay=args.weight_decay)
+    if args.optimizer == "adamw":
+        return [torch.optim.AdamW(parameters, **adam)]
+    muon = [p for name, p in policy.model.named_parameters() if p.requires_grad and p.dim() == 2 and "embed" not in name]
+    # A patch filter adds up 1536 pixels that are bright or dark together: a step that suits the other parameters, taken by
+    # all of its weights at once, throws away what the layers behind it have learned. Muon would scale it by its inputs.
+    patches = [p for p in parameters if p.dim() > 2]
+    chosen = {id(p) for p in muon + patches}
+    groups = [{"params": [p for p in parameters if id(p) not in chosen], "scale": 1.0},
+              {"params": patches, "scale": patches[0][0].numel() ** -0.5}]
+    return [torch.optim.AdamW(groups, **adam), torch.optim.Muon(
+        muon, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 
-def alike(groups: list[list[Sample]], most: int) -> list[list[list[Sample]]]:
-    """Groups of one task and like size together, `most` at a time, so that little is padded."""
-    groups = sorted(groups, key=lambda group: (group[0].task, len(group)))
-    parts: list[list[list[Sample]]] = []
-    for group in groups:
-        if parts and len(parts[-1]) < most and parts[-1][0][0].task == group[0].task:
-            parts[-1].append(group)
-        else:
-            parts.append([group])
-    return parts
+def alike(images: list[list[Sample]], questions: int, most: int) -> list[list[list[Sample]]]:
+    """The samples of a step as passes of at most `most` groups, each of at most `questions` samples about one image.
+
+    Samples of one task and like length go together, because a pass pads all its rows to the longest.
+    """
+
+    def length(sample: Sample) -> int:
+        return len(sample.question) + len(sample.answer)
+
+    groups = []
+    for samples in images:
+        for task in sorted({sample.task for sample in samples}):
+            found = sorted((sample for sample in samples if sample.task == task), key=length)
+            size = -(-len(found) // -(-len(found) // questions))  # as few groups as can be, of equal size
+            groups += [found[k : k + size] for k in range(0, len(found), size)]
+    groups.sort(key=lambda group: (group[0].task, length(group[-1])))
+    passes: list[list[list[Sample]]] = []
+    for _, same in groupby(groups, key=lambda group: group[0].task):
+        same = list(same)
+        count = -(-len(same) // most)
+        passes += [same[len(same) * k // count : len(same) * (k + 1) // count] for k in range(count)]
+    return passes
 
 
 def main() -> None:
@@ -84,7 +103,7 @@ def main() -> None:
         else:
             policy = tiny_policy(train, seed=args.seed).to(args.device, autocast=args.bf16)
         folder = open_run(args)
-        images = group_by_image(train, args.questions_per_image)
+        images = group_by_image(train)
 
     optimizers = make_optimizers(policy, args)
     start = load_optimizers(checkpoint, *optimizers) if checkpoint else 0
@@ -94,8 +113,8 @@ def main() -> None:
     with graceful_stop() as stopping:
         for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="sft")):
             began = time.perf_counter()
-            groups = batch_at(images, step, args.batch_size, args.seed)
-            parts = [policy.encode_turns(part) for part in alike(groups, args.micro_batch)]
+            batch = batch_at(images, step, args.batch_size, args.seed)
+            parts = [policy.encode_turns(part) for part in alike(batch, args.questions_per_image, args.micro_batch)]
             answer_tokens = sum(int(mask.sum()) for _, _, mask in parts)
             total = 0.0
             for prompts, tokens, mask in parts:
@@ -107,7 +126,7 @@ def main() -> None:
             rate = learning_rate_at(step, args.max_steps, args.learning_rate, args.warmup)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group.get("scale", 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
 

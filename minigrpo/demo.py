@@ -45,7 +45,7 @@ def main() -> None:
     real = args.data is not None
     data = Path(args.data) if real else out / "films"
     # The tiny model wants larger steps than a real one (paper: SFT 1e-5, GRPO 1e-6); the loss constants are the paper's.
-    sft = ["--batch_size", 10, "--questions_per_image", 16, "--optimizer", "muon", "--beta2", 0.98]
+    sft = ["--batch_size", 10, "--questions_per_image", 8, "--micro_batch", 10, "--optimizer", "muon", "--beta2", 0.98]
     sft += ["--max_steps", 200, "--learning_rate", 1e-3] if real else ["--max_steps", 500, "--learning_rate", 4e-3]
     grpo = ["--max_steps", 20 if real else 60, "--learning_rate", 5e-5, "--prompts_per_step", 16, "--micro_prompts", 16,
             "--max_new_tokens", 128]
@@ -62,7 +62,7 @@ def main() -> None:
 
     seed = ["--seed", args.seed]
     if not real:
-        run("films", "-m", "minigrpo.data.phantom", "--output_dir", data, "--train", 1600, "--test", 200, *seed)
+        run("films", "-m", "minigrpo.data.phantom", "--output_dir", data, "--train", 2400, "--test", 200, "--size", 256, *seed)
     train, test = data / "train.jsonl", data / "test.jsonl"
     run("sft", "train_sft.py", "--model", args.model, "--train_data", train, "--output_dir", out / "sft", *sft, *seed)
     evaluate = ["evaluate.py", "--data", test, "--max_new_tokens", 128]

@@ -38,7 +38,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
 
 
-def tiny_policy(samples: list[Sample], *, seed: int = 0, vocab_size: int = 1024, width: int = 128, layers: int = 4,
+def tiny_policy(samples: list[Sample], *, seed: int = 0, vocab_size: int = 1024, width: int = 128, layers: int = 3,
                 pixels: int = 160 * 160) -> Policy:
     """A random tiny Qwen3-VL whose tokenizer was trained on the samples; images are seen at `pixels` at most."""
     tokenizer = train_tokenizer([text for s in samples for text in (s.question, s.answer)], vocab_size)
@@ -46,7 +46,7 @@ def tiny_policy(samples: list[Sample], *, seed: int = 0, vocab_size: int = 1024,
            ("image_pad", "video_pad", "vision_start", "vision_end", "im_end", "endoftext")}
     heads, depth, vision_width = width // 32, 4, 96
     config = Qwen3VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width,
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width,
                          num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=32,
                          max_position_embeddings=4096, rms_norm_eps=1e-6, tie_word_embeddings=True,
                          rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[6, 5, 5],

@@ -9,7 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+
+from minigrpo.data import Sample
+from minigrpo.tiny import tiny_policy
+from train_sft import SftArguments, make_optimizers
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,8 +61,8 @@ def test_run_folders_hold_what_they_promise(trained):
     for name, steps in (("sft", 4), ("grpo", 3)):
         assert {p.name for p in (trained / name).iterdir()} >= {"args.json", "metrics.jsonl", "curves.png", "final"}
         assert [row["step"] for row in rows(trained / name)] == list(range(steps))
-    row = rows(trained / "grpo")[-1]
-    assert set(row) >= {"reward", "reward_gleu", "reward_soft_f1", "reward_std_in_group", "groups_without_spread", "kl", "entropy",
+    logged = set().union(*rows(trained / "grpo"))  # a step without reports has no reward_gleu
+    assert logged >= {"reward", "reward_gleu", "reward_soft_f1", "reward_std_in_group", "groups_without_spread", "kl", "entropy",
                         "clip_high", "clip_low", "clip_dual", "ratio_deviation", "answer_tokens", "cut_off", "grad_norm",
                         "tokens_per_second", "seconds_rollout", "seconds_reward", "seconds_reference", "seconds_update"}
     groups = json.loads((trained / "grpo/rollouts.jsonl").read_text().splitlines()[0])["groups"]
@@ -188,3 +193,17 @@ def test_help_explains_every_argument():
     for program in ("train_sft.py", "train_grpo.py", "evaluate.py"):
         said = run(program, "--help")
         assert "--output_dir" in said and "JSONL" in said
+
+
+def test_patch_filters_take_small_steps():
+    """Bug: AdamW moved the patch filters as fast as single weights, which cost 0.04 soft F1 and 0.04 GLEU after SFT."""
+    policy = tiny_policy([Sample("0", None, "report", "What is seen?", "The lungs are clear.")])
+    args = SftArguments(model="tiny", train_data="x", output_dir="y", optimizer="muon", learning_rate=4e-3)
+    filters = policy.visual.patch_embed.proj.weight
+    before = filters.detach().clone()
+    filters.grad = torch.ones_like(filters)
+    for optimizer in make_optimizers(policy, args):
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * group.get("scale", 1.0)
+        optimizer.step()
+    assert 0 < (filters - before).abs().max() < 2 * args.learning_rate / filters[0].numel() ** 0.5

@@ -20,19 +20,12 @@ def batch_at(items: list[T], step: int, size: int, seed: int) -> list[T]:
     return batch
 
 
-def group_by_image(samples: list[Sample], most: int) -> list[list[Sample]]:
-    """Samples of one task about the same image, in groups of like size, `most` at the most; those without image stay alone.
-
-    One task, because its answers are of like length: a report among boxes would pad all of them to its own.
-    """
+def group_by_image(samples: list[Sample]) -> list[list[Sample]]:
+    """The samples about each image, in the order in which the images first appear; those without image stay alone."""
     by_image: dict[tuple, list[Sample]] = {}
     for sample in samples:
-        by_image.setdefault((sample.task, *sample.images) if sample.images else (sample.id,), []).append(sample)
-    groups = []
-    for found in by_image.values():
-        parts = -(-len(found) // most)
-        groups += [found[part::parts] for part in range(parts)]
-    return groups
+        by_image.setdefault(tuple(sample.images) or (sample.id,), []).append(sample)
+    return list(by_image.values())
 
 
 def _order(n: int, seed: int, epoch: int, _cache: dict = {}) -> list[int]:

@@ -28,7 +28,7 @@ from minigrpo.data.boxes import format_boxes
 
 SPLITS = ("train", "test")
 SIDES = {"right": -1, "left": 1}  # sign of u
-COUNTS = (0.15, 0.27, 0.33, 0.25)  # chance of 0, 1, 2, 3 kinds of finding on a film
+COUNTS = (0.08, 0.17, 0.30, 0.27, 0.18)  # chance of 0, 1, 2, 3, 4 kinds of finding on a film
 HEART_RATIOS = {"": (0.40, 0.49), "mild": (0.515, 0.56), "moderate": (0.56, 0.61), "severe": (0.61, 0.68)}
 STEPS = 4  # points drawn from one point of an outline to the next
 
@@ -383,7 +383,7 @@ def add_effusion(d: Drawing) -> None:
         sides = [draw(d.rng, {"right": 0.5, "left": 0.5})]
     for side in sides:
         severity, plain = draw(d.rng, {"small": 0.5, "moderate": 0.35, "large": 0.15}), visibility(d.rng)
-        height = {"small": (0.98, 1.03), "moderate": (0.72, 0.88), "large": (0.38, 0.6)}[severity]
+        height = {"small": (0.84, 0.92), "moderate": (0.64, 0.78), "large": (0.38, 0.56)}[severity]
         across = np.clip(np.abs(d.pen.u) / p.width, 0, 1.1)
         surface = p.level(side, d.rng.uniform(*height)) + d.rng.uniform(0.06, 0.08) * (0.7 - 1.5 * across**3)
         fluid = np.clip((d.pen.v - surface) / 0.03 + 0.5, 0, 1) * d.side_of(side)
@@ -397,50 +397,67 @@ def add_effusion(d: Drawing) -> None:
 
 
 def add_consolidation(d: Drawing) -> None:
-    """A few merged clouds, in one place or two."""
-    pen = d.pen
-    for side, u, v in d.spots((0.55, 0.45)):
+    """Part of a lobe from the hilum to the wall, in one zone or two."""
+    pen, p = d.pen, d.pen.patient
+    for _ in range(1 + (d.rng.random() < 0.25)):
+        places = [place for place in ((side, t) for side in SIDES for t in (0.24, 0.52, 0.8)) if room(d, *place, 0.13) > 0.6]
+        if not places:
+            return
+        side, t = places[d.rng.integers(len(places))]
         severity, plain = draw(d.rng, {"mild": 0.4, "moderate": 0.4, "severe": 0.2}), visibility(d.rng)
-        spread = {"mild": 0.045, "moderate": 0.062, "severe": 0.085}[severity]
-        cloud = 0.8 * pen.blob(u, v, spread, spread)
-        for du, dv, wide, high in zip(*d.rng.normal(0, 0.9, (2, 5)), *d.rng.uniform(0.4, 1.0, (2, 5)), strict=True):
-            cloud += 0.6 * pen.blob(u + du * spread, v + dv * spread, wide * spread, high * spread)
-        grain = 0.20 * smooth_noise(d.rng, pen.size, 24) + 0.15 * smooth_noise(d.rng, pen.size, 55)
-        cloud *= 1 + np.clip(grain, -0.4, 0.4)  # never so dark that the cloud vanishes
-        cloud = np.clip(cloud - 0.06, 0, 1) * d.lung * d.side_of(side)
-        mask = (cloud > 0.35) & d.regions[f"{side} lung"]
-        d.air *= 1 - (0.4 + 0.55 * plain) * cloud
-        d.block(mask, 0.08)
+        half = {"mild": 0.10, "moderate": 0.135, "severe": 0.17}[severity]
+        depth = np.abs(height_in_lung(pen, side) - t - d.rng.uniform(-0.04, 0.04) + 0.02 * smooth_noise(d.rng, pen.size, 14))
+        grain = 0.16 * smooth_noise(d.rng, pen.size, 24) + 0.12 * smooth_noise(d.rng, pen.size, 55)
+        cloud = np.clip((half - depth) / 0.08 + 0.5, 0, 1) * (1 + np.clip(grain, -0.4, 0.4)) * d.lung * d.side_of(side)
+        mask = (depth < half) & d.regions[f"{side} lung"] & ~d.regions["cardiac silhouette"]
+        d.air *= 1 - (0.5 + 0.4 * plain) * np.clip(cloud, 0, 1)
+        d.free &= cloud < 0.1
         d.found("consolidation", mask, side, severity)
 
 
+def height_in_lung(pen: Pen, side: str) -> np.ndarray:
+    """t of every pixel (size, size): 0 at that lung's apex, 1 at its dome."""
+    return (pen.v - pen.patient.apex) / (pen.patient.dome[side] - pen.patient.apex)
+
+
+def room(d: Drawing, side: str, t: float, half: float) -> float:
+    """Share of the lung around height t in which nothing was drawn yet."""
+    band = d.regions[f"{side} lung"] & (np.abs(height_in_lung(d.pen, side) - t) < half) & ~d.regions["cardiac silhouette"]
+    return float(d.free[band].mean()) / 0.75  # its rim is never free
+
+
 def add_atelectasis(d: Drawing) -> None:
-    """Plate-like: one to three nearly level bands in the lower half of a lung."""
-    for side, u, v in d.spots((0.65, 0.35), margin=0.055):
+    """Plate-like: one to three nearly level bands above a dome."""
+    p = d.pen.patient
+    sides = [side for side in SIDES if room(d, side, 0.82, 0.13) > 0.6]
+    if len(sides) == 2 and d.rng.random() < 0.75:
+        sides = [draw(d.rng, {"right": 0.5, "left": 0.5})]
+    for side in sides:
         severity, plain = draw(d.rng, {"mild": 0.4, "moderate": 0.4, "severe": 0.2}), visibility(d.rng)
-        slope, bands = d.rng.uniform(-0.35, 0.35), []
+        u, v = SIDES[side] * p.width * d.rng.uniform(0.58, 0.66), p.level(side, d.rng.uniform(0.86, 0.92))
+        slope, bands = d.rng.uniform(-0.25, 0.25), []
         for k in range({"mild": 1, "moderate": 2, "severe": 3}[severity]):
-            centre = np.array([u + d.rng.normal(0, 0.012), v - 0.032 * k])
-            half = d.rng.uniform(0.05, 0.07) * np.array([1.0, slope + d.rng.normal(0, 0.08)])
+            centre = np.array([u + d.rng.normal(0, 0.008), v - 0.04 * k])
+            half = d.rng.uniform(0.08, 0.10) * np.array([1.0, slope + d.rng.normal(0, 0.08)])
             band = smooth_curve([centre - half, centre + [0, 0.007], centre + half], closed=False)
-            bands.append((band, d.rng.uniform(0.014, 0.020), 1.0))
+            bands.append((band, d.rng.uniform(0.020, 0.026), 1.0))
         cover = d.pen.stroke(*bands)
         mask = solid(cover) & d.regions[f"{side} lung"]
-        d.added += (0.06 + 0.12 * plain) * d.pen.soft(cover, 0.003) * d.lung
+        d.added += (0.14 + 0.10 * plain) * d.pen.soft(cover, 0.003) * d.lung
         d.block(mask, 0.04)
         d.found("atelectasis", mask, side, severity)
 
 
 def add_nodule(d: Drawing) -> None:
     """One to three slightly lobed discs."""
-    for side, u, v in d.spots((0.42, 0.33, 0.25)):
+    for side, u, v in d.spots((0.7, 0.3)):
         severity, plain = draw(d.rng, {"small": 0.4, "moderate": 0.35, "large": 0.25}), visibility(d.rng)
-        radius = d.rng.uniform(*{"small": (0.030, 0.037), "moderate": (0.042, 0.050), "large": (0.056, 0.070)}[severity])
+        radius = d.rng.uniform(*{"small": (0.040, 0.048), "moderate": (0.054, 0.064), "large": (0.072, 0.085)}[severity])
         angle, distance = np.arctan2(d.pen.v - v, d.pen.u - u), np.hypot(d.pen.u - u, d.pen.v - v)
         lobes = 0.09 * np.cos(2 * angle + d.rng.uniform(0, 6)) + 0.05 * np.cos(5 * angle + d.rng.uniform(0, 6))
         depth = distance / (radius * (1 + lobes))
         mask = depth <= 1
-        d.added += (0.09 + 0.18 * plain) * np.clip((1.12 - depth) / 0.4, 0, 1)
+        d.added += (0.16 + 0.16 * plain) * np.clip((1.12 - depth) / 0.4, 0, 1)
         d.block(mask, 0.04)
         d.found("nodule", mask, side, severity)
 
@@ -466,7 +483,7 @@ def add_endotracheal_tube(d: Drawing) -> None:
     line = [(bend, -0.05), (0.3 * p.turn - 0.5 * bend, 0.6 * tip), (0.7 * p.turn, tip)]
     line = smooth_curve(line, closed=False)
     walls = d.pen.stroke((line, 0.017, 0.45), (line + [0.007, 0], 0.004, 1.0), (line - [0.007, 0], 0.004, 0.7))
-    d.added += (0.08 + 0.14 * visibility(d.rng)) * d.pen.soft(walls)
+    d.added += (0.16 + 0.14 * visibility(d.rng)) * d.pen.soft(walls)
     d.found("endotracheal tube", solid(d.pen.stroke((line, 0.019, 1.0))))
 
 
@@ -475,20 +492,20 @@ def add_nasogastric_tube(d: Drawing) -> None:
     line = [(0.01, -0.05), (0.012 + 0.5 * p.turn, p.level("left", 0.3)), (0.0, p.level("left", 0.7)), (0.03, v + 0.02),
             (d.rng.uniform(0.09, 0.13), v + 0.10), (d.rng.uniform(0.17, 0.22), v + d.rng.uniform(0.06, 0.12))]  # fmt: skip
     cover = d.pen.stroke((smooth_curve(line, closed=False), 0.009, 1.0))
-    d.added += (0.08 + 0.12 * visibility(d.rng)) * d.pen.soft(cover)
+    d.added += (0.16 + 0.12 * visibility(d.rng)) * d.pen.soft(cover)
     d.found("nasogastric tube", solid(cover))
 
 
 KINDS = {  # label: (chance before "no kind twice", function), in drawing order: what needs room comes after what fills it
-    "cardiomegaly": (0.15, add_cardiomegaly),
-    "pneumothorax": (0.10, add_pneumothorax),
-    "pleural effusion": (0.19, add_effusion),
-    "consolidation": (0.18, add_consolidation),
-    "atelectasis": (0.08, add_atelectasis),
-    "nodule": (0.16, add_nodule),
-    "pacemaker": (0.05, add_pacemaker),
-    "endotracheal tube": (0.05, add_endotracheal_tube),
-    "nasogastric tube": (0.04, add_nasogastric_tube),
+    "cardiomegaly": (0.16, add_cardiomegaly),
+    "pneumothorax": (0.13, add_pneumothorax),
+    "pleural effusion": (0.22, add_effusion),
+    "consolidation": (0.22, add_consolidation),
+    "atelectasis": (0.07, add_atelectasis),
+    "nodule": (0.08, add_nodule),
+    "pacemaker": (0.07, add_pacemaker),
+    "endotracheal tube": (0.06, add_endotracheal_tube),
+    "nasogastric tube": (0.05, add_nasogastric_tube),
 }
 
 
@@ -609,7 +626,7 @@ ABSENT = ("consolidation", "nodule", "atelectasis")  # told of the lungs even wh
 
 def choose(rng, *options: str) -> str:
     """The first phrasing more often than not, as a department has its habits."""
-    return options[0] if rng.random() < 0.5 else options[rng.integers(len(options))]
+    return options[0] if rng.random() < 0.8 else options[rng.integers(len(options))]
 
 
 def noun_phrase(group: list[Finding]) -> tuple[str, bool]:
@@ -652,7 +669,7 @@ def negative(rng, *options: str) -> Statement:
 
 
 def report(findings: list[Finding], rng) -> list[Statement]:
-    """The findings paragraph as five or six statements, in the order in which they are read."""
+    """The findings paragraph as five to seven statements, in the order in which they are read."""
     of = {kind: [f for f in findings if f.label == kind] for kind in KINDS}
     together = sum(map(bool, of.values())) > 1 or rng.random() < 0.5
     stated = {kind: positive(rng, of[kind], together) for kind in KINDS if of[kind] and kind != "cardiomegaly"}
@@ -716,13 +733,13 @@ def film_samples(film: Film, patient: str, image: str, rng, exhaustive: bool) ->
         samples.append(sample)
 
     labels = list(dict.fromkeys(f.label for f in film.findings))
-    asked = 6 if exhaustive else max(1, 3 - len(labels))
+    asked = 3 if exhaustive else max(1, 3 - len(labels))
     for name in rng.choice(list(film.regions), asked, replace=False).tolist():
         ground("anatomy", name, [box_of(film.regions[name])], name, templates.region_turn)
     for label in labels:
         ground("abnormality", label, [f.box for f in film.findings if f.label == label], label, templates.region_turn)
     stated = [s for s in statements if s.findings]
-    if stated and not exhaustive:
+    if stated:
         stated = [stated[rng.integers(len(stated))]]
     for told in stated:
         boxes, words = [f.box for f in told.findings], told.text.rstrip(".")
