@@ -46,7 +46,7 @@ def main() -> None:
     data = Path(args.data) if real else out / "films"
     # The tiny model wants larger steps than a real one (paper: SFT 1e-5, GRPO 1e-6); the loss constants are the paper's.
     sft = ["--batch_size", 10, "--questions_per_image", 8, "--micro_batch", 10, "--optimizer", "muon", "--beta2", 0.98]
-    sft += ["--max_steps", 200, "--learning_rate", 1e-3] if real else ["--max_steps", 500, "--learning_rate", 4e-3]
+    sft += ["--max_steps", 200, "--learning_rate", 1e-3] if real else ["--max_steps", 700, "--learning_rate", 4e-3]
     grpo = ["--max_steps", 20 if real else 60, "--learning_rate", 5e-5, "--prompts_per_step", 16, "--micro_prompts", 16,
             "--max_new_tokens", 128]
 

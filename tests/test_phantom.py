@@ -68,7 +68,7 @@ def test_patients_of_train_and_test_are_disjoint(folder):
 def test_the_reader_of_training_accepts_the_files(folder):
     read = [*read_jsonl(folder / "train.jsonl"), *read_jsonl(folder / "test.jsonl")]
     assert len({sample.id for sample in read}) == len(read)
-    assert {sample.task for sample in read} == {"report", "grounding"}
+    assert {sample.task for sample in read} == {"report", "grounding", "classification"}
     with Image.open(folder / lines(folder / "train.jsonl")[0]["image"]) as image:
         assert (image.mode, image.size, image.format) == ("L", (SIZE, SIZE), "PNG")
 
@@ -80,6 +80,16 @@ def test_schema_and_number_of_samples(samples):
             assert {"id", "image", "task", "question", "answer", "boxes", "source", "patient"} <= set(x)
             assert x["source"] == "phantom" and not Path(x["image"]).is_absolute()
         assert all(x["kind"] in ("anatomy", "abnormality", "phrase") and x["label"] and x["boxes"] for x in film[1:])
+
+
+def test_a_training_film_is_told_twice_and_listed(folder):
+    for path in sorted({line["image"] for line in lines(folder / "train.jsonl")}):
+        film = [line for line in lines(folder / "train.jsonl") if line["image"] == path]
+        tasks = [line["task"] for line in film]
+        assert tasks == ["report"] * 2 + ["classification"] + ["grounding"] * (len(film) - 3) and len(film) <= 6
+        assert film[0]["findings"] == film[1]["findings"]
+        listed, seen = film[2]["answer"].rstrip("."), film[0]["findings"]
+        assert set(listed.split(", ")) == {f"{f['side'] or ''} {f['label']}".strip() for f in seen} or (listed, seen) == ("none", [])
 
 
 def test_a_findings_box_is_the_bounding_box_of_its_mask(films):

@@ -28,7 +28,7 @@ from minigrpo.data.boxes import format_boxes
 
 SPLITS = ("train", "test")
 SIDES = {"right": -1, "left": 1}  # sign of u
-COUNTS = (0.08, 0.17, 0.30, 0.27, 0.18)  # chance of 0, 1, 2, 3, 4 kinds of finding on a film
+COUNTS = (0.06, 0.12, 0.24, 0.32, 0.26)  # chance of 0, 1, 2, 3, 4 kinds of finding on a film
 HEART_RATIOS = {"": (0.40, 0.49), "mild": (0.515, 0.56), "moderate": (0.56, 0.61), "severe": (0.61, 0.68)}
 STEPS = 4  # points drawn from one point of an outline to the next
 
@@ -498,14 +498,14 @@ def add_nasogastric_tube(d: Drawing) -> None:
 
 KINDS = {  # label: (chance before "no kind twice", function), in drawing order: what needs room comes after what fills it
     "cardiomegaly": (0.16, add_cardiomegaly),
-    "pneumothorax": (0.13, add_pneumothorax),
-    "pleural effusion": (0.22, add_effusion),
-    "consolidation": (0.22, add_consolidation),
-    "atelectasis": (0.07, add_atelectasis),
-    "nodule": (0.08, add_nodule),
-    "pacemaker": (0.07, add_pacemaker),
-    "endotracheal tube": (0.06, add_endotracheal_tube),
-    "nasogastric tube": (0.05, add_nasogastric_tube),
+    "pneumothorax": (0.14, add_pneumothorax),
+    "pleural effusion": (0.20, add_effusion),
+    "consolidation": (0.15, add_consolidation),
+    "atelectasis": (0.05, add_atelectasis),
+    "nodule": (0.05, add_nodule),
+    "pacemaker": (0.10, add_pacemaker),
+    "endotracheal tube": (0.08, add_endotracheal_tube),
+    "nasogastric tube": (0.08, add_nasogastric_tube),
 }
 
 
@@ -626,7 +626,7 @@ ABSENT = ("consolidation", "nodule", "atelectasis")  # told of the lungs even wh
 
 def choose(rng, *options: str) -> str:
     """The first phrasing more often than not, as a department has its habits."""
-    return options[0] if rng.random() < 0.8 else options[rng.integers(len(options))]
+    return options[0] if rng.random() < 0.9 else options[rng.integers(len(options))]
 
 
 def noun_phrase(group: list[Finding]) -> tuple[str, bool]:
@@ -669,7 +669,7 @@ def negative(rng, *options: str) -> Statement:
 
 
 def report(findings: list[Finding], rng) -> list[Statement]:
-    """The findings paragraph as five to seven statements, in the order in which they are read."""
+    """The findings paragraph as four to seven statements, in the order in which they are read."""
     of = {kind: [f for f in findings if f.label == kind] for kind in KINDS}
     together = sum(map(bool, of.values())) > 1 or rng.random() < 0.5
     stated = {kind: positive(rng, of[kind], together) for kind in KINDS if of[kind] and kind != "cardiomegaly"}
@@ -683,9 +683,6 @@ def report(findings: list[Finding], rng) -> list[Statement]:
     else:
         heart = negative(rng, "The heart size is normal.", "The cardiac silhouette is normal in size.",
                          "The heart is not enlarged.", "The heart size is within normal limits.")  # fmt: skip
-    mediastinum = negative(rng, "The mediastinal contours are normal.", "The mediastinum is unremarkable.",
-                           "The mediastinum and both hila are normal.")  # fmt: skip
-
     lungs, missing = [s for kind in ABSENT for s in stated.get(kind, [])], [kind for kind in ABSENT if not of[kind]]
     if not lungs:
         lungs = [negative(rng, "The lungs are clear.", "Both lungs are clear without consolidation, nodule or atelectasis.",
@@ -706,46 +703,48 @@ def report(findings: list[Finding], rng) -> list[Statement]:
     if not devices:
         devices = [negative(rng, "There are no lines or tubes.", "No support devices are seen.", "There are no support devices.")]
 
-    sections = [[heart], lungs, pleura, [bones], devices]
-    order = choose(rng, "01234", "01243", "12034", "41203")
+    sections = [[heart], lungs, pleura, devices]
+    order = choose(rng, "0123", "1203", "3012")
     statements = [statement for k in order for statement in sections[int(k)]]
-    if len(statements) < 6:
-        statements.insert(statements.index(heart) + 1, mediastinum)
-    for optional in (bones, devices[0]):  # at most six sentences: what says least goes first
-        if len(statements) > 6 and not optional.findings:
-            statements.remove(optional)
+    if len(statements) < 5:
+        statements.append(bones)
     return statements
 
 
-def film_samples(film: Film, patient: str, image: str, rng, exhaustive: bool) -> list[dict]:
-    """One report sample and the grounding samples of a film, as lines of the JSONL file: each finding, a phrase and some
-    anatomy; `exhaustive` asks for every positive sentence and six regions instead of one and what makes three questions."""
-    statements = report(film.findings, rng)
-    question, answer = templates.report_question(rng), " ".join(s.text for s in statements)
+def film_samples(film: Film, patient: str, image: str, rng, training: bool) -> list[dict]:
+    """The samples about a film, as lines of the JSONL file.
+
+    A test film has its report, a question about each label, a phrase and enough anatomy for three questions. A training
+    film is told twice, each time in other words, with a list of what is seen, two of its questions and one of anatomy.
+    """
+    told = [report(film.findings, rng) for _ in range(2 if training else 1)]
     findings = [{key: value for key, value in vars(f).items() if key != "mask"} for f in film.findings]
-    boxes = [f.box for f in film.findings]
-    samples = [{"task": "report", "question": question, "answer": answer, "boxes": boxes, "findings": findings}]
+    all_boxes = [f.box for f in film.findings]
+    samples = [{"task": "report", "question": templates.report_question(rng), "answer": " ".join(s.text for s in statements),
+                "boxes": all_boxes, "findings": findings} for statements in told]
+    if training:
+        names = [f"{f.side} {f.label}" if f.side else f.label for f in film.findings]
+        samples.append({"task": "classification", "question": templates.classification_question(rng),
+                        "answer": (", ".join(dict.fromkeys(names)) or "none") + "."})
 
     def ground(kind, label, boxes, words, turn):
         boxes = sorted(boxes)  # reading order: the image's left to its right
         question, answer = turn(words, format_boxes(boxes), rng)
-        sample = {"task": "grounding", "kind": kind, "label": label, "question": question, "answer": answer, "boxes": boxes}
-        samples.append(sample)
+        return {"task": "grounding", "kind": kind, "label": label, "question": question, "answer": answer, "boxes": boxes}
 
     labels = list(dict.fromkeys(f.label for f in film.findings))
-    asked = 3 if exhaustive else max(1, 3 - len(labels))
-    for name in rng.choice(list(film.regions), asked, replace=False).tolist():
-        ground("anatomy", name, [box_of(film.regions[name])], name, templates.region_turn)
-    for label in labels:
-        ground("abnormality", label, [f.box for f in film.findings if f.label == label], label, templates.region_turn)
-    stated = [s for s in statements if s.findings]
+    asked = [ground("abnormality", label, [f.box for f in film.findings if f.label == label], label, templates.region_turn)
+             for label in labels]
+    stated = [s for s in told[0] if s.findings]
     if stated:
-        stated = [stated[rng.integers(len(stated))]]
-    for told in stated:
-        boxes, words = [f.box for f in told.findings], told.text.rstrip(".")
-        ground("phrase", told.findings[0].label, boxes, words, templates.phrase_turn)
+        s = stated[rng.integers(len(stated))]
+        asked.append(ground("phrase", s.findings[0].label, [f.box for f in s.findings], s.text.rstrip("."), templates.phrase_turn))
+    if training and len(asked) > 2:
+        asked = [asked[k] for k in rng.choice(len(asked), 2, replace=False)]
+    regions = rng.choice(list(film.regions), 1 if training else max(1, 3 - len(labels)), replace=False).tolist()
+    asked += [ground("anatomy", name, [box_of(film.regions[name])], name, templates.region_turn) for name in regions]
     common = {"image": image, "source": "phantom", "patient": patient}
-    return [{"id": f"{patient}-{k or 'report'}"} | common | sample for k, sample in enumerate(samples)]
+    return [{"id": f"{patient}-{k or 'report'}"} | common | sample for k, sample in enumerate(samples + asked)]
 
 
 def write_film(job: tuple[str, int], *, seed: int, size: int, folder: Path) -> list[dict]:
@@ -753,7 +752,6 @@ def write_film(job: tuple[str, int], *, seed: int, size: int, folder: Path) -> l
     number, patient = SPLITS.index(split), f"phantom-{split}-{index:05d}"
     film = draw_film(seed, number, index, size)
     Image.fromarray(film.pixels).save(folder / "films" / f"{patient}.png", compress_level=3)
-    # Training asks for all it can, since questions about one film share its pass; a test counts each film about alike.
     return film_samples(film, patient, f"films/{patient}.png", np.random.default_rng([seed, number, index, 1]), split == "train")
 
 

@@ -7,6 +7,11 @@ a few common wordings and a long tail, as people ask.
 
 import numpy as np
 
+CLASSIFICATION_QUESTIONS = (
+    "Which abnormalities and devices are seen?",
+    "List the abnormalities and devices on this film.",
+    "What is abnormal on this chest X-ray?",
+)
 REPORT_QUESTIONS = (
     "Write the findings of this chest X-ray.",
     "Describe the findings in this chest X-ray.",
@@ -98,6 +103,10 @@ def draw_template(templates, rng: np.random.Generator) -> str:
     """One of `templates`; template k (from 0) has weight 1 / (k + 1)."""
     weights = 1.0 / np.arange(1, len(templates) + 1)
     return templates[rng.choice(len(templates), p=weights / weights.sum())]
+
+
+def classification_question(rng: np.random.Generator) -> str:
+    return draw_template(CLASSIFICATION_QUESTIONS, rng)
 
 
 def report_question(rng: np.random.Generator) -> str:
