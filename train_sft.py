@@ -9,12 +9,11 @@ the loss covers answer tokens alone.
 import math
 import time
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import torch
 from tqdm import tqdm
 
-from minigrpo.data import Sample, batch_at, group_by_image, read_jsonl
+from minigrpo.data import Sample, batch_at, group_by_image, prefetch, read_jsonl
 from minigrpo.loss import aggregate
 from minigrpo.policy import Policy
 from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
@@ -69,28 +68,10 @@ def make_optimizers(policy: Policy, args: SftArguments) -> list[torch.optim.Opti
         muon, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 
-def alike(images: list[list[Sample]], questions: int, most: int) -> list[list[list[Sample]]]:
-    """The samples of a step as passes of at most `most` groups, each of at most `questions` samples about one image.
-
-    Samples of one task and like length go together, because a pass pads all its rows to the longest.
-    """
-
-    def length(sample: Sample) -> int:
-        return len(sample.question) + len(sample.answer)
-
-    groups = []
-    for samples in images:
-        for task in sorted({sample.task for sample in samples}):
-            found = sorted((sample for sample in samples if sample.task == task), key=length)
-            size = -(-len(found) // -(-len(found) // questions))  # as few groups as can be, of equal size
-            groups += [found[k : k + size] for k in range(0, len(found), size)]
-    groups.sort(key=lambda group: (group[0].task, length(group[-1])))
-    passes: list[list[list[Sample]]] = []
-    for _, same in groupby(groups, key=lambda group: group[0].task):
-        same = list(same)
-        count = -(-len(same) // most)
-        passes += [same[len(same) * k // count : len(same) * (k + 1) // count] for k in range(count)]
-    return passes
+def passes(images: list[list[Sample]], questions: int, most: int) -> list[list[list[Sample]]]:
+    """The samples of a step as passes of at most `most` groups, each of at most `questions` samples about one image."""
+    groups = [samples[k : k + questions] for samples in images for k in range(0, len(samples), questions)]
+    return [groups[k : k + most] for k in range(0, len(groups), most)]
 
 
 def main() -> None:
@@ -110,16 +91,19 @@ def main() -> None:
     log = JsonLines(folder / "metrics.jsonl", start)
     print(f"SFT: {len(train)} samples on {len(images)} images, {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters, {args.device}")
 
+    def encoded(step: int) -> list:
+        batch = batch_at(images, step, args.batch_size, args.seed)
+        return [policy.encode_turns(part) for part in passes(batch, args.questions_per_image, args.micro_batch)]
+
     with graceful_stop() as stopping:
-        for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="sft")):
-            began = time.perf_counter()
-            batch = batch_at(images, step, args.batch_size, args.seed)
-            parts = [policy.encode_turns(part) for part in alike(batch, args.questions_per_image, args.micro_batch)]
-            answer_tokens = sum(int(mask.sum()) for _, _, mask in parts)
+        steps, began = prefetch(encoded, range(start, args.max_steps)), time.perf_counter()
+        for step, parts in (bar := tqdm(steps, initial=start, total=args.max_steps, desc="sft")):
+            answer_tokens = sum(int(mask.sum()) for _, blocks in parts for _, mask in blocks)
             total = 0.0
-            for prompts, tokens, mask in parts:
-                logprob = policy.score(prompts, tokens, mask)  # (R, T)
-                loss = aggregate(-logprob, mask, denominator=answer_tokens)  # the whole batch's count, not this part's
+            for prompts, blocks in parts:
+                prefix = policy.prefill(prompts)  # the image, and what precedes the questions about it, once for them all
+                loss = sum(aggregate(-policy.score(prefix, tokens, mask), mask, denominator=answer_tokens)
+                           for tokens, mask in blocks)  # divided by the whole batch's count, not this part's
                 loss.backward()
                 total += loss.item()
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip).item()
@@ -130,7 +114,7 @@ def main() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
 
-            seconds = time.perf_counter() - began
+            began, seconds = time.perf_counter(), time.perf_counter() - began
             log.write({"step": step, "loss": total, "learning_rate": rate, "grad_norm": grad_norm,
                        "tokens_per_second": answer_tokens / seconds, "seconds": seconds})
             bar.set_postfix(loss=f"{total:.3f}", tokens_per_s=f"{answer_tokens / seconds:.0f}")

@@ -34,24 +34,30 @@ def generate(policy: Policy, prompts: Prompts, *, group_size: int = 1, max_new_t
     random.manual_seed(seed) if seed is not None else random.seed()
     ends = torch.tensor(policy.end_ids, device=device)
 
-    prefix = policy.prefill(prompts)
-    cache = AnswerCache(size=max_new_tokens)
+    prefix, cache = policy.prefill(prompts), AnswerCache(size=max_new_tokens)
     hidden = prefix.hidden.repeat_interleave(group_size, 0)  # (R, d)
-    finished = torch.zeros(len(hidden), dtype=torch.bool, device=device)
-    tokens, logprobs, masks = [], [], []
-    for _ in range(max_new_tokens):
-        token, logprob = sample(hidden, policy.head, temperature, random)  # (R,), (R,)
-        masks.append(~finished)  # before `finished` learns of this token: the end token itself is part of the answer
-        tokens.append(torch.where(finished, policy.tokenizer.pad_token_id, token))
-        logprobs.append(torch.where(finished, 0.0, logprob))
-        finished = finished | torch.isin(token, ends)
-        if finished.all():
+    rows = torch.arange(len(hidden), device=device)  # those that are still decoded
+    finished = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    tokens = torch.full((len(rows), max_new_tokens), policy.tokenizer.pad_token_id, device=device)
+    logprobs, mask = torch.zeros(tokens.shape, device=device), torch.zeros(tokens.shape, dtype=torch.bool, device=device)
+    for t in range(max_new_tokens):
+        token, logprob = sample(hidden, policy.head, temperature, random)  # (r,), (r,)
+        going = ~finished[rows]  # before `finished` learns of this token: the end token itself is part of the answer
+        mask[rows, t] = going
+        tokens[rows, t] = torch.where(going, token, tokens[rows, t])
+        logprobs[rows, t] = torch.where(going, logprob, 0.0)
+        finished[rows] |= torch.isin(token, ends)
+        open_groups = ~finished[rows].view(-1, group_size).all(1)  # (b,)
+        if not open_groups.any() or t + 1 == max_new_tokens:
             break
-        if len(tokens) < max_new_tokens:
-            hidden = policy.extend(prefix, tokens[-1][:, None], cache)[:, 0]
-    tokens, mask = torch.stack(tokens, 1), torch.stack(masks, 1)
+        if open_groups.float().mean() < 0.75:  # dropping ended groups copies the cache, so not at every step
+            keep = open_groups.repeat_interleave(group_size)
+            prefix, rows, token = prefix.select(open_groups), rows[keep], token[keep]
+            cache.select(keep)
+        hidden = policy.extend(prefix, token[:, None], cache)[:, 0]
+    tokens, logprobs, mask = tokens[:, :t + 1], logprobs[:, :t + 1], mask[:, :t + 1]
     texts = [policy.tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens, mask)]
-    return Rollout(tokens, mask, torch.stack(logprobs, 1), finished, texts)
+    return Rollout(tokens, mask, logprobs, finished, texts)
 
 
 def sample(hidden: Tensor, head: Tensor, temperature: float, random: torch.Generator) -> tuple[Tensor, Tensor]:

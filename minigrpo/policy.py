@@ -66,6 +66,11 @@ class Prefix:
     next_position: Tensor  # [B]
     hidden: Tensor  # [B, d] last hidden state of the prompt, which predicts the first answer token
 
+    def select(self, prompts: Tensor) -> "Prefix":
+        """What remains when only some `prompts` [B] (bool) are followed further."""
+        keys, values = ([x[prompts] for x in layers] for layers in (self.keys, self.values))
+        return Prefix(keys, values, self.mask[prompts], self.next_position[prompts], self.hidden[prompts])
+
 
 class Policy:
     """A Qwen3-VL, its tokenizer and its image processor."""
@@ -130,30 +135,31 @@ class Policy:
         images = self._images(samples)
         return self._prompts([self._chat(sample, slots) for sample, slots in zip(samples, images.slots)], images)
 
-    def encode_turns(self, groups: list[list[Sample]]) -> tuple[Prompts, Tensor, Tensor]:
-        """Questions and answers about B images, for supervised training: prompts, tokens [R, T] and mask [R, T].
+    def encode_turns(self, groups: list[list[Sample]], rows: int = 2) -> tuple[Prompts, list[tuple[Tensor, Tensor]]]:
+        """Questions and answers about B images, for supervised training: prompts and blocks of (tokens, mask) [B rows, T].
 
         The samples of a group share their image, so the prompt ends behind it; a row is one question with its answer, and
-        the mask covers the answer and its end token. Groups shorter than the longest are filled with empty rows.
+        the mask covers the answer and its end token. A block holds `rows` rows of every group, by length, since it is
+        padded to its longest; where a group runs out, its rows are empty. Every block follows the same prompts.
         """
         for group in groups:
             if any(sample.images != group[0].images for sample in group):
                 raise ValueError(f"samples of one group must share their image: {', '.join(s.id for s in group)}")
-        images = self._images([group[0] for group in groups])
-        prompts, rows, masks, size = [], [], [], max(map(len, groups))
+        images, prompts, turns = self._images([group[0] for group in groups]), [], []
         for group, slots in zip(groups, images.slots):
             chats = [self._chat(sample, slots) for sample in group]
             cut = len(chats[0]) - chats[0][::-1].index(self.vision_end_id) if slots else len(chats[0])
             prompts.append(chats[0][:cut])
-            for sample, chat in zip(group, chats):
-                answer = self.tokenizer(sample.answer, add_special_tokens=False)["input_ids"] + [self.end_id]
-                rows.append(chat[cut:] + answer)
-                masks.append([0] * len(chat[cut:]) + [1] * len(answer))
-            rows += [[]] * (size - len(group))
-            masks += [[]] * (size - len(group))
-        tokens, _ = pad_right(rows, self.tokenizer.pad_token_id)
-        mask, _ = pad_right(masks, 0)
-        return self._prompts(prompts, images), tokens.to(self.device), mask.bool().to(self.device)
+            answers = [ids + [self.end_id] for ids in self._tokens([sample.answer for sample in group])]
+            turns.append(sorted(((chat[cut:], answer) for chat, answer in zip(chats, answers)),
+                                key=lambda turn: -len(turn[0]) - len(turn[1])))
+        blocks = []
+        for first in range(0, max(map(len, turns)), rows):
+            chosen = [row for group in turns for row in (group[first:first + rows] + [([], [])] * rows)[:rows]]
+            tokens, _ = pad_right([question + answer for question, answer in chosen], self.tokenizer.pad_token_id)
+            mask, _ = pad_right([[0] * len(question) + [1] * len(answer) for question, answer in chosen], 0)
+            blocks.append((tokens.to(self.device), mask.bool().to(self.device)))
+        return self._prompts(prompts, images), blocks
 
     def _images(self, samples: list[Sample]) -> "Images":
         opened = [load_image(path) for sample in samples for path in sample.images]
@@ -171,7 +177,10 @@ class Policy:
         # The template writes one <|image_pad|> an image; each needs one for every merged patch.
         head, *tails = text.split("<|image_pad|>", len(slots))
         text = head + "".join("<|image_pad|>" * n + tail for n, tail in zip(slots, tails))
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._tokens([text])[0]
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def _prompts(self, rows: list[list[int]], images: "Images") -> Prompts:
         ids, mask = pad_right(rows, self.tokenizer.pad_token_id)
@@ -182,7 +191,7 @@ class Policy:
 
     def encode_answers(self, answers: list[str]) -> tuple[Tensor, Tensor]:
         """Answers as tokens [R, T] and mask [R, T], each closed by its end token."""
-        rows = [ids + [self.end_id] for ids in self.tokenizer(answers, add_special_tokens=False)["input_ids"]]
+        rows = [ids + [self.end_id] for ids in self._tokens(answers)]
         tokens, mask = pad_right(rows, self.tokenizer.pad_token_id)
         return tokens.to(self.device), mask.to(self.device)
 
@@ -229,24 +238,26 @@ class Policy:
         cache.length += n
         return hidden
 
-    def score(self, prompts: Prompts, tokens: Tensor, mask: Tensor, *, temperature: float = 1.0,
+    def score(self, prompts: Prompts | Prefix, tokens: Tensor, mask: Tensor, *, temperature: float = 1.0,
               entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """fp32 log-probs [R, T] of answers under the policy, 0 where masked (and the entropy [R, T] on request).
 
         tokens, mask [R, T]; row r answers prompt r // G, G = R / B. One pass over each prompt serves its whole group,
-        so its backward pass runs once as well.
+        so its backward pass runs once as well; it can be made beforehand with `prefill`, to serve several calls.
         """
-        prefix = self.prefill(prompts)
-        group, remainder = divmod(len(tokens), len(prompts.ids))
+        prefix = prompts if isinstance(prompts, Prefix) else self.prefill(prompts)
+        group, remainder = divmod(len(tokens), len(prefix.mask))
         if remainder or tokens.shape != mask.shape:
-            raise ValueError(f"score needs tokens and mask [R, T] with R a multiple of the {len(prompts.ids)} prompts, "
+            raise ValueError(f"score needs tokens and mask [R, T] with R a multiple of the {len(prefix.mask)} prompts, "
                              f"got {tuple(tokens.shape)} and {tuple(mask.shape)}")
         hidden = prefix.hidden.repeat_interleave(group, 0)[:, None]  # predicts the first token
-        if tokens.shape[1] > 1:
-            hidden = torch.cat([hidden, self.extend(prefix, tokens[:, :-1], AnswerCache())], dim=1)  # (R, T, d)
         mask = mask.bool()
+        longest = int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1  # part of a batch is padded to the whole's longest
+        if longest > 1:
+            hidden = torch.cat([hidden, self.extend(prefix, tokens[:, :longest - 1], AnswerCache())], dim=1)  # (R, longest, d)
+        within = mask[:, :longest]
         with self._precision():  # only answer tokens are projected onto the vocabulary
-            found = linear_logprob(hidden[mask], self.head, tokens[mask], temperature=temperature, entropy=entropy)
+            found = linear_logprob(hidden[within], self.head, tokens[mask], temperature=temperature, entropy=entropy)
         empty = torch.zeros(mask.shape, device=mask.device)
         outs = [empty.masked_scatter(mask, x) for x in (found if entropy else (found,))]
         return tuple(outs) if entropy else outs[0]
@@ -287,6 +298,10 @@ class AnswerCache:
         for store, new in zip(self.layers[layer], (k, v)):
             store[:, :, self.length:end] = new
         return tuple(store[:, :, :end] for store in self.layers[layer])
+
+    def select(self, rows: Tensor) -> None:
+        """Drop the answers outside `rows` [R] (bool)."""
+        self.layers = {layer: tuple(store[rows] for store in stores) for layer, stores in self.layers.items()}
 
 
 def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_mask: Tensor,

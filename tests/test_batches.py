@@ -1,6 +1,8 @@
 """Data order: every sample once an epoch, the same after a resume."""
 
-from minigrpo.data import Sample, batch_at, group_by_image
+import pytest
+
+from minigrpo.data import Sample, batch_at, group_by_image, prefetch
 
 
 def test_every_item_once_an_epoch():
@@ -20,3 +22,13 @@ def test_groups_share_their_image():
         [("a", "grounding"), ("b", "grounding"), ("a", "grounding"), ("a", "report"), (None, "report"), (None, "report"), ("a", "grounding")])]
     groups = [[s.id for s in group] for group in group_by_image(samples)]
     assert groups == [["0", "2", "3", "6"], ["1"], ["4"], ["5"]]
+
+def test_prefetch_gives_every_step_in_order_and_passes_errors_on():
+    def make(step):
+        if step == 4:
+            raise ValueError("step 4")
+        return step * 10
+
+    assert list(prefetch(make, range(1, 4))) == [(1, 10), (2, 20), (3, 30)] and list(prefetch(make, range(4, 4))) == []
+    with pytest.raises(ValueError, match="step 4"):
+        list(prefetch(make, range(2, 6)))

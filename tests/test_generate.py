@@ -28,6 +28,18 @@ def test_sampled_logprob_is_the_scored_one(policy, mixed):
         torch.testing.assert_close(rollout.logprob, scored.detach(), atol=1e-4, rtol=0)
 
 
+def test_groups_that_ended_are_dropped_without_a_trace(policy, mixed):
+    """Every tenth token ends here, so groups leave the batch at different steps; those that stay keep their own cache."""
+    short = copy_of(policy)
+    short.end_ids = list(range(0, len(policy.tokenizer), 10))
+    prompts = short.encode(mixed * 2)
+    rollout = generate(short, prompts, group_size=2, max_new_tokens=40, seed=0)
+    last = rollout.mask.sum(1).view(-1, 2).amax(1).sort()[0]
+    assert last[2] < last[-1] - 2, "more than a quarter of the groups ended early, so some were dropped"
+    scored = short.score(prompts, rollout.tokens, rollout.mask)
+    torch.testing.assert_close(rollout.logprob, scored.detach(), atol=1e-4, rtol=0)
+    for tokens, mask, finished in zip(rollout.tokens, rollout.mask, rollout.finished.tolist()):
+        assert [t in short.end_ids for t in tokens[mask].tolist()] == [False] * (int(mask.sum()) - 1) + [finished]
 
 
 def test_end_token_is_inside_the_mask(policy, samples):

@@ -1,11 +1,12 @@
 """Which samples a step trains on."""
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
 from .sample import Sample
-
 
 T = TypeVar("T")
 
@@ -18,6 +19,17 @@ def batch_at(items: list[T], step: int, size: int, seed: int) -> list[T]:
         epoch, index = divmod(position, len(items))
         batch.append(items[_order(len(items), seed, epoch)[index]])
     return batch
+
+
+def prefetch(make: Callable[[int], T], steps: range) -> Iterator[tuple[int, T]]:
+    """(step, make(step)) for each step, the next one made in a thread while the caller works on this one."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(make, steps.start) if steps else None
+        for step in steps:
+            found = coming.result()
+            if step + 1 in steps:
+                coming = pool.submit(make, step + 1)
+            yield step, found
 
 
 def group_by_image(samples: list[Sample]) -> list[list[Sample]]:

@@ -12,6 +12,13 @@ CLASSIFICATION_QUESTIONS = (
     "List the abnormalities and devices on this film.",
     "What is abnormal on this chest X-ray?",
 )
+DETECTION_QUESTIONS = (
+    "Box every finding and device on this film.",
+    "Find all abnormalities and devices and give their boxes.",
+    "Where are the findings of this chest X-ray?",
+    "List what is abnormal, each with its box.",
+)
+DETECTION_ANSWERS = ("The findings are {listed}.", "Seen are {listed}.", "On this film there are {listed}.")
 REPORT_QUESTIONS = (
     "Write the findings of this chest X-ray.",
     "Describe the findings in this chest X-ray.",
@@ -107,6 +114,13 @@ def draw_template(templates, rng: np.random.Generator) -> str:
 
 def classification_question(rng: np.random.Generator) -> str:
     return draw_template(CLASSIFICATION_QUESTIONS, rng)
+
+
+def detection_turn(findings: list[tuple[str, str]], rng: np.random.Generator) -> tuple[str, str]:
+    """(question, answer) for all findings of a film, each a name and the text of its box."""
+    items = [f"{name} at {box}" for name, box in findings]
+    listed = " and ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
+    return draw_template(DETECTION_QUESTIONS, rng), draw_template(DETECTION_ANSWERS, rng).format(listed=listed)
 
 
 def report_question(rng: np.random.Generator) -> str:
