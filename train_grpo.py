@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from minigrpo.data import batch_at, read_jsonl
 from minigrpo.generate import generate
-from minigrpo.loss import ESTIMATORS, group_advantages, grpo_loss
+from minigrpo.loss import ESTIMATORS, SCALES, group_advantages, grpo_loss
 from minigrpo.policy import Policy
 from minigrpo.rewards import reward_fn
 from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
@@ -34,8 +34,13 @@ class GrpoArguments(RunArguments):
     updates_per_rollout: int = field(default=4, metadata={"help": "optimiser steps on each rollout batch, each on its own prompts"})
     micro_prompts: int = field(default=8, metadata={"help": "prompts (with their groups) per forward and backward pass"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
+    advantage_scale: str = field(default="group", metadata={
+        "help": "what centred rewards are divided by: the group's std (the paper), the whole batch's, or none (Dr. GRPO). In "
+                "an easy group the std is small, so `group` weighs its differences as heavily as those of a hard one",
+        "choices": list(SCALES)})
     temperature: float = field(default=1.0, metadata={"help": "of sampling, and so of the log-probs that are trained"})
     learning_rate: float = field(default=1e-6, metadata={"help": "constant; 1e-6 in the paper, about 1e-4 for a tiny model"})
+    freeze_vision: bool = field(default=False, metadata={"help": "keep the vision tower as it is: cheaper, and less to unlearn"})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decoupled weight decay"})
     grad_clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
     clip_low: float = field(default=0.2, metadata={"help": "the ratio may fall to 1 - clip_low"})
@@ -71,6 +76,7 @@ def main() -> None:
         reference = Policy.from_pretrained(args.model, device=args.device, autocast=args.bf16).freeze()
         folder = open_run(args)
 
+    policy.visual.requires_grad_(not args.freeze_vision)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     start = load_optimizers(checkpoint, optimizer) if checkpoint else 0
     metrics, rollouts = JsonLines(folder / "metrics.jsonl", start), JsonLines(folder / "rollouts.jsonl", start)
@@ -89,7 +95,7 @@ def main() -> None:
             with timer.phase("reward"):
                 scores = reward(rollout.texts, [s for s in samples for _ in range(G)])
                 rewards, valid = torch.tensor(scores.values).view(B, G), torch.tensor(scores.valid).view(B, G)
-                advantage = group_advantages(rewards, valid=valid).view(-1).to(policy.device)  # (R,)
+                advantage = group_advantages(rewards, scale=args.advantage_scale, valid=valid).view(-1).to(policy.device)  # (R,)
             with timer.phase("reference"), torch.no_grad():
                 ref_logprob = torch.cat([
                     reference.score(prompts.select(part), rollout.tokens[rows], rollout.mask[rows], temperature=args.temperature)

@@ -135,7 +135,7 @@ class Policy:
         images = self._images(samples)
         return self._prompts([self._chat(sample, slots) for sample, slots in zip(samples, images.slots)], images)
 
-    def encode_turns(self, groups: list[list[Sample]], rows: int = 2) -> tuple[Prompts, list[tuple[Tensor, Tensor]]]:
+    def encode_turns(self, groups: list[list[Sample]], rows: int = 1) -> tuple[Prompts, list[tuple[Tensor, Tensor]]]:
         """Questions and answers about B images, for supervised training: prompts and blocks of (tokens, mask) [B rows, T].
 
         The samples of a group share their image, so the prompt ends behind it; a row is one question with its answer, and
@@ -314,6 +314,10 @@ def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, p
     """
     (rows, heads, n, width), (prompts, key_heads, length) = q.shape, prefix_k.shape[:3]
     group, share = rows // prompts, heads // key_heads
+    if group == 1 and n > 1:  # one answer to each prompt, scored: nothing is shared, so the fused kernel takes it as it is
+        seen = torch.cat([prefix_mask[:, None, None].expand(-1, -1, n, -1), causal.expand(rows, 1, -1, -1)], dim=-1)
+        k, v = torch.cat([prefix_k, k], dim=2), torch.cat([prefix_v, v], dim=2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=share > 1)
     q = q.reshape(prompts, group, key_heads, share * n, width) * width**-0.5
     to_prompt = q.transpose(1, 2).reshape(prompts, key_heads, -1, width) @ prefix_k.mT  # (B, K, G share n, P)
     to_prompt = to_prompt.masked_fill(~prefix_mask[:, None, None], -torch.inf)

@@ -96,7 +96,7 @@ class Film:
 @dataclass
 class Statement:
     text: str
-    findings: list[Finding]  # what it states; empty for a negative
+    findings: list[Finding]  # what it states and locates; empty for a negative and a remark
 
 
 def box_of(mask: np.ndarray) -> list[float]:
@@ -498,14 +498,14 @@ def add_nasogastric_tube(d: Drawing) -> None:
 
 KINDS = {  # label: (chance before "no kind twice", function), in drawing order: what needs room comes after what fills it
     "cardiomegaly": (0.16, add_cardiomegaly),
-    "pneumothorax": (0.14, add_pneumothorax),
-    "pleural effusion": (0.20, add_effusion),
-    "consolidation": (0.15, add_consolidation),
+    "pneumothorax": (0.12, add_pneumothorax),
+    "pleural effusion": (0.18, add_effusion),
+    "consolidation": (0.12, add_consolidation),
     "atelectasis": (0.05, add_atelectasis),
     "nodule": (0.05, add_nodule),
     "pacemaker": (0.10, add_pacemaker),
-    "endotracheal tube": (0.08, add_endotracheal_tube),
-    "nasogastric tube": (0.08, add_nasogastric_tube),
+    "endotracheal tube": (0.11, add_endotracheal_tube),
+    "nasogastric tube": (0.11, add_nasogastric_tube),
 }
 
 
@@ -623,10 +623,16 @@ NUMBERS = {2: "two", 3: "three"}
 WORDS = {("nodule", "moderate"): "medium-sized", ("consolidation", "severe"): "extensive"}  # where the severity's name sounds odd
 ABSENT = ("consolidation", "nodule", "atelectasis")  # told of the lungs even when they are not there
 DEVICES = ("endotracheal tube", "nasogastric tube", "pacemaker")
-# Three readers in ten stop when the question is answered; the others go on to what else they looked at, in no fixed order.
-# So the likeliest report is a short one although most are long: greedy SFT falls for it, and a reward for overlap does not.
-BRIEF = 0.3
-REMARKS = ("Bones are intact.", "Mediastinal contours are normal.", "Trachea is central.")
+# Some readers stop when the question is answered; the others go on to a detail of each finding, in no fixed order. So the
+# likeliest report is a short one although most are long: greedy SFT falls for it, and a reward for overlap does not.
+BRIEF = 0.35
+DETAILS = {
+    "cardiomegaly": "Cardiothoracic ratio exceeds one half.", "pneumothorax": "Pleural line is visible {where}.",
+    "pleural effusion": "Costophrenic angle is blunted {where}.", "consolidation": "Vessels are obscured {where}.",
+    "atelectasis": "Bands run above the dome {where}.", "nodule": "Margins are slightly lobed.",
+    "pacemaker": "Lead ends in the heart.", "endotracheal tube": "Airway is intubated.",
+    "nasogastric tube": "Gastric tube crosses the diaphragm.",
+}  # fmt: skip
 
 
 def choose(rng, *options: str) -> str:
@@ -709,48 +715,46 @@ def report(findings: list[Finding], rng) -> list[Statement]:
     sections = [[heart], lungs, pleura, devices]
     order = choose(rng, "0123", "1203", "3012")
     statements = [statement for k in order for statement in sections[int(k)]]
-    remarks = [] if rng.random() < BRIEF else [Statement(text, []) for text in rng.permutation(REMARKS)]
-    return statements + remarks
+    if rng.random() < BRIEF:
+        return statements
+    remarks = ["Bones are intact."]
+    for kind in filter(of.get, KINDS):
+        sides = {f.side for f in of[kind]}
+        remarks.append(DETAILS[kind].format(where="on both sides" if len(sides) > 1 else f"on the {sides.pop()}"))
+    return statements + [Statement(text, []) for text in rng.permutation(remarks).tolist()]
 
 
-def name_of(finding: Finding) -> str:
-    return f"{finding.side} {finding.label}" if finding.side else finding.label
-
-
-def film_samples(film: Film, patient: str, image: str, rng, training: bool) -> list[dict]:
-    """The samples about a film, as lines of the JSONL file: its report, two questions about labels or a phrase of the
-    report, one for all findings, one of anatomy. A training film is told twice, each time in other words, and listed.
+def film_samples(film: Film, patient: str, image: str, rng, tellings: int = 1) -> list[dict]:
+    """The samples about a film, as lines of the JSONL file: its report in so many tellings, and the boxes of one abnormality
+    or one phrase of the report, of all findings, of one part of the anatomy.
     """
-    told = [report(film.findings, rng) for _ in range(2 if training else 1)]
+    told = [report(film.findings, rng) for _ in range(tellings)]
     findings = [{key: value for key, value in vars(f).items() if key != "mask"} for f in film.findings]
     all_boxes = [f.box for f in film.findings]
     samples = [{"task": "report", "question": templates.report_question(rng), "answer": " ".join(s.text for s in statements),
                 "boxes": all_boxes, "findings": findings} for statements in told]
-    if training:
-        samples.append({"task": "classification", "question": templates.classification_question(rng),
-                        "answer": (", ".join(dict.fromkeys(map(name_of, film.findings))) or "none") + "."})
 
     def ground(kind, label, boxes, words, turn):
         boxes = sorted(boxes)  # reading order: the image's left to its right
         question, answer = turn(words, format_boxes(boxes), rng)
-        return {"task": "grounding", "kind": kind, "label": label, "question": question, "answer": answer, "boxes": boxes}
+        samples.append({"task": "grounding", "kind": kind, "label": label, "question": question, "answer": answer, "boxes": boxes})
 
-    asked = [ground("abnormality", label, [f.box for f in film.findings if f.label == label], label, templates.region_turn)
-             for label in dict.fromkeys(f.label for f in film.findings)]
-    stated = [s for s in told[0] if s.findings]
-    if stated:
-        s = stated[rng.integers(len(stated))]
-        asked.append(ground("phrase", s.findings[0].label, [f.box for f in s.findings], s.text.rstrip("."), templates.phrase_turn))
-    if len(asked) > 2:
-        asked = [asked[k] for k in rng.choice(len(asked), 2, replace=False)]
     if film.findings:
-        question, answer = templates.detection_turn([(name_of(f), format_boxes([f.box])) for f in film.findings], rng)
-        asked.append({"task": "grounding", "kind": "abnormality", "label": "all findings", "question": question,
-                      "answer": answer, "boxes": all_boxes})
+        if rng.random() < 0.5:
+            label = film.findings[rng.integers(len(film.findings))].label
+            ground("abnormality", label, [f.box for f in film.findings if f.label == label], label, templates.region_turn)
+        else:
+            stated = [s for s in told[0] if s.findings]
+            s = stated[rng.integers(len(stated))]
+            ground("phrase", s.findings[0].label, [f.box for f in s.findings], s.text.rstrip("."), templates.phrase_turn)
+        listed = [(f"{f.side} {f.label}" if f.side else f.label, format_boxes([f.box])) for f in film.findings]
+        question, answer = templates.detection_turn(listed, rng)  # in the order in which they were drawn, each with its name
+        samples.append({"task": "grounding", "kind": "abnormality", "label": "all findings", "question": question,
+                        "answer": answer, "boxes": all_boxes})
     name = rng.choice(list(film.regions)).item()
-    asked.append(ground("anatomy", name, [box_of(film.regions[name])], name, templates.region_turn))
+    ground("anatomy", name, [box_of(film.regions[name])], name, templates.region_turn)
     common = {"image": image, "source": "phantom", "patient": patient}
-    return [{"id": f"{patient}-{k or 'report'}"} | common | sample for k, sample in enumerate(samples + asked)]
+    return [{"id": f"{patient}-{k or 'report'}"} | common | sample for k, sample in enumerate(samples)]
 
 
 def write_film(job: tuple[str, int], *, seed: int, size: int, folder: Path) -> list[dict]:
@@ -758,7 +762,7 @@ def write_film(job: tuple[str, int], *, seed: int, size: int, folder: Path) -> l
     number, patient = SPLITS.index(split), f"phantom-{split}-{index:05d}"
     film = draw_film(seed, number, index, size)
     Image.fromarray(film.pixels).save(folder / "films" / f"{patient}.png", compress_level=3)
-    return film_samples(film, patient, f"films/{patient}.png", np.random.default_rng([seed, number, index, 1]), split == "train")
+    return film_samples(film, patient, f"films/{patient}.png", np.random.default_rng([seed, number, index, 1]), 2 if split == "train" else 1)
 
 
 @dataclass

@@ -7,18 +7,13 @@ a few common wordings and a long tail, as people ask.
 
 import numpy as np
 
-CLASSIFICATION_QUESTIONS = (
-    "Which abnormalities and devices are seen?",
-    "List the abnormalities and devices on this film.",
-    "What is abnormal on this chest X-ray?",
-)
 DETECTION_QUESTIONS = (
     "Box every finding and device on this film.",
     "Find all abnormalities and devices and give their boxes.",
     "Where are the findings of this chest X-ray?",
     "List what is abnormal, each with its box.",
 )
-DETECTION_ANSWERS = ("The findings are {listed}.", "Seen are {listed}.", "On this film there are {listed}.")
+DETECTION_ANSWERS = ("I see {listed}.", "Seen: {listed}.", "On this film: {listed}.")
 REPORT_QUESTIONS = (
     "Write the findings of this chest X-ray.",
     "Describe the findings in this chest X-ray.",
@@ -110,10 +105,6 @@ def draw_template(templates, rng: np.random.Generator) -> str:
     """One of `templates`; template k (from 0) has weight 1 / (k + 1)."""
     weights = 1.0 / np.arange(1, len(templates) + 1)
     return templates[rng.choice(len(templates), p=weights / weights.sum())]
-
-
-def classification_question(rng: np.random.Generator) -> str:
-    return draw_template(CLASSIFICATION_QUESTIONS, rng)
 
 
 def detection_turn(findings: list[tuple[str, str]], rng: np.random.Generator) -> tuple[str, str]:
