@@ -49,10 +49,10 @@ def main() -> None:
     real = args.data is not None
     data = Path(args.data) if real else out / "films"
     # The tiny model wants larger steps than a real one (paper: SFT 1e-5, GRPO 1e-6); the loss constants are the paper's.
-    sft = ["--batch_size", 10, "--questions_per_image", 8, "--micro_batch", 10, "--optimizer", "muon", "--beta2", 0.98]
-    sft += ["--max_steps", 200, "--learning_rate", 1e-3] if real else ["--max_steps", 700, "--learning_rate", 4e-3]
-    grpo = ["--learning_rate", 4e-5, "--prompts_per_step", 16, "--micro_prompts", 4, "--freeze_vision", "--max_new_tokens", 192]
-    grpo_steps = {"report": 20 if real else 60, "grounding": 20 if real else 80}
+    sft = ["--batch_size", 10, "--questions_per_image", 8, "--micro_batch", 10, "--task_weights", "report=2", "--optimizer", "muon", "--beta2", 0.98]
+    sft += ["--max_steps", 500, "--learning_rate", 2e-3] if real else ["--max_steps", 750, "--learning_rate", 4e-3]
+    grpo = ["--learning_rate", 4e-5, "--prompts_per_step", 16, "--micro_prompts", 2, "--freeze_vision", "--max_new_tokens", 192]
+    grpo_steps = {"report": 20 if real else 50, "grounding": 20 if real else 60}
 
     seconds: dict[str, float] = {}
 
@@ -70,7 +70,7 @@ def main() -> None:
 
     seed = ["--seed", args.seed]
     if not real:
-        run("films", "-m", "minigrpo.data.phantom", "--output_dir", data, "--train", 2400, "--test", 300, "--size", 256, *seed)
+        run("films", "-m", "minigrpo.data.phantom", "--output_dir", data, "--train", 2400, "--test", 300, "--size", 224, *seed)
     train, test = data / "train.jsonl", data / "test.jsonl"
     run("sft", "train_sft.py", "--model", args.model, "--train_data", train, "--output_dir", out / "sft", *sft, *seed)
     evaluate = ["evaluate.py", "--data", test, "--max_new_tokens", 192]

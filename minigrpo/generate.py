@@ -64,9 +64,10 @@ def sample(hidden: Tensor, head: Tensor, temperature: float, random: torch.Gener
     """Next tokens [R] and their fp32 log-probs [R] from hidden [R, d] and head [V, d]."""
     logits = (hidden @ head.to(hidden.dtype).T).float()
     logprob = (logits / temperature if temperature else logits).log_softmax(-1)  # (R, V)
-    if temperature:  # argmax of p / Exponential(1) noise is a draw from p, without a trip to the host
-        noise = torch.empty_like(logprob).exponential_(generator=random)
-        token = (logprob.exp() / noise).argmax(-1)
+    if temperature:  # the token in whose share of the unit interval a uniform number falls: one number a row, no trip to the host
+        share = logprob.exp().cumsum(-1)
+        drawn = torch.rand(len(share), 1, device=share.device, generator=random) * share[:, -1:]
+        token = torch.searchsorted(share, drawn, right=True)[:, 0].clamp(max=share.shape[1] - 1)
     else:
         token = logprob.argmax(-1)
     return token, logprob.gather(1, token[:, None])[:, 0]

@@ -135,12 +135,13 @@ class Policy:
         images = self._images(samples)
         return self._prompts([self._chat(sample, slots) for sample, slots in zip(samples, images.slots)], images)
 
-    def encode_turns(self, groups: list[list[Sample]], rows: int = 1) -> tuple[Prompts, list[tuple[Tensor, Tensor]]]:
-        """Questions and answers about B images, for supervised training: prompts and blocks of (tokens, mask) [B rows, T].
+    def encode_turns(self, groups: list[list[Sample]], rows: int = 1) -> tuple[Prompts, list[tuple]]:
+        """Questions and answers about B images, for supervised training: prompts, and blocks of (tokens [B rows, T],
+        mask [B rows, T], the sample of each row).
 
         The samples of a group share their image, so the prompt ends behind it; a row is one question with its answer, and
         the mask covers the answer and its end token. A block holds `rows` rows of every group, by length, since it is
-        padded to its longest; where a group runs out, its rows are empty. Every block follows the same prompts.
+        padded to its longest; where a group runs out, its rows are empty (sample None). Every block follows the same prompts.
         """
         for group in groups:
             if any(sample.images != group[0].images for sample in group):
@@ -151,14 +152,14 @@ class Policy:
             cut = len(chats[0]) - chats[0][::-1].index(self.vision_end_id) if slots else len(chats[0])
             prompts.append(chats[0][:cut])
             answers = [ids + [self.end_id] for ids in self._tokens([sample.answer for sample in group])]
-            turns.append(sorted(((chat[cut:], answer) for chat, answer in zip(chats, answers)),
+            turns.append(sorted(((chat[cut:], answer, sample) for chat, answer, sample in zip(chats, answers, group)),
                                 key=lambda turn: -len(turn[0]) - len(turn[1])))
         blocks = []
         for first in range(0, max(map(len, turns)), rows):
-            chosen = [row for group in turns for row in (group[first:first + rows] + [([], [])] * rows)[:rows]]
-            tokens, _ = pad_right([question + answer for question, answer in chosen], self.tokenizer.pad_token_id)
-            mask, _ = pad_right([[0] * len(question) + [1] * len(answer) for question, answer in chosen], 0)
-            blocks.append((tokens.to(self.device), mask.bool().to(self.device)))
+            chosen = [row for group in turns for row in (group[first:first + rows] + [([], [], None)] * rows)[:rows]]
+            tokens, _ = pad_right([question + answer for question, answer, _ in chosen], self.tokenizer.pad_token_id)
+            mask, _ = pad_right([[0] * len(question) + [1] * len(answer) for question, answer, _ in chosen], 0)
+            blocks.append((tokens.to(self.device), mask.bool().to(self.device), [sample for *_, sample in chosen]))
         return self._prompts(prompts, images), blocks
 
     def _images(self, samples: list[Sample]) -> "Images":

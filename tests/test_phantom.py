@@ -82,13 +82,6 @@ def test_schema_and_number_of_samples(samples):
         assert all(x["kind"] in ("anatomy", "abnormality", "phrase") and x["label"] and x["boxes"] for x in film[1:])
 
 
-def test_a_training_film_is_told_twice(folder):
-    for path in sorted({line["image"] for line in lines(folder / "train.jsonl")}):
-        film = [line for line in lines(folder / "train.jsonl") if line["image"] == path]
-        assert [line["task"] for line in film] == ["report"] * 2 + ["grounding"] * (3 if film[0]["findings"] else 1)
-        assert film[0]["findings"] == film[1]["findings"]
-
-
 def test_a_findings_box_is_the_bounding_box_of_its_mask(films):
     for film in films:
         for finding in film.findings:
@@ -168,8 +161,8 @@ def test_a_report_states_exactly_what_was_drawn(films, samples):
             (denied if NEGATED.search(sentence) else stated).update(named)
         assert stated == present and not denied & present
         text = written[0]["answer"].lower()
-        assert "effusion" in text and "pneumothorax" in text and re.search("heart|cardi", text)
-        if re.search(r"(?<!otherwise )clear", text):
+        assert re.search("effusion|pneumothorax", text) and re.search("heart|cardi", text)
+        if "clear" in text:
             assert not present & {"consolidation", "nodule", "atelectasis"}
         if "no support devices" in text or "no lines or tubes" in text:
             assert not present & {"pacemaker", "endotracheal tube", "nasogastric tube"}

@@ -83,7 +83,7 @@ def test_shared_questions_score_like_single_ones(policy, samples):
     prompts, blocks = policy.encode_turns(groups, rows=2)
     assert len(blocks) == -(-max(map(len, groups)) // 2)
     prefix = policy.prefill(prompts)
-    shared = torch.cat([policy.score(prefix, tokens, mask).sum(1).view(len(groups), 2) for tokens, mask in blocks], 1)
+    shared = torch.cat([policy.score(prefix, tokens, mask).sum(1).view(len(groups), 2) for tokens, mask, _ in blocks], 1)
     for b, group in enumerate(groups):
         answers, answer_mask = policy.encode_answers([s.answer for s in group])
         alone = policy.score(policy.encode(group), answers, answer_mask).sum(1)

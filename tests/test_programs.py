@@ -123,6 +123,22 @@ def test_micro_batches_change_nothing_but_memory(trained, phantom, tmp_path):
     assert rows(tmp_path / "run")[0]["loss"] == pytest.approx(rows(tmp_path / "whole")[0]["loss"], abs=1e-5)
 
 
+def test_task_weights_reach_the_loss(trained, phantom, tmp_path):
+    run(*sft(phantom, tmp_path / "run", "--task_weights", "report=3", steps=1))
+    run(*sft(phantom, tmp_path / "same", "--task_weights", "report=3,grounding=3", steps=1))
+    assert not same(tmp_path / "run", trained / "sft")
+    losses = [rows(folder)[0]["loss"] for folder in (trained / "sft", tmp_path / "same", tmp_path / "run")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6) and losses[2] != losses[0], "weights are relative"
+    assert "'reports=2' is not task=weight" in run(*sft(phantom, tmp_path / "bad", "--task_weights", "reports=2"), code=1)
+
+
+def test_a_frozen_vision_tower_stays_what_it_was(trained, phantom, tmp_path):
+    run(*grpo(phantom, trained / "sft/final", tmp_path / "run", "--freeze_vision", "--advantage_scale", "batch", steps=1))
+    before, after = weights(trained / "sft"), weights(tmp_path / "run")
+    changed = {name for name in before if (before[name] != after[name]).any()}
+    assert changed and not any("visual" in name for name in changed)
+
+
 def test_settings_file(phantom, tmp_path, trained):
     settings = {"model": str(trained / "sft/final"), "train_data": str(phantom / "train.jsonl"), "learning_rate": "1e-4",
                 "prompts_per_step": 4, "group_size": 4, "max_new_tokens": 16, "max_steps": 300}

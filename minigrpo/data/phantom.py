@@ -621,7 +621,7 @@ def expose(p: Patient, rng, film: np.ndarray) -> np.ndarray:
 
 NUMBERS = {2: "two", 3: "three"}
 WORDS = {("nodule", "moderate"): "medium-sized", ("consolidation", "severe"): "extensive"}  # where the severity's name sounds odd
-ABSENT = ("consolidation", "nodule", "atelectasis")  # told of the lungs even when they are not there
+ABSENT = ("consolidation", "nodule", "atelectasis")  # of the lungs: denied when there is none of them
 DEVICES = ("endotracheal tube", "nasogastric tube", "pacemaker")
 # Some readers stop when the question is answered; the others go on to a detail of each finding, in no fixed order. So the
 # likeliest report is a short one although most are long: greedy SFT falls for it, and a reward for overlap does not.
@@ -695,20 +695,13 @@ def report(findings: list[Finding], rng) -> list[Statement]:
     else:
         heart = negative(rng, "The heart size is normal.", "The cardiac silhouette is normal in size.",
                          "The heart is not enlarged.", "The heart size is within normal limits.")  # fmt: skip
-    lungs, missing = [s for kind in ABSENT for s in stated.get(kind, [])], [kind for kind in ABSENT if not of[kind]]
-    if not lungs:
-        lungs = [negative(rng, "The lungs are clear.", "Both lungs are clear without consolidation, nodule or atelectasis.",
-                          "There is no consolidation, nodule or atelectasis.",
-                          "No consolidation, nodule or atelectasis is seen.")]  # fmt: skip
-    elif missing:
-        lungs.append(negative(rng, "The lungs are otherwise clear.", f"There is no {' or '.join(missing)}."))
-
+    lungs = [s for kind in ABSENT for s in stated.get(kind, [])]
+    lungs = lungs or [negative(rng, "The lungs are clear.", "Both lungs are clear without consolidation, nodule or atelectasis.",
+                               "There is no consolidation, nodule or atelectasis.",
+                               "No consolidation, nodule or atelectasis is seen.")]  # fmt: skip
     pleura = [s for kind in ("pleural effusion", "pneumothorax") for s in stated.get(kind, [])]
-    missing = [kind for kind in ("pleural effusion", "pneumothorax") if not of[kind]]
-    rng.shuffle(missing)
-    if missing:
-        pleura.append(negative(rng, f"There is no {' or '.join(missing)}.", f"No {' or '.join(missing)} is seen."))
-
+    pleura = pleura or [negative(rng, "There is no pleural effusion or pneumothorax.", "No pleural effusion or pneumothorax is seen.",
+                                 "There is no pneumothorax or effusion.")]  # fmt: skip
     devices = [s for kind in DEVICES for s in stated.get(kind, [])]
     if not devices:
         devices = [negative(rng, "There are no lines or tubes.", "No support devices are seen.", "There are no support devices.")]
@@ -724,15 +717,15 @@ def report(findings: list[Finding], rng) -> list[Statement]:
     return statements + [Statement(text, []) for text in rng.permutation(remarks).tolist()]
 
 
-def film_samples(film: Film, patient: str, image: str, rng, tellings: int = 1) -> list[dict]:
-    """The samples about a film, as lines of the JSONL file: its report in so many tellings, and the boxes of one abnormality
-    or one phrase of the report, of all findings, of one part of the anatomy.
+def film_samples(film: Film, patient: str, image: str, rng) -> list[dict]:
+    """The samples about a film, as lines of the JSONL file: its report, and the boxes of one abnormality or of one phrase of
+    the report, of all findings, of one part of the anatomy.
     """
-    told = [report(film.findings, rng) for _ in range(tellings)]
+    statements = report(film.findings, rng)
     findings = [{key: value for key, value in vars(f).items() if key != "mask"} for f in film.findings]
     all_boxes = [f.box for f in film.findings]
     samples = [{"task": "report", "question": templates.report_question(rng), "answer": " ".join(s.text for s in statements),
-                "boxes": all_boxes, "findings": findings} for statements in told]
+                "boxes": all_boxes, "findings": findings}]
 
     def ground(kind, label, boxes, words, turn):
         boxes = sorted(boxes)  # reading order: the image's left to its right
@@ -744,7 +737,7 @@ def film_samples(film: Film, patient: str, image: str, rng, tellings: int = 1) -
             label = film.findings[rng.integers(len(film.findings))].label
             ground("abnormality", label, [f.box for f in film.findings if f.label == label], label, templates.region_turn)
         else:
-            stated = [s for s in told[0] if s.findings]
+            stated = [s for s in statements if s.findings]
             s = stated[rng.integers(len(stated))]
             ground("phrase", s.findings[0].label, [f.box for f in s.findings], s.text.rstrip("."), templates.phrase_turn)
         listed = [(f"{f.side} {f.label}" if f.side else f.label, format_boxes([f.box])) for f in film.findings]
@@ -762,7 +755,7 @@ def write_film(job: tuple[str, int], *, seed: int, size: int, folder: Path) -> l
     number, patient = SPLITS.index(split), f"phantom-{split}-{index:05d}"
     film = draw_film(seed, number, index, size)
     Image.fromarray(film.pixels).save(folder / "films" / f"{patient}.png", compress_level=3)
-    return film_samples(film, patient, f"films/{patient}.png", np.random.default_rng([seed, number, index, 1]), 2 if split == "train" else 1)
+    return film_samples(film, patient, f"films/{patient}.png", np.random.default_rng([seed, number, index, 1]))
 
 
 @dataclass

@@ -29,7 +29,10 @@ def iou_matrix(predicted: Boxes, reference: Boxes) -> np.ndarray:
 def match(predicted: Boxes, reference: Boxes) -> np.ndarray:
     """The overlaps > 0 of the one-to-one matching with the largest total IoU, [K], K <= min(P, N)."""
     iou = iou_matrix(predicted, reference)
-    matched = iou[linear_sum_assignment(iou, maximize=True)]
+    if min(iou.shape) == 1:  # most films: one box on either side
+        matched = iou.max(keepdims=True)
+    else:
+        matched = iou[linear_sum_assignment(iou, maximize=True)]
     return matched[matched > 0]
 
 
