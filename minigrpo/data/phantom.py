@@ -623,13 +623,13 @@ NUMBERS = {2: "two", 3: "three"}
 WORDS = {("nodule", "moderate"): "medium-sized", ("consolidation", "severe"): "extensive"}  # where the severity's name sounds odd
 ABSENT = ("consolidation", "nodule", "atelectasis")  # of the lungs: denied when there is none of them
 DEVICES = ("endotracheal tube", "nasogastric tube", "pacemaker")
-# Some readers stop when the question is answered; the others go on to a detail of each finding, in no fixed order. So the
-# likeliest report is a short one although most are long: greedy SFT falls for it, and a reward for overlap does not.
+# Some readers stop when the question is answered; the others go on to remarks, among them a detail of each finding that is
+# plain to see, in no fixed order. So the likeliest report is a short one although most are long: greedy SFT falls for it, and
+# a reward for overlap does not.
 BRIEF = 0.35
+REMARKS = ("Bones are intact.",)
 DETAILS = {
-    "cardiomegaly": "Cardiothoracic ratio exceeds one half.", "pneumothorax": "Pleural line is visible {where}.",
-    "pleural effusion": "Costophrenic angle is blunted {where}.", "consolidation": "Vessels are obscured {where}.",
-    "atelectasis": "Bands run above the dome {where}.", "nodule": "Margins are slightly lobed.",
+    "cardiomegaly": "Cardiothoracic ratio exceeds one half.", "pleural effusion": "Costophrenic angle is blunted {where}.",
     "pacemaker": "Lead ends in the heart.", "endotracheal tube": "Airway is intubated.",
     "nasogastric tube": "Gastric tube crosses the diaphragm.",
 }  # fmt: skip
@@ -710,8 +710,8 @@ def report(findings: list[Finding], rng) -> list[Statement]:
     statements = [statement for k in order for statement in sections[int(k)]]
     if rng.random() < BRIEF:
         return statements
-    remarks = ["Bones are intact."]
-    for kind in filter(of.get, KINDS):
+    remarks = list(REMARKS)
+    for kind in filter(of.get, DETAILS):
         sides = {f.side for f in of[kind]}
         remarks.append(DETAILS[kind].format(where="on both sides" if len(sides) > 1 else f"on the {sides.pop()}"))
     return statements + [Statement(text, []) for text in rng.permutation(remarks).tolist()]
