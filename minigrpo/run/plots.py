@@ -84,7 +84,7 @@ def draw_samples(path: Path, samples: list[Sample], answers: list[str], before: 
         texts = [("reference", samples[i].answer, "#1a7f37")] + ([("before", before[i], "#9a6700")] if before else [])
         top = 1.0
         for name, text, color in texts + [("prediction", answers[i], "#cf222e")]:
-            lines = textwrap.wrap(f"{name}: {text}", 105)[:5]
+            lines = textwrap.wrap(f"{name}: {text}", 145)[:5]
             axis.text(0, top, "\n".join(lines), fontsize=8, va="top", color=color, transform=axis.transAxes)
             top -= 0.075 * len(lines) + 0.06
     names = [("true box", TRUE, "-")] + ([("before", BEFORE, "--")] if before else []) + [("predicted", NOW, "-")]
