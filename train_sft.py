@@ -7,6 +7,7 @@ the loss covers answer tokens alone.
 """
 
 import math
+import re
 import time
 from dataclasses import dataclass, field
 
@@ -52,8 +53,9 @@ def parse_weights(text: str) -> dict[str, float]:
     weights = {}
     for piece in filter(None, text.split(",")):
         task, _, weight = (part.strip() for part in piece.partition("="))
-        if task not in TASKS or not weight.replace(".", "", 1).isdigit():
-            raise ValueError(f"--task_weights {text!r}: {piece!r} is not task=weight, with a task of {', '.join(TASKS)}")
+        if task not in TASKS or task in weights or not re.fullmatch(r"\d*\.?\d+", weight, re.ASCII) or not float(weight):
+            raise ValueError(f"--task_weights {text!r}: {piece!r} is not task=weight with a weight above 0 and a task, named "
+                             f"once, of {', '.join(TASKS)}")
         weights[task] = float(weight)
     return weights
 
@@ -136,7 +138,7 @@ def main() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
 
-            began, seconds = time.perf_counter(), time.perf_counter() - began
+            seconds = time.perf_counter() - began
             log.write({"step": step, "loss": total, "learning_rate": rate, "grad_norm": grad_norm,
                        "tokens_per_second": answer_tokens / seconds, "seconds": seconds})
             bar.set_postfix(loss=f"{total:.3f}", tokens_per_s=f"{answer_tokens / seconds:.0f}")
@@ -144,6 +146,7 @@ def main() -> None:
                 stop_early(folder, step + 1, policy, *optimizers)
             if (step + 1) % args.save_steps == 0 and step + 1 < args.max_steps:
                 save_checkpoint(folder, step + 1, policy, *optimizers)
+            began = time.perf_counter()  # waiting for the next batch counts, saving does not
 
     save_final(folder, policy)
     draw_curves(folder)

@@ -24,7 +24,7 @@ def generate(policy: Policy, prompts: Prompts, *, group_size: int = 1, max_new_t
              seed: int | None = None) -> Rollout:
     """Sample `group_size` answers to each prompt from softmax(logits / temperature), nothing cut off; 0 is greedy.
 
-    Greedy log-probs are those of temperature 1. The same seed gives the same answers.
+    Greedy log-probs are those of temperature 1. On a CPU the same seed gives the same answers.
     """
     if max_new_tokens < 1 or group_size < 1 or temperature < 0:
         raise ValueError(f"generate needs group_size and max_new_tokens of 1 or more and a temperature of 0 or more, "
@@ -64,9 +64,9 @@ def sample(hidden: Tensor, head: Tensor, temperature: float, random: torch.Gener
     """Next tokens [R] and their fp32 log-probs [R] from hidden [R, d] and head [V, d]."""
     logits = (hidden @ head.to(hidden.dtype).T).float()
     logprob = (logits / temperature if temperature else logits).log_softmax(-1)  # (R, V)
-    if temperature:  # the token in whose share of the unit interval a uniform number falls: one number a row, no trip to the host
-        share = logprob.exp().cumsum(-1)
-        drawn = torch.rand(len(share), 1, device=share.device, generator=random) * share[:, -1:]
+    if temperature:  # the token in whose share of the unit interval a uniform number falls
+        share = logprob.double().exp().cumsum(-1)  # in fp32 the sum would swallow the rare words of a large vocabulary
+        drawn = torch.rand(len(share), 1, dtype=share.dtype, device=share.device, generator=random) * share[:, -1:]
         token = torch.searchsorted(share, drawn, right=True)[:, 0].clamp(max=share.shape[1] - 1)
     else:
         token = logprob.argmax(-1)

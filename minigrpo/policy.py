@@ -135,13 +135,13 @@ class Policy:
         images = self._images(samples)
         return self._prompts([self._chat(sample, slots) for sample, slots in zip(samples, images.slots)], images)
 
-    def encode_turns(self, groups: list[list[Sample]], rows: int = 1) -> tuple[Prompts, list[tuple]]:
-        """Questions and answers about B images, for supervised training: prompts, and blocks of (tokens [B rows, T],
-        mask [B rows, T], the sample of each row).
+    def encode_turns(self, groups: list[list[Sample]]) -> tuple[Prompts, list[tuple]]:
+        """Questions and answers about B images, for supervised training: prompts, and blocks of (tokens [B, T], mask [B, T],
+        the B samples).
 
         The samples of a group share their image, so the prompt ends behind it; a row is one question with its answer, and
-        the mask covers the answer and its end token. A block holds `rows` rows of every group, by length, since it is
-        padded to its longest; where a group runs out, its rows are empty (sample None). Every block follows the same prompts.
+        the mask covers the answer and its end token. A block holds one row of every group, the longest first, since it is
+        padded to its longest; where a group has run out, the row is empty (sample None). Every block follows the same prompts.
         """
         for group in groups:
             if any(sample.images != group[0].images for sample in group):
@@ -155,8 +155,8 @@ class Policy:
             turns.append(sorted(((chat[cut:], answer, sample) for chat, answer, sample in zip(chats, answers, group)),
                                 key=lambda turn: -len(turn[0]) - len(turn[1])))
         blocks = []
-        for first in range(0, max(map(len, turns)), rows):
-            chosen = [row for group in turns for row in (group[first:first + rows] + [([], [], None)] * rows)[:rows]]
+        for number in range(max(map(len, turns))):
+            chosen = [group[number] if number < len(group) else ([], [], None) for group in turns]
             tokens, _ = pad_right([question + answer for question, answer, _ in chosen], self.tokenizer.pad_token_id)
             mask, _ = pad_right([[0] * len(question) + [1] * len(answer) for question, answer, _ in chosen], 0)
             blocks.append((tokens.to(self.device), mask.bool().to(self.device), [sample for *_, sample in chosen]))
@@ -311,11 +311,11 @@ def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, p
 
     q [R, H, n, D], k and v [R, K, S, D], prefix_k and prefix_v [B, K, P, D], prefix_mask [B, P], causal [n, S]
     -> [R, H, n, D]. All queries of a group meet the prompt's keys in one matrix product; the scores of both parts are
-    joined before the softmax.
+    joined before the softmax. A group of one shares nothing: its keys are simply joined.
     """
     (rows, heads, n, width), (prompts, key_heads, length) = q.shape, prefix_k.shape[:3]
     group, share = rows // prompts, heads // key_heads
-    if group == 1 and n > 1:  # one answer to each prompt, scored: nothing is shared, so the fused kernel takes it as it is
+    if group == 1 and n > 1:  # scoring; a decoding step, n = 1, would copy the prompt's keys each time
         seen = torch.cat([prefix_mask[:, None, None].expand(-1, -1, n, -1), causal.expand(rows, 1, -1, -1)], dim=-1)
         k, v = torch.cat([prefix_k, k], dim=2), torch.cat([prefix_v, v], dim=2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=share > 1)

@@ -23,6 +23,7 @@ def test_groups_share_their_image():
     groups = [[s.id for s in group] for group in group_by_image(samples)]
     assert groups == [["0", "2", "3", "6"], ["1"], ["4"], ["5"]]
 
+
 def test_prefetch_gives_every_step_in_order_and_passes_errors_on():
     def make(step):
         if step == 4:

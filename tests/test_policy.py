@@ -80,10 +80,10 @@ def test_positions_by_hand():
 def test_shared_questions_score_like_single_ones(policy, samples):
     """SFT lets the questions about one film share its pass: the same log-likelihood as each on its own."""
     groups = [[s for s in samples if s.patient == name] for name in dict.fromkeys(s.patient for s in samples[:9])]
-    prompts, blocks = policy.encode_turns(groups, rows=2)
-    assert len(blocks) == -(-max(map(len, groups)) // 2)
+    prompts, blocks = policy.encode_turns(groups)
+    assert len(blocks) == max(map(len, groups))
     prefix = policy.prefill(prompts)
-    shared = torch.cat([policy.score(prefix, tokens, mask).sum(1).view(len(groups), 2) for tokens, mask, _ in blocks], 1)
+    shared = torch.cat([policy.score(prefix, tokens, mask).sum(1, keepdim=True) for tokens, mask, _ in blocks], 1)
     for b, group in enumerate(groups):
         answers, answer_mask = policy.encode_answers([s.answer for s in group])
         alone = policy.score(policy.encode(group), answers, answer_mask).sum(1)

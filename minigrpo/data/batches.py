@@ -22,7 +22,7 @@ def batch_at(items: list[T], step: int, size: int, seed: int) -> list[T]:
 
 
 def prefetch(make: Callable[[int], T], steps: range) -> Iterator[tuple[int, T]]:
-    """(step, make(step)) for each step, the next one made in a thread while the caller works on this one."""
+    """(step, make(step)) for steps that go up by one, the next one made in a thread while the caller works on this one."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(make, steps.start) if steps else None
         for step in steps:

@@ -621,11 +621,11 @@ def expose(p: Patient, rng, film: np.ndarray) -> np.ndarray:
 
 NUMBERS = {2: "two", 3: "three"}
 WORDS = {("nodule", "moderate"): "medium-sized", ("consolidation", "severe"): "extensive"}  # where the severity's name sounds odd
-ABSENT = ("consolidation", "nodule", "atelectasis")  # of the lungs: denied when there is none of them
+LUNGS = ("consolidation", "nodule", "atelectasis")  # denied when there is none of them
 DEVICES = ("endotracheal tube", "nasogastric tube", "pacemaker")
-# Some readers stop when the question is answered; the others go on to remarks, among them a detail of each finding that is
-# plain to see, in no fixed order. So the likeliest report is a short one although most are long: greedy SFT falls for it, and
-# a reward for overlap does not.
+# Some readers stop when the question is answered; the others go on to remarks in no fixed order: one that fits every film, and
+# a detail of each finding of these kinds, which are larger than most. So where there is such a finding, the likeliest report is
+# a short one although most are long: greedy SFT falls for it, and a reward for overlap does not.
 BRIEF = 0.35
 REMARKS = ("Bones are intact.",)
 DETAILS = {
@@ -695,7 +695,7 @@ def report(findings: list[Finding], rng) -> list[Statement]:
     else:
         heart = negative(rng, "The heart size is normal.", "The cardiac silhouette is normal in size.",
                          "The heart is not enlarged.", "The heart size is within normal limits.")  # fmt: skip
-    lungs = [s for kind in ABSENT for s in stated.get(kind, [])]
+    lungs = [s for kind in LUNGS for s in stated.get(kind, [])]
     lungs = lungs or [negative(rng, "The lungs are clear.", "Both lungs are clear without consolidation, nodule or atelectasis.",
                                "There is no consolidation, nodule or atelectasis.",
                                "No consolidation, nodule or atelectasis is seen.")]  # fmt: skip

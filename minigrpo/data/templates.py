@@ -14,6 +14,7 @@ DETECTION_QUESTIONS = (
     "List what is abnormal, each with its box.",
 )
 DETECTION_ANSWERS = ("I see {listed}.", "Seen: {listed}.", "On this film: {listed}.")
+
 REPORT_QUESTIONS = (
     "Write the findings of this chest X-ray.",
     "Describe the findings in this chest X-ray.",

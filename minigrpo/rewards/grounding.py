@@ -29,7 +29,7 @@ def iou_matrix(predicted: Boxes, reference: Boxes) -> np.ndarray:
 def match(predicted: Boxes, reference: Boxes) -> np.ndarray:
     """The overlaps > 0 of the one-to-one matching with the largest total IoU, [K], K <= min(P, N)."""
     iou = iou_matrix(predicted, reference)
-    if min(iou.shape) == 1:  # most films: one box on either side
+    if min(iou.shape) == 1:  # the usual case: one box at least on one side
         matched = iou.max(keepdims=True)
     else:
         matched = iou[linear_sum_assignment(iou, maximize=True)]
