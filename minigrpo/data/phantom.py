@@ -624,8 +624,8 @@ WORDS = {("nodule", "moderate"): "medium-sized", ("consolidation", "severe"): "e
 LUNGS = ("consolidation", "nodule", "atelectasis")  # denied when there is none of them
 DEVICES = ("endotracheal tube", "nasogastric tube", "pacemaker")
 # Some readers stop when the question is answered; the others go on to remarks in no fixed order: one that fits every film, and
-# a detail of each finding of these kinds, which are larger than most. So where there is such a finding, the likeliest report is
-# a short one although most are long: greedy SFT falls for it, and a reward for overlap does not.
+# a detail of each finding of these kinds. So where there is such a finding, the likeliest report is a short one although most
+# are long: greedy SFT falls for it, and a reward for overlap does not.
 BRIEF = 0.35
 REMARKS = ("Bones are intact.",)
 DETAILS = {
