@@ -75,7 +75,7 @@ def test_the_reader_of_training_accepts_the_files(folder):
 
 def test_schema_and_number_of_samples(samples):
     for film in samples:
-        assert [x["task"] for x in film] == ["report"] + ["grounding"] * (3 if film[0]["findings"] else 1)
+        assert [x["task"] for x in film] == ["report"] + ["grounding"] * (2 if film[0]["findings"] else 1)
         for x in film:
             assert {"id", "image", "task", "question", "answer", "boxes", "source", "patient"} <= set(x)
             assert x["source"] == "phantom" and not Path(x["image"]).is_absolute()

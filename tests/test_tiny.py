@@ -5,7 +5,9 @@ from minigrpo.policy import Policy
 
 def test_tokenizer_speaks_qwen(policy):
     tokenizer = policy.tokenizer
-    assert len(tokenizer.tokenize("[0.15, 0.4]")) == len("[0.15, 0.4]"), "digits one by one, as Qwen splits them"
+    box = "It is at [0.15, 0.47, 0.60, 0.78]"
+    pieces = [tokenizer.decode([token]) for token in tokenizer(box)["input_ids"]]
+    assert "".join(pieces) == box and pieces[-9:] == [" [0.1", "5", ", 0.4", "7", ", 0.6", "0", ", 0.7", "8", "]"]
     assert tokenizer.decode(tokenizer("Heart, 12 é <think>x</think>")["input_ids"]) == "Heart, 12 é <think>x</think>"
     for token in ("<|im_end|>", "<|image_pad|>", "<think>", "</think>"):
         assert len(tokenizer(token)["input_ids"]) == 1
