@@ -29,7 +29,7 @@ def batch():
     lengths = torch.randint(1, T + 1, (B * G, 1), generator=g)
     lengths[0] = T
     old, mask = random(B * G, T) - 2, torch.arange(T) < lengths
-    logprob = (old + 0.8 * random(B * G, T)).requires_grad_()  # ratios from about 0.1 to 10: every branch of the clip
+    logprob = (old + 0.8 * random(B * G, T)).requires_grad_()  # ratios on both sides of every bound
     return SimpleNamespace(rewards=random(B, G), logprob=logprob, old=old, ref=old + 0.5 * random(B * G, T),
                            rollout=old + 0.5 * random(B * G, T), mask=mask)
 

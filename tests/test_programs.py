@@ -1,6 +1,7 @@
 """The three programs as a user runs them: small runs, resume, and bad input."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -69,6 +70,17 @@ def test_run_folders_hold_what_they_promise(trained):
     assert len(groups[0]["answers"]) == 4 and {"text", "reward", "advantage"} <= set(groups[0]["answers"][0])
 
 
+def documented(program):
+    """Names in the first column of the program's table in docs/metrics.md."""
+    section = (ROOT / "docs/metrics.md").read_text().split(f"\n## `{program}`")[1].split("\n## ")[0]
+    return set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\|(.*?)\|", section, re.M))))
+
+
+def test_the_glossary_is_complete_and_not_stale(trained):
+    for name in ("sft", "grpo"):
+        assert set().union(*rows(trained / name)) == documented(f"train_{name}.py")
+
+
 def test_first_update_is_on_policy(trained):
     """The sampler's log-probs are the old ones, so before the first step of a rollout the ratio is 1 and the KL 0."""
     args = json.loads((trained / "grpo/args.json").read_text())
@@ -82,6 +94,7 @@ def test_evaluation_and_paired_comparison(trained, phantom):
     run("evaluate.py", "--model", trained / "grpo/final", "--data", phantom / "test.jsonl", "--output_dir", trained / "evaluated",
         "--baseline", trained / "constant", "--max_new_tokens", 16)
     metrics = json.loads((trained / "evaluated/metrics.json").read_text())
+    assert set().union(*metrics["tasks"].values()) == documented("evaluate.py")
     assert set(metrics["tasks"]["grounding"]) >= {"soft_f1", "map50", "unparseable", "length"}
     assert set(metrics["tasks"]["report"]) >= {"gleu", "rouge_l", "bleu4", "length", "unparseable"}
     gain = metrics["difference"]["grounding"]["soft_f1"]
