@@ -120,7 +120,7 @@ class GrpoArguments(RunArguments):
              "clips and --cispo_cap change nothing"),
             (self.kl_coef == 0, "--kl_coef 0: the KL is logged and not trained on; --kl_estimator and --kl_ratio change the log"),
             (self.kl_coef > 0 and self.kl_estimator == "k1" and not self.kl_ratio,
-             "--kl_estimator k1 without --kl_ratio: its expected gradient is 0, so it holds nothing"),
+             "--kl_estimator k1 without --kl_ratio: its expected gradient on-policy is 0, so it holds nothing"),
             (not clip, "--kind cispo: --clip_low, --clip_high and --dual_clip are not used"),
             (clip and self.cispo_cap != GrpoArguments.cispo_cap, f"--kind clip: --cispo_cap {self.cispo_cap} is not used"),
             (clip and not self.dual_clip, "--dual_clip 0: nothing bounds the ratio where the advantage is negative"),

@@ -57,7 +57,7 @@ def group_advantages(rewards: Tensor, *, scale: str = "group", leave_one_out: bo
     lowest = r.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
     highest = r.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
     centred = torch.where(valid & ~(lowest >= highest), r - r.sum(1, keepdim=True) / n.clamp(min=1), 0.0)
-    advantage = centred * (n / (n - 1).clamp(min=1)) if leave_one_out else centred
+    advantage = centred * n / (n - 1).clamp(min=1) if leave_one_out else centred
     if scale == "none":
         return advantage
     if scale == "group":
@@ -159,14 +159,16 @@ def aggregate(per_token: Tensor, mask: Tensor, *, how: str = "token-mean", denom
     """
     _one_of("how", how, AGGREGATIONS)
     _same_shape(per_token=per_token, mask=mask)
-    count = denominator_of(mask, how=how, max_tokens=max_tokens) if denominator is None else torch.as_tensor(denominator)
+    if denominator is None:
+        denominator = denominator_of(mask, how=how, max_tokens=max_tokens)
+    mask, per_token = mask.bool(), _exact(per_token)
+    count = torch.as_tensor(denominator, dtype=per_token.dtype, device=per_token.device)
     if per_token.dim() != 2 or count.dim():
         raise ValueError("per_token must be [R, T] and denominator one number, "
                          f"got {tuple(per_token.shape)} and {tuple(count.shape)}")
-    mask = mask.bool()
     summed = _unmasked(per_token, mask).sum(1)  # (R,)
     total = (summed / mask.sum(1).clamp(min=1) if how == "sequence-mean" else summed).sum()
-    return total / count.to(total).clamp(min=torch.finfo(total.dtype).tiny)
+    return total / count.clamp(min=torch.finfo(count.dtype).tiny)
 
 
 def grpo_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, *, ref_logprob: Tensor | None = None,
@@ -183,24 +185,23 @@ def grpo_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Ten
     """
     if kl_coef and ref_logprob is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprob")
-    loss, stats = policy_loss(logprob, old_logprob, advantage, mask, clip_low=clip_low, clip_high=clip_high,
-                              dual_clip=dual_clip, level=level, kind=kind, cispo_cap=cispo_cap)
+    more = {"ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob}
+    _same_shape(logprob=logprob, old_logprob=old_logprob, mask=mask, **{k: x for k, x in more.items() if x is not None})
     mask = mask.bool()
     logp, old = _unmasked(logprob, mask), _unmasked(old_logprob.detach(), mask)
+    loss, stats = policy_loss(logp, old, advantage, mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
+                              level=level, kind=kind, cispo_cap=cispo_cap)
     if rollout_logprob is not None:
-        _same_shape(logprob=logprob, rollout_logprob=rollout_logprob)
         weight = (old - _unmasked(rollout_logprob.detach(), mask)).exp().clamp(max=rollout_cap)
         loss = weight * loss
         stats["rollout_weight"] = _masked_mean(weight, mask)
     if ref_logprob is not None:
-        _same_shape(logprob=logprob, ref_logprob=ref_logprob)
         ratio = _finite_exp(logp - old) if kl_ratio else None
         kl = kl_penalty(logp, _unmasked(ref_logprob.detach(), mask), kl_estimator, ratio)
         stats["kl"] = _masked_mean(kl, mask)
         if kl_coef:
             loss = loss + kl_coef * kl
-    scalar = aggregate(loss, mask, how=how, denominator=denominator, max_tokens=max_tokens)
-    return scalar, stats
+    return aggregate(loss, mask, how=how, denominator=denominator, max_tokens=max_tokens), stats
 
 
 def _exact(x: Tensor) -> Tensor:
