@@ -15,10 +15,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # for --fix, which runs this file by itself
-
-from minigrpo.loss import kl_penalty  # noqa: E402
-
 PAGE = ROOT / "docs/algorithm.md"
 REFERENCE = re.compile(r"\[`([\w./]+):(\d+)`\]\(\.\./([\w./]+)#L(\d+)\) `([^`]+)`")
 TABLE = re.compile(r"(?<=<!-- kl table -->\n).*?(?=\n<!-- end -->)", re.S)
@@ -40,7 +36,9 @@ def fix():
             return match[0]
         return f"[`{path}:{now}`](../{path}#L{now}) `{quote}`"
 
-    PAGE.write_text(TABLE.sub(lambda _: kl_table(), REFERENCE.sub(moved, PAGE.read_text())))
+    sys.path.insert(0, str(ROOT))
+    from tests.test_kl import table
+    PAGE.write_text(TABLE.sub(lambda _: table(), REFERENCE.sub(moved, PAGE.read_text())))
 
 
 @pytest.mark.parametrize("name, line, path, anchor, quote", REFERENCE.findall(PAGE.read_text()))
@@ -69,35 +67,6 @@ def test_worked_example():
     for column, name in enumerate(("ratio", "loss", "kl", "gradient"), start=-4):
         by_hand = torch.tensor([float(row[column]) for row in table], dtype=torch.float64)
         torch.testing.assert_close(by_hand, names[name][names["mask"]].detach(), atol=1e-4, rtol=0)
-
-
-def kl_table():
-    """Expected value and gradient of each estimator, by enumeration of a vocabulary of three."""
-    pi, ref, old = (torch.tensor(p, dtype=torch.float64).log() for p in ((0.6, 0.3, 0.1), (0.3, 0.3, 0.4), (0.3, 0.4, 0.3)))
-    logits = pi.clone().requires_grad_()
-    logp = logits.log_softmax(-1)
-    forward, reverse = (logp.exp() * (logp - ref)).sum(), (ref.exp() * (ref - logp)).sum()  # KL(pi||ref), KL(ref||pi)
-    gradient_of = lambda x: torch.autograd.grad(x, logits, retain_graph=True)[0]
-    meanings = {"0": torch.zeros(3).double(), "∇KL(π‖ref)": gradient_of(forward), "∇KL(ref‖π)": gradient_of(reverse)}
-
-    def meaning(gradient):
-        return next((name for name, known in meanings.items() if torch.allclose(gradient, known, atol=1e-12)), "neither")
-
-    rows = ["| as a loss | mean, on-policy | mean, off-policy | gradient, on-policy | is | off-policy is |", "|" + "---|" * 6]
-    for name in ("k1", "k2", "k3", "ρ k1", "ρ k2", "ρ k3"):
-        means, gradients = [], []
-        for sampler in (pi, old):  # whose samples the mean is over; the gradient flows through the estimate alone
-            ratio = (logp - sampler).exp() if name.startswith("ρ") else None
-            means.append((sampler.exp() * kl_penalty(logp, ref, name[-2:], ratio)).sum())
-            gradients.append(gradient_of(means[-1]))
-        values = [f"{mean.item():.4f}" + " = KL" * torch.allclose(mean, forward, atol=1e-12) for mean in means]
-        numbers = ", ".join(f"{x:.4f}" for x in (gradients[0].round(decimals=4) + 0.0).tolist())
-        rows.append("| " + " | ".join([name, *values, f"({numbers})", *map(meaning, gradients)]) + " |")
-    return "\n".join(rows)
-
-
-def test_kl_table():
-    assert TABLE.search(PAGE.read_text())[0] == kl_table(), "python tests/test_docs.py --fix"
 
 
 if __name__ == "__main__":
