@@ -64,7 +64,7 @@ def shares(tmp_path_factory):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_add_up_to_one_process(shares, ranks, name):
     """Bugs: a mean per rank, averaged, weighs the tokens of a rank with few of them more; a batch std per rank differs from
-    rank to rank; `model.module(...)` bypassed the gradient's sum over ranks (minimind)."""
+    rank to rank; gradients that are not summed over ranks are those of a part of the batch (minimind)."""
     loss, grad = share_of(0, 1)[name]
     found = [share[name] for share in shares[ranks]]
     torch.testing.assert_close(sum(part for part, _ in found), loss, rtol=0, atol=1e-12)
