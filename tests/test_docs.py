@@ -47,6 +47,11 @@ def test_quoted_lines_stand_where_the_page_says(name, line, path, anchor, quote)
     assert found_at(path, int(line), quote) == int(line), "python tests/test_docs.py --fix"
 
 
+def test_no_reference_is_written_in_another_form():
+    page = PAGE.read_text()
+    assert len(REFERENCE.findall(page)) == page.count("#L") > 25
+
+
 def test_named_tests_arguments_and_configs_exist():
     from train_grpo import GrpoArguments
     page, code = PAGE.read_text(), "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
