@@ -3,7 +3,7 @@ SEED ?= 0
 OUT ?= runs/demo
 BIN := .venv/bin
 
-.PHONY: install demo demo-real test test-slow
+.PHONY: install demo demo-real test test-slow test-peers
 
 install: .venv/installed
 
@@ -28,3 +28,8 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -q
+
+# Our loss against TRL's own code. TRL joins the same .venv; the constraints keep torch and transformers as they are.
+test-peers: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,peers]'
+	$(BIN)/python -m pytest -q -rP -m peers

@@ -4,22 +4,29 @@
 
 The loop in `main` is the whole algorithm: sample a group of answers to each question, reward them, compare each with its
 group, and raise the log-probs of the better ones, held by the clip and by the KL to the frozen reference.
-Where this departs from the paper: token means use the count of the whole update (theirs are per micro-batch), the images
-have one pixel budget throughout, and the sampler's own log-probs serve as the old ones.
+Where this departs from the paper: means use the count of the whole update (theirs are per micro-batch), the images have
+one pixel budget throughout, and the sampler's own log-probs serve as the old ones.
+
+The defaults are the paper's. Other papers' settings are files: configs/dapo.yaml, dr_grpo.yaml, gspo.yaml, cispo.yaml:
+
+    python train_grpo.py configs/dapo.yaml --model runs/sft/final --train_data ...
 """
 
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from minigrpo.data import batch_at, read_jsonl
-from minigrpo.generate import generate
-from minigrpo.loss import ESTIMATORS, SCALES, group_advantages, grpo_loss
-from minigrpo.policy import Policy
+from minigrpo.generate import Rollout, generate
+from minigrpo.loss import (AGGREGATIONS, ESTIMATORS, KINDS, LEVELS, SCALES, denominator_of, group_advantages, grpo_loss,
+                           overlong_filter, soft_overlong_penalty)
+from minigrpo.policy import Policy, Prompts
 from minigrpo.rewards import reward_fn
 from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
 from minigrpo.run.folder import graceful_stop, last_checkpoint, load_optimizers, open_run, save_checkpoint, save_final, stop_early
+from minigrpo.run.groups import Groups
 from minigrpo.run.log import JsonLines, Means, Timer, group_rows, rollout_stats
 from minigrpo.run.plots import draw_curves
 
@@ -34,20 +41,48 @@ class GrpoArguments(RunArguments):
     updates_per_rollout: int = field(default=4, metadata={"help": "optimiser steps on each rollout batch, each on its own prompts"})
     micro_prompts: int = field(default=8, metadata={"help": "prompts (with their groups) per forward and backward pass"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
+    temperature: float = field(default=1.0, metadata={"help": "of sampling, and so of the log-probs that are trained"})
+    dynamic_sampling: int = field(default=0, metadata={
+        "help": "groups whose rewards are all equal teach nothing: ask other questions in their place, at most so many times "
+                "a step (DAPO)"})
+    soft_overlong: int = field(default=0, metadata={
+        "help": "the last so many tokens before --max_new_tokens cost reward, linearly up to 1 (DAPO eq. 13); 0: no cost"})
+    overlong_filter: bool = field(default=False, metadata={
+        "help": "keep answers that were cut off out of the loss (DAPO): what they were about to say was not judged"})
     advantage_scale: str = field(default="group", metadata={
         "help": "what centred rewards are divided by: the group's std (the paper), the whole batch's, or none (Dr. GRPO). In "
                 "an easy group the std is small, so `group` weighs its differences as heavily as those of a hard one",
         "choices": list(SCALES)})
-    temperature: float = field(default=1.0, metadata={"help": "of sampling, and so of the log-probs that are trained"})
+    leave_one_out: bool = field(default=False, metadata={
+        "help": "compare each answer with the mean of the others, which is n / (n - 1) times the advantage (RLOO); with "
+                "--advantage_scale none an unbiased policy gradient"})
+    level: str = field(default="token", metadata={
+        "help": "one ratio a token, or the geometric mean over the answer (sequence: GSPO, which clips at --clip_low 3e-4 "
+                "--clip_high 4e-4, for a mean over hundreds of tokens hardly moves, and uses --how sequence-mean)",
+        "choices": list(LEVELS)})
+    kind: str = field(default="clip", metadata={
+        "help": "clip: beyond the clip a token has no gradient (PPO); cispo: all keep theirs, with the ratio as a bounded weight "
+                "(MiniMax-M1)", "choices": list(KINDS)})
+    clip_low: float = field(default=0.2, metadata={"help": "the ratio may fall to 1 - clip_low"})
+    clip_high: float = field(default=0.28, metadata={"help": "the ratio may rise to 1 + clip_high (DAPO's clip-higher)"})
+    dual_clip: float = field(default=3.0, metadata={"help": "bound of the ratio where the advantage is negative; 0: none"})
+    cispo_cap: float = field(default=5.0, metadata={"help": "largest weight with --kind cispo; its own, not the clip's"})
+    rollout_cap: float = field(default=0.0, metadata={
+        "help": "for a sampler whose probabilities are not exactly the trainer's (bf16, another engine): score the answers once "
+                "more before the updates and weigh each token by min(pi_old / pi_sampler, rollout_cap), usually 2 (truncated "
+                "importance weights, 1802.01561); 0: trust the sampler's log-probs"})
+    kl_coef: float = field(default=0.01, metadata={"help": "weight of the KL to the frozen reference; 0 drops it"})
+    kl_estimator: str = field(default="k3", metadata={"help": "per-token estimate of the KL", "choices": list(ESTIMATORS)})
+    kl_ratio: bool = field(default=False, metadata={
+        "help": "multiply the estimate by the ratio, which makes the gradient that of KL(policy || reference) (DeepSeek-V3.2)"})
+    how: str = field(default="token-mean", metadata={
+        "help": "mean over the update's tokens (DAPO, the paper), over answers of their own means (DeepSeekMath: tokens of long "
+                "answers count less), or the sum over answers x --max_new_tokens, a constant (Dr. GRPO)",
+        "choices": list(AGGREGATIONS)})
     learning_rate: float = field(default=1e-6, metadata={"help": "constant; 1e-6 in the paper, about 1e-4 for a tiny model"})
     freeze_vision: bool = field(default=False, metadata={"help": "keep the vision tower as it is: cheaper, and less to unlearn"})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decoupled weight decay"})
     grad_clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
-    clip_low: float = field(default=0.2, metadata={"help": "the ratio may fall to 1 - clip_low"})
-    clip_high: float = field(default=0.28, metadata={"help": "the ratio may rise to 1 + clip_high (DAPO's clip-higher)"})
-    dual_clip: float = field(default=3.0, metadata={"help": "bound of the ratio where the advantage is negative"})
-    kl_coef: float = field(default=0.01, metadata={"help": "weight of the KL to the frozen reference; 0 drops it"})
-    kl_estimator: str = field(default="k3", metadata={"help": "per-token estimate of the KL", "choices": list(ESTIMATORS)})
 
     def check(self) -> None:
         super().check()
@@ -60,6 +95,40 @@ class GrpoArguments(RunArguments):
             raise ValueError("--group_size must be at least 2: an answer alone has no group to be better than")
         if self.temperature <= 0:
             raise ValueError(f"--temperature must be above 0, got {self.temperature}: greedy answers of a group are all equal")
+        for name in ("dynamic_sampling", "soft_overlong", "dual_clip", "cispo_cap", "rollout_cap", "kl_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must be 0 or more, got {getattr(self, name)}")
+        if self.soft_overlong > self.max_new_tokens:
+            raise ValueError(f"--soft_overlong {self.soft_overlong} is longer than the longest answer, "
+                             f"--max_new_tokens {self.max_new_tokens}")
+        if self.cispo_cap == 0:
+            raise ValueError("--cispo_cap must be above 0: it is the largest weight of a token")
+        one = torch.zeros(1, 1)
+        grpo_loss(one, one, one[0], one, ref_logprob=one, **self.loss_settings())  # the loss knows which settings contradict
+
+    def loss_settings(self) -> dict:
+        """What `grpo_loss` is told at every update."""
+        return dict(kl_coef=self.kl_coef, kl_estimator=self.kl_estimator, kl_ratio=self.kl_ratio, clip_low=self.clip_low,
+                    clip_high=self.clip_high, dual_clip=self.dual_clip or None, level=self.level, kind=self.kind,
+                    cispo_cap=self.cispo_cap, rollout_cap=self.rollout_cap, how=self.how, max_tokens=self.max_new_tokens)
+
+    def inert(self) -> list[str]:
+        """Settings that have no effect beside the others, said once in the log, so that nobody tunes them."""
+        clip = self.kind == "clip"
+        notes = [
+            (self.updates_per_rollout == 1, "--updates_per_rollout 1: the ratio is 1 by construction, so --level, --kind, the "
+             "clips and --cispo_cap change nothing"),
+            (self.kl_coef == 0, "--kl_coef 0: the KL is logged and not trained on; --kl_estimator and --kl_ratio change the log"),
+            (self.kl_coef > 0 and self.kl_estimator == "k1" and not self.kl_ratio,
+             "--kl_estimator k1 without --kl_ratio: its expected gradient on-policy is 0, so it holds nothing"),
+            (not clip, "--kind cispo: --clip_low, --clip_high and --dual_clip are not used"),
+            (clip and self.cispo_cap != GrpoArguments.cispo_cap, f"--kind clip: --cispo_cap {self.cispo_cap} is not used"),
+            (clip and not self.dual_clip, "--dual_clip 0: nothing bounds the ratio where the advantage is negative"),
+            (self.level == "sequence" and min(self.clip_low, self.clip_high) > 0.01,
+             f"--level sequence: a mean over the answer hardly moves and will not meet --clip_low {self.clip_low} or "
+             f"--clip_high {self.clip_high}; GSPO has 3e-4 and 4e-4"),
+        ]
+        return [note for holds, note in notes if holds]
 
 
 def main() -> None:
@@ -83,46 +152,66 @@ def main() -> None:
     print(f"GRPO: {len(train)} samples ({len(found) - len(train)} left out: --reward covers "
           f"{', '.join(sorted(reward.tasks))}), {args.prompts_per_step} prompts x {args.group_size} answers a step, {args.device}")
 
+    for note in args.inert():
+        print(f"note: {note}")
+
     B, G = args.prompts_per_step, args.group_size
     with graceful_stop() as stopping:
         for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="grpo")):
             timer, means = Timer(), Means()
-            samples = batch_at(train, step, B, args.seed)
-            with timer.phase("rollout"):
-                prompts = policy.encode(samples)  # image and prompt once for each group
-                rollout = generate(policy, prompts, group_size=G, max_new_tokens=args.max_new_tokens,
-                                   temperature=args.temperature, seed=args.seed * 1_000_003 + step)  # R = B G answers
-            with timer.phase("reward"):
-                scores = reward(rollout.texts, [s for s in samples for _ in range(G)])
-                rewards, valid = torch.tensor(scores.values).view(B, G), torch.tensor(scores.valid).view(B, G)
-                advantage = group_advantages(rewards, scale=args.advantage_scale, valid=valid).view(-1).to(policy.device)  # (R,)
+            wanted, replaced = list(range(B)), 0
+            for refill in range(1 + args.dynamic_sampling):  # once, unless groups without spread are to be replaced
+                seed = args.seed + 1_000_000 * refill  # data and sampling depend on (seed, step) alone: a run can resume
+                with timer.phase("rollout"):
+                    samples = batch_at(train, step, B, seed)[:len(wanted)]
+                    prompts = policy.encode(samples)  # image and prompt once for each group
+                    rollout = generate(policy, prompts, group_size=G, max_new_tokens=args.max_new_tokens,
+                                       temperature=args.temperature, seed=seed * 1_000_003 + step)  # R = B G answers
+                with timer.phase("reward"):
+                    scores = reward(rollout.texts, [s for s in samples for _ in range(G)])
+                    rewards, valid = torch.tensor(scores.values).view(-1, G), torch.tensor(scores.valid).view(-1, G)
+                    if args.soft_overlong:
+                        penalty = soft_overlong_penalty(rollout.mask.sum(1).cpu(), args.max_new_tokens, args.soft_overlong)
+                        rewards, scores.parts["overlong"] = rewards + penalty.view(-1, G), penalty.tolist()
+                found = Groups(samples, rollout, rewards, valid, scores.parts)
+                groups = groups.replace(wanted, found) if refill else found
+                replaced += len(wanted) if refill else 0
+                wanted = groups.without_spread()
+                if not wanted:
+                    break
+            rollout = groups.rollout
+            mask = overlong_filter(rollout.mask, rollout.finished) if args.overlong_filter else rollout.mask  # (R, T)
+            advantage = group_advantages(groups.rewards, scale=args.advantage_scale, leave_one_out=args.leave_one_out,
+                                         valid=groups.valid).view(-1).to(policy.device)  # (R,)
             with timer.phase("reference"), torch.no_grad():
-                ref_logprob = torch.cat([
-                    reference.score(prompts.select(part), rollout.tokens[rows], rollout.mask[rows], temperature=args.temperature)
-                    for part, rows in batches_of(range(B), args.micro_prompts, G)])  # (R, T)
+                prompts = policy.encode(groups.samples) if replaced else prompts
+                ref_logprob = score_all(reference, prompts, rollout, args)  # (R, T)
+                old_logprob = score_all(policy, prompts, rollout, args) if args.rollout_cap else rollout.logprob
             with timer.phase("update"):
                 for update, update_rows in batches_of(range(B), B // args.updates_per_rollout, G):
-                    tokens = rollout.mask[update_rows].sum()  # what the token mean divides by
+                    # Of the whole update, or the learning rate would depend on micro_prompts.
+                    denominator = denominator_of(mask[update_rows], how=args.how, max_tokens=args.max_new_tokens)
+                    update_loss = 0.0
                     for part, rows in batches_of(range(update.start, update.stop), args.micro_prompts, G):
-                        mask = rollout.mask[rows]
-                        logprob, entropy = policy.score(prompts.select(part), rollout.tokens[rows], mask,
+                        logprob, entropy = policy.score(prompts.select(part), rollout.tokens[rows], mask[rows],
                                                         temperature=args.temperature, entropy=True)  # (r, T)
                         loss, stats = grpo_loss(
-                            logprob, rollout.logprob[rows], advantage[rows], mask, ref_logprob=ref_logprob[rows],
-                            kl_coef=args.kl_coef, kl_estimator=args.kl_estimator, clip_low=args.clip_low,
-                            clip_high=args.clip_high, dual_clip=args.dual_clip, denominator=tokens)
+                            logprob, old_logprob[rows], advantage[rows], mask[rows], ref_logprob=ref_logprob[rows],
+                            rollout_logprob=rollout.logprob[rows] if args.rollout_cap else None,
+                            denominator=denominator, **args.loss_settings())
                         loss.backward()
-                        means.add(mask.sum(), loss=loss.detach() * tokens / mask.sum(),
-                                  entropy=entropy.detach()[mask].mean(), **stats)
+                        update_loss += loss.detach()
+                        tokens = mask[rows].sum()
+                        means.add(tokens, entropy=entropy.detach().sum() / tokens.clamp(min=1), **stats)
                     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
-                    means.add(1, grad_norm=grad_norm)
+                    means.add(1, loss=update_loss, grad_norm=grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
 
-            row = {"step": step, **rollout_stats(rewards, valid, scores.parts, rollout), **means.row(), **timer.row()}
+            row = {"step": step, **rollout_stats(groups), "groups_replaced": replaced, **means.row(), **timer.row()}
             row["tokens_per_second"] = int(rollout.mask.sum()) / sum(timer.seconds.values())
             metrics.write(row)
-            rollouts.write({"step": step, "groups": group_rows(samples, rollout, rewards, scores.parts, advantage, groups=2)})
+            rollouts.write({"step": step, "groups": group_rows(groups, advantage, count=2)})
             bar.set_postfix(reward=f"{row['reward']:.3f}", kl=f"{row['kl']:.4f}", tokens=f"{row['answer_tokens']:.0f}")
             if stopping():
                 stop_early(folder, step + 1, policy, optimizer)
@@ -132,6 +221,13 @@ def main() -> None:
     save_final(folder, policy)
     draw_curves(folder)
     print(f"saved {folder / 'final'}")
+
+
+def score_all(policy: Policy, prompts: Prompts, rollout: Rollout, args: GrpoArguments) -> Tensor:
+    """Log-probs [R, T] of all answers of a step, a micro-batch at a time."""
+    return torch.cat([
+        policy.score(prompts.select(part), rollout.tokens[rows], rollout.mask[rows], temperature=args.temperature)
+        for part, rows in batches_of(range(len(prompts.ids)), args.micro_prompts, args.group_size)])
 
 
 def batches_of(prompts: range, size: int, group_size: int) -> list[tuple[slice, slice]]:

@@ -1,61 +1,93 @@
-"""The loss of GRPO and its common variants, as pure functions of tensors.
+"""The loss of GRPO and its common variants, as pure functions of tensors; top to bottom as the papers have it.
 
 B prompts, G answers each, R = B G rows, T answer tokens. A is the advantage, rho = exp(logp - logp_old) the ratio,
-m the mask, |o| the tokens of an answer. Masked places are never read: a NaN there changes neither loss nor gradient.
-Everything is computed in fp32 or better, whatever comes in.
+m the mask, |o| the tokens of an answer, sg stops the gradient. Log-probs and KL are in nats. Masks are bool or 0/1 of any
+dtype. Masked places are never read: a NaN there changes neither loss nor gradient. Everything is computed in fp32 or
+better, whatever comes in. Wrong shapes and settings that contradict each other raise ValueError.
 """
 
+import math
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 LEVELS, KINDS, SCALES = ("token", "sequence"), ("clip", "cispo"), ("group", "batch", "none")
 ESTIMATORS, AGGREGATIONS = ("k1", "k2", "k3"), ("token-mean", "sequence-mean", "constant")
 
 
+def soft_overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int) -> Tensor:
+    """What is added to the reward of a long answer (DAPO 2503.14476, eq. 13): 0 up to max_tokens - buffer tokens, from there
+    linear to -1 at max_tokens.
+
+    lengths in tokens, of any shape -> fp32 of that shape in -1..0. 1 <= buffer <= max_tokens.
+    """
+    if not 1 <= buffer <= max_tokens:
+        raise ValueError(f"buffer must lie in 1..max_tokens = {max_tokens}, got {buffer}")
+    return ((max_tokens - buffer - _exact(lengths)) / buffer).clamp(-1, 0)
+
+
+def overlong_filter(mask: Tensor, finished: Tensor) -> Tensor:
+    """Takes answers that were cut off out of the loss whole (DAPO, section 3.4); they still count in their group's mean.
+
+    mask [R, T], finished [R] (ended by itself) -> bool mask [R, T].
+    """
+    if mask.dim() != 2 or finished.shape != mask.shape[:1]:
+        raise ValueError(f"finished must be [R] for mask [R, T], got {tuple(finished.shape)} and {tuple(mask.shape)}")
+    return mask.bool() & finished.bool()[:, None]
+
+
 def group_advantages(rewards: Tensor, *, scale: str = "group", leave_one_out: bool = False, eps: float = 1e-6,
                      valid: Tensor | None = None) -> Tensor:
-    """A = (r - mean) / (std + eps) within each group (DeepSeekMath 2402.03300, eq. 2; std with n - 1).
+    """A = (r - mean) / (std + eps) within each group (DeepSeekMath 2402.03300, section 4.1.2; std with n - 1).
 
-    rewards [B, G] -> [B, G]. `scale`: "group" divides by the group's std, "batch" by the std of all valid rewards
-    (2508.08221), "none" not at all (Dr. GRPO, 2503.20783). `leave_one_out` multiplies by n / (n - 1) before scaling
-    (RLOO, 2402.14740). Answers outside `valid` [B, G] get 0 and enter neither mean nor std. Equal rewards give exactly 0.
+    rewards [B, G] -> [B, G]. `scale`: "group" divides by the group's std; "batch" by the std of all valid rewards, those of
+    all ranks where torch.distributed is initialised (2508.08221); "none" not at all (Dr. GRPO, 2503.20783). `leave_one_out`
+    multiplies by n / (n - 1) before scaling (RLOO, 2402.14740). Answers outside `valid` [B, G] get 0 and enter neither mean
+    nor std. Equal rewards give exactly 0, and so does a group with fewer than two valid answers.
     """
     _one_of("scale", scale, SCALES)
-    if rewards.dim() != 2 or (valid is not None and valid.shape != rewards.shape):
+    if rewards.dim() != 2 or not rewards.shape[1] or (valid is not None and valid.shape != rewards.shape):
         raise ValueError(f"group_advantages needs rewards [B, G] and valid of the same shape, got {tuple(rewards.shape)}"
                          f" and {None if valid is None else tuple(valid.shape)}")
     valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid.bool()
-    r = torch.where(valid, _exact(rewards), 0.0)
+    r = _unmasked(rewards, valid)
     n = valid.sum(1, keepdim=True)  # (B, 1)
-    centred = torch.where(valid, r - r.sum(1, keepdim=True) / n.clamp(min=1), 0.0)
     # The mean of equal floats may miss them by an ulp, which a tiny std would blow up to any size.
-    low = r.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
-    high = r.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
-    centred = torch.where(high > low, centred, 0.0)
-    advantage = centred
-    if leave_one_out:
-        advantage = centred * (n / (n - 1).clamp(min=1))
+    lowest = r.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+    highest = r.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+    centred = torch.where(valid & ~(lowest >= highest), r - r.sum(1, keepdim=True) / n.clamp(min=1), 0.0)
+    advantage = centred * n / (n - 1).clamp(min=1) if leave_one_out else centred
+    if scale == "none":
+        return advantage
     if scale == "group":
-        std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
-        advantage = advantage / (std + eps)
-    elif scale == "batch":
-        every = r[valid]
-        std = every.std() if every.numel() > 1 else every.new_zeros(())
-        advantage = advantage / (std + eps)
-    return advantage
+        squares, count = centred.square().sum(1, keepdim=True), n
+    else:
+        count = _over_ranks(valid.sum())
+        mean = _over_ranks(r.sum()) / count.clamp(min=1)
+        squares = _over_ranks(torch.where(valid, r - mean, 0.0).square().sum())
+    variance = squares / (count - 1).clamp(min=1)
+    std = torch.where(variance == 0, 1.0, variance).sqrt()  # where it is 0, so is A, whatever eps
+    return advantage / (std + eps)
 
 
 def kl_penalty(logprob: Tensor, ref_logprob: Tensor, estimator: str = "k3", ratio: Tensor | None = None) -> Tensor:
     """Per-token estimate of KL(policy || reference) (Schulman, "Approximating KL divergence"), [R, T] -> [R, T].
 
     k1 = logp - logp_ref; k2 = (logp - logp_ref)^2 / 2; k3 = exp(d) - d - 1 with d = logp_ref - logp (DeepSeekMath, eq. 4).
-    With `ratio` [R, T] the estimate is multiplied by it (DeepSeek-V3.2, 2512.02556). Range: k2 and k3 are >= 0.
+    With `ratio` [R, T] the estimate is multiplied by it, and the gradient flows through both (DeepSeek-V3.2, 2512.02556).
+    k2 and k3 are >= 0. What each does as a loss, in expectation: tests/test_kl.py.
     """
     _one_of("estimator", estimator, ESTIMATORS)
-    _same_shape(logprob=logprob, ref_logprob=ref_logprob)
+    _same_shape(logprob=logprob, ref_logprob=ref_logprob, **({} if ratio is None else {"ratio": ratio}))
     d = _exact(ref_logprob) - _exact(logprob)
-    kl = {"k1": lambda: -d, "k2": lambda: d.square() / 2, "k3": lambda: d.expm1() - d}[estimator]()
-    return kl if ratio is None else ratio * kl
+    if estimator == "k1":
+        kl = -d
+    elif estimator == "k2":
+        kl = d.square() / 2
+    else:
+        kl = d.expm1() - d
+    return kl if ratio is None else _exact(ratio) * kl
 
 
 def policy_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, *, clip_low: float = 0.2,
@@ -65,60 +97,78 @@ def policy_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: T
 
     clip (PPO 1707.06347, eq. 7; clip_high from DAPO 2503.14476): max(-A rho, -A clip(rho, 1 - low, 1 + high)), and with
     `dual_clip` c, where A < 0, at most -c A (1912.09729). level "sequence" (GSPO 2507.18071): rho is the geometric mean
-    of the answer's ratios. kind "cispo" (MiniMax-M1 2506.13585): -sg(min(rho, cispo_cap)) A logp.
+    of the answer's ratios, at every token of it. kind "cispo" (MiniMax-M1 2506.13585): -sg(min(rho, cispo_cap)) A logp,
+    and the clips are not used. The gradient reaches logprob alone.
     """
     _one_of("level", level, LEVELS)
     _one_of("kind", kind, KINDS)
     if level == "sequence" and kind == "cispo":
         raise ValueError('level="sequence" and kind="cispo" contradict each other: CISPO weighs single tokens')
+    if min(clip_low, clip_high) < 0:
+        raise ValueError(f"clip_low and clip_high must be 0 or more, got {clip_low} and {clip_high}")
     if dual_clip is not None and dual_clip <= 1 + clip_high:
         raise ValueError(f"dual_clip must lie above 1 + clip_high = {1 + clip_high}, got {dual_clip}")
     _same_shape(logprob=logprob, old_logprob=old_logprob, mask=mask)
-    if advantage.shape != logprob.shape[:1]:
+    if logprob.dim() != 2 or advantage.shape != logprob.shape[:1]:
         raise ValueError(f"advantage must be [R] for logprob [R, T], got {tuple(advantage.shape)} and {tuple(logprob.shape)}")
     mask = mask.bool()
-    logp = torch.where(mask, _exact(logprob), 0.0)
-    log_ratio = logp - torch.where(mask, _exact(old_logprob), 0.0)
+    logp = _unmasked(logprob, mask)
+    log_ratio = logp - _unmasked(old_logprob.detach(), mask)
     if level == "sequence":
-        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    ratio = log_ratio.exp().expand_as(logp)  # rho
-    a = _exact(advantage)[:, None]
+        log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(logp)
+    ratio = _finite_exp(log_ratio)  # rho
+    a = _unmasked(advantage.detach()[:, None].expand_as(logp), mask)
     if kind == "cispo":
         loss = -ratio.clamp(max=cispo_cap).detach() * a * logp
-        above, below = ratio > cispo_cap, torch.zeros_like(mask)
+        stats = {"clip_high": _masked_mean(ratio > cispo_cap, mask)}
     else:
-        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-        loss = torch.maximum(-a * ratio, -a * clipped)
-        above, below = (ratio > 1 + clip_high) & (a > 0), (ratio < 1 - clip_low) & (a < 0)
-    stats = {"clip_high": _masked_mean(above, mask), "clip_low": _masked_mean(below, mask)}
-    if kind == "clip" and dual_clip is not None:
-        stats["clip_dual"] = _masked_mean((ratio > dual_clip) & (a < 0), mask)
-        loss = torch.where(a < 0, torch.minimum(loss, -dual_clip * a), loss)
+        loss = torch.maximum(-a * ratio, -a * ratio.clamp(1 - clip_low, 1 + clip_high))
+        stats = {"clip_high": _masked_mean((ratio > 1 + clip_high) & (a > 0), mask),
+                 "clip_low": _masked_mean((ratio < 1 - clip_low) & (a < 0), mask)}
+        if dual_clip is not None:
+            loss = torch.where(a < 0, torch.minimum(loss, -dual_clip * a), loss)
+            stats["clip_dual"] = _masked_mean((ratio > dual_clip) & (a < 0), mask)
     stats["ratio_deviation"] = _masked_mean((ratio - 1).abs(), mask)
     return torch.where(mask, loss, 0.0), stats
+
+
+def denominator_of(mask: Tensor, *, how: str = "token-mean", max_tokens: int | None = None) -> Tensor:
+    """What `aggregate` divides by for mask [R, T], a scalar: tokens; rows that have a token; or R max_tokens.
+
+    It adds up: over the micro-batches of an update, and over ranks.
+    """
+    _one_of("how", how, AGGREGATIONS)
+    if mask.dim() != 2:
+        raise ValueError(f"mask must be [R, T], got {tuple(mask.shape)}")
+    if how == "token-mean":
+        return mask.bool().sum()
+    if how == "sequence-mean":
+        return mask.bool().any(1).sum()
+    if max_tokens is None or max_tokens < 1:
+        raise ValueError(f'how="constant" needs max_tokens of 1 or more, got {max_tokens}')
+    return torch.tensor(len(mask) * max_tokens, device=mask.device)
 
 
 def aggregate(per_token: Tensor, mask: Tensor, *, how: str = "token-mean", denominator: float | Tensor | None = None,
               max_tokens: int | None = None) -> Tensor:
     """Per-token loss [R, T] -> scalar.
 
-    "token-mean" (DAPO 2503.14476): sum m l / sum m. "sequence-mean" (DeepSeekMath, eq. 3): mean over answers of
+    "token-mean" (DAPO 2503.14476, eq. 8): sum m l / sum m. "sequence-mean" (DeepSeekMath, eq. 3): mean over answers of
     sum m l / |o|. "constant" (Dr. GRPO 2503.20783): sum m l / (R max_tokens). `denominator` replaces the count that is
-    divided by (tokens; answers; R max_tokens), so that micro-batches and ranks can share the global one.
+    divided by (`denominator_of`), so that micro-batches and ranks can share the global one. An all-empty mask gives 0.
     """
     _one_of("how", how, AGGREGATIONS)
     _same_shape(per_token=per_token, mask=mask)
-    if how == "constant" and max_tokens is None and denominator is None:
-        raise ValueError('how="constant" needs max_tokens')
-    mask = mask.bool()
-    per_token = torch.where(mask, _exact(per_token), 0.0)
-    tokens = mask.sum(1)  # (R,)
-    if how == "sequence-mean":
-        total, count = (per_token.sum(1) / tokens.clamp(min=1)).sum(), (tokens > 0).sum()
-    else:
-        total, count = per_token.sum(), tokens.sum() if how == "token-mean" else len(mask) * (max_tokens or 0)
-    count = torch.as_tensor(count if denominator is None else denominator, dtype=total.dtype, device=total.device)
-    return total / count.clamp(min=torch.finfo(total.dtype).tiny)
+    if denominator is None:
+        denominator = denominator_of(mask, how=how, max_tokens=max_tokens)
+    mask, per_token = mask.bool(), _exact(per_token)
+    count = torch.as_tensor(denominator, dtype=per_token.dtype, device=per_token.device)
+    if per_token.dim() != 2 or count.dim():
+        raise ValueError("per_token must be [R, T] and denominator one number, "
+                         f"got {tuple(per_token.shape)} and {tuple(count.shape)}")
+    summed = _unmasked(per_token, mask).sum(1)  # (R,)
+    total = (summed / mask.sum(1).clamp(min=1) if how == "sequence-mean" else summed).sum()
+    return total / count.clamp(min=torch.finfo(count.dtype).tiny)
 
 
 def grpo_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, *, ref_logprob: Tensor | None = None,
@@ -127,39 +177,57 @@ def grpo_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Ten
               kl_ratio: bool = False, rollout_logprob: Tensor | None = None, rollout_cap: float = 2.0,
               how: str = "token-mean", denominator: float | Tensor | None = None, max_tokens: int | None = None,
               ) -> tuple[Tensor, dict[str, Tensor]]:
-    """aggregate(policy_loss + kl_coef * KL): (scalar, statistics as scalars without gradient).
+    """aggregate(policy_loss + kl_coef * kl_penalty): (scalar, statistics as scalars without gradient).
 
-    RadVLM-GRPO (2512.10691) sets clip 0.2 / 0.28, dual_clip 3, k3 with kl_coef 0.01, token-mean. With `rollout_logprob`
-    the policy term is weighted by sg(min(exp(old - rollout), rollout_cap)), for a sampler that differs from the scorer.
+    RadVLM-GRPO (2512.10691) sets clip 0.2 / 0.28, dual_clip 3, k3 with kl_coef 0.01, token-mean. All log-probs are [R, T].
+    `kl_ratio` multiplies each token's KL by its rho. `rollout_logprob`, the sampler's own where it differs from the scorer
+    that gave old_logprob, weighs the policy term by sg(min(exp(old - rollout), rollout_cap)), as V-trace does (1802.01561).
     """
     if kl_coef and ref_logprob is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprob")
-    loss, stats = policy_loss(logprob, old_logprob, advantage, mask, clip_low=clip_low, clip_high=clip_high,
-                              dual_clip=dual_clip, level=level, kind=kind, cispo_cap=cispo_cap)
+    more = {"ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob}
+    _same_shape(logprob=logprob, old_logprob=old_logprob, mask=mask, **{k: x for k, x in more.items() if x is not None})
     mask = mask.bool()
-    logp, old = (torch.where(mask, _exact(x), 0.0) for x in (logprob, old_logprob))
+    logp, old = _unmasked(logprob, mask), _unmasked(old_logprob.detach(), mask)
+    loss, stats = policy_loss(logp, old, advantage, mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
+                              level=level, kind=kind, cispo_cap=cispo_cap)
     if rollout_logprob is not None:
-        _same_shape(logprob=logprob, rollout_logprob=rollout_logprob)
-        sampled = torch.where(mask, _exact(rollout_logprob), 0.0)
-        loss = loss * (old - sampled).exp().clamp(max=rollout_cap).detach()
+        weight = (old - _unmasked(rollout_logprob.detach(), mask)).exp().clamp(max=rollout_cap)
+        loss = weight * loss
+        stats["rollout_weight"] = _masked_mean(weight, mask)
     if ref_logprob is not None:
-        _same_shape(logprob=logprob, ref_logprob=ref_logprob)
-        ref = torch.where(mask, _exact(ref_logprob), 0.0)
-        kl = kl_penalty(logp, ref, kl_estimator, ratio=(logp - old).exp() if kl_ratio else None)
+        ratio = _finite_exp(logp - old) if kl_ratio else None
+        kl = kl_penalty(logp, _unmasked(ref_logprob.detach(), mask), kl_estimator, ratio)
         stats["kl"] = _masked_mean(kl, mask)
         if kl_coef:
             loss = loss + kl_coef * kl
-    scalar = aggregate(loss, mask, how=how, denominator=denominator, max_tokens=max_tokens)
-    return scalar, {name: value.detach() for name, value in stats.items()}
+    return aggregate(loss, mask, how=how, denominator=denominator, max_tokens=max_tokens), stats
 
 
 def _exact(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _unmasked(x: Tensor, mask: Tensor) -> Tensor:
+    """x where the mask is set, 0 elsewhere: unlike x * mask, this lets no NaN through, forward or backward."""
+    return torch.where(mask, _exact(x), 0.0)
+
+
+def _finite_exp(x: Tensor) -> Tensor:
+    """exp, kept finite: an infinite ratio times an advantage or a slope of 0 would be NaN."""
+    return x.clamp(max=math.log(torch.finfo(x.dtype).max) - 1).exp()
+
+
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    x = _exact(x.detach())
-    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
+    return _unmasked(x.detach(), mask).sum() / mask.sum().clamp(min=1)
+
+
+def _over_ranks(x: Tensor) -> Tensor:
+    """The sum of a scalar over all ranks, itself where there is one process."""
+    if dist.is_available() and dist.is_initialized():
+        x = x.detach().clone()
+        dist.all_reduce(x)
+    return x
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

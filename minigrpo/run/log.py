@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from minigrpo.generate import Rollout
+from .groups import Groups
 
 
 class JsonLines:
@@ -65,32 +65,32 @@ class Means:
         return {name: total / max(weight, 1e-12) for name, (total, weight) in self.sums.items()}
 
 
-def rollout_stats(rewards: torch.Tensor, valid: torch.Tensor, parts: dict[str, list[float]], rollout: Rollout) -> dict:
-    """What a step's answers and rewards looked like; rewards and valid [B, G]. docs/metrics.md says what each means."""
+def rollout_stats(groups: Groups) -> dict[str, float]:
+    """What a step's answers and rewards looked like. docs/metrics.md says what each figure means."""
+    rewards, valid, rollout = groups.rewards, groups.valid, groups.rollout
     counted = rewards[valid]
     spread = torch.tensor([row[ok].std().item() if ok.sum() > 1 else 0.0 for row, ok in zip(rewards, valid)])
     stats = {
         "reward": counted.mean().item() if len(counted) else 0.0,
         "reward_std_in_group": spread.mean().item(),
-        "groups_without_spread": (spread == 0).float().mean().item(),
+        "groups_without_spread": len(groups.without_spread()) / len(rewards),
         "unscored": 1 - valid.float().mean().item(),
         "answer_tokens": rollout.mask.sum(1).float().mean().item(),
         "cut_off": 1 - rollout.finished.float().mean().item(),
     }
-    for name, values in parts.items():
+    for name, values in groups.parts.items():
         known = [v for v in values if v is not None and v == v]
         stats[f"reward_{name}"] = sum(known) / max(1, len(known))
     return stats
 
 
-def group_rows(samples: list, rollout: Rollout, rewards: torch.Tensor, parts: dict[str, list[float]],
-               advantage: torch.Tensor, groups: int) -> list[dict]:
+def group_rows(groups: Groups, advantage: torch.Tensor, count: int) -> list[dict]:
     """The first groups of a step in full, for rollouts.jsonl: where one sees a reward being hacked. advantage [B G]."""
-    size = rewards.shape[1]
+    size = groups.rewards.shape[1]
     rows = []
-    for b, sample in enumerate(samples[:groups]):
+    for b, sample in enumerate(groups.samples[:count]):
         span = range(b * size, (b + 1) * size)
         rows.append({"id": sample.id, "question": sample.question, "reference": sample.answer, "answers": [
-            {"text": rollout.texts[r], "reward": rewards[b, r - b * size].item(), "advantage": advantage[r].item(),
-             **{name: values[r] for name, values in parts.items() if values[r] == values[r]}} for r in span]})
+            {"text": groups.rollout.texts[r], "reward": groups.rewards[b, r - b * size].item(), "advantage": advantage[r].item(),
+             **{name: values[r] for name, values in groups.parts.items() if values[r] == values[r]}} for r in span]})
     return rows

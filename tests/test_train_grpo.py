@@ -1,0 +1,218 @@
+"""The arguments of train_grpo.py: that each reaches the loss, that contradictions stop the run and inert ones are said."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_grpo
+from minigrpo.loss import denominator_of
+from minigrpo.run.args import parse_args
+from train_grpo import GrpoArguments
+
+ROOT = Path(__file__).parent.parent
+NEEDED = dict(model="m", train_data="t", output_dir="o")
+
+
+def half_flat(answers, samples):
+    """A reward that is the same for all answers to every second sample, and the answer's letters for the others."""
+    return [0.25 if int(sample.id.split("-")[2]) % 2 else len(answer) / 7 for answer, sample in zip(answers, samples)]
+
+
+def interrupting(answers, samples, pressed=[]):
+    """The same, with one Ctrl-C in the first step."""
+    if not pressed:
+        pressed.append(os.kill(os.getpid(), signal.SIGINT))
+    return half_flat(answers, samples)
+
+
+def letters(answers, samples):
+    return [len(answer) / 7 for answer in answers]
+
+
+def flat(answers, samples):
+    return [1.0] * len(answers)
+
+
+@pytest.fixture(scope="module")
+def train(policy, phantom, tmp_path_factory):
+    """train(*arguments) runs the program in this process and returns its folder."""
+    model = tmp_path_factory.mktemp("model")
+    policy.save_pretrained(model)
+
+    def run(*arguments, folder=None, reward="half_flat", steps=2):
+        folder = folder or tmp_path_factory.mktemp("run") / "grpo"
+        words = ["--model", model, "--train_data", phantom / "train.jsonl", "--output_dir", folder, "--reward", f"tests.test_train_grpo:{reward}",
+                 "--max_steps", steps, "--prompts_per_step", 4, "--group_size", 3, "--max_new_tokens", 12, "--learning_rate", 1e-4, *arguments]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", ["train_grpo.py", *map(str, words)])
+            patch.setattr(train_grpo, "draw_curves", lambda folder: None)  # half of a small run's time
+            train_grpo.main()
+        return folder
+    return run
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What `grpo_loss` is given while training: (positional, keyword) for each call."""
+    seen = []
+
+    def spy(*args, **settings):
+        seen.append((args, settings))
+        return loss(*args, **settings)
+
+    loss = train_grpo.grpo_loss
+    monkeypatch.setattr(train_grpo, "grpo_loss", spy)
+    return seen
+
+
+def weights(folder):
+    return load_file(folder / "final/model.safetensors")
+
+
+def rows(folder, name="metrics"):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    a, b = weights(a), weights(b)
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(level="sequence", kind="cispo"), "contradict"), (dict(dual_clip=1.2), r"dual_clip must lie above 1 \+ clip_high = 1.28"),
+    (dict(clip_low=-0.1), "0 or more"), (dict(dual_clip=-1), "--dual_clip must be 0 or more"), (dict(kl_coef=-1), "--kl_coef"),
+    (dict(rollout_cap=-1), "--rollout_cap"), (dict(dynamic_sampling=-1), "--dynamic_sampling"), (dict(soft_overlong=-1), "--soft_overlong"),
+    (dict(cispo_cap=0), "--cispo_cap must be above 0"), (dict(cispo_cap=-1), "--cispo_cap"),
+    (dict(soft_overlong=300), "--soft_overlong 300 is longer than the longest answer"), (dict(how="mean"), "how must be one of")])
+def test_contradictions_stop_before_training(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GrpoArguments(**NEEDED, **settings).check()
+
+
+@pytest.mark.parametrize("settings, said", [
+    (dict(updates_per_rollout=1), "the ratio is 1 by construction"), (dict(kl_coef=0), "not trained on"), (dict(kl_estimator="k1"), "is 0"),
+    (dict(kind="cispo"), "--dual_clip are not used"), (dict(cispo_cap=3.0), "--cispo_cap 3.0 is not used"),
+    (dict(dual_clip=0), "nothing bounds the ratio"), (dict(level="sequence"), "GSPO has 3e-4")])
+def test_inert_settings_are_said(settings, said):
+    notes = GrpoArguments(**NEEDED, **settings).inert()
+    assert len(notes) == 1 and said in notes[0]
+
+
+def test_the_papers_settings_say_nothing():
+    for settings in ({}, dict(kl_estimator="k1", kl_ratio=True), dict(level="sequence", clip_low=3e-4, clip_high=4e-4)):
+        assert GrpoArguments(**NEEDED, **settings).inert() == []
+
+
+@pytest.mark.parametrize("name, settings", [
+    ("dapo", dict(how="token-mean", clip_high=0.28, kl_coef=0, dual_clip=0, dynamic_sampling=4)),
+    ("dr_grpo", dict(how="constant", advantage_scale="none", kl_coef=0)), ("cispo", dict(kind="cispo", cispo_cap=5.0)),
+    ("gspo", dict(level="sequence", how="sequence-mean", clip_low=3e-4, clip_high=4e-4))])
+def test_configs_of_other_papers(name, settings):
+    args = parse_args(GrpoArguments, "", [str(ROOT / f"configs/{name}.yaml"), *(w for k, v in NEEDED.items() for w in (f"--{k}", v))])
+    assert {key: getattr(args, key) for key in settings} == settings
+
+
+def test_every_switch_reaches_the_loss(train, calls):
+    train("--level", "sequence", "--how", "constant", "--clip_low", 0.1, "--clip_high", 0.4, "--dual_clip", 2, "--kl_coef", 0.3, "--kl_estimator",
+          "k2", "--kl_ratio", "--updates_per_rollout", 2, "--micro_prompts", 1, "--cispo_cap", 4, "--rollout_cap", 1.5, steps=1)
+    assert len(calls) == 1 + 4, "the check of the arguments, and a call for every prompt"
+    for _, settings in calls[1:]:
+        assert settings.pop("rollout_logprob").shape == settings.pop("ref_logprob").shape == (3, 12)
+        assert settings == dict(level="sequence", kind="clip", how="constant", clip_low=0.1, clip_high=0.4, dual_clip=2.0, kl_coef=0.3, cispo_cap=4.0,
+                                kl_estimator="k2", kl_ratio=True, rollout_cap=1.5, max_tokens=12, denominator=torch.tensor(2 * 3 * 12))
+
+
+def test_off_is_off(train, calls):
+    train("--dual_clip", 0, "--updates_per_rollout", 1, steps=1)
+    (logprob, old, _, mask), settings = calls[1]
+    assert settings["dual_clip"] is None and settings["rollout_logprob"] is None
+    assert torch.equal(settings["denominator"], mask.sum()) and (logprob - old).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("how", ["sequence-mean", "constant"])
+def test_the_denominator_is_the_whole_updates(how, train, calls):
+    """Bug of verl, TRL: a mean per micro-batch. Here the parts of an update share one count, and add up to its loss."""
+    whole = train("--how", how, "--updates_per_rollout", 2, "--overlong_filter", steps=1)
+    first = len(calls)
+    parts = train("--how", how, "--updates_per_rollout", 2, "--overlong_filter", "--micro_prompts", 1, steps=1)
+    for update in range(2):
+        masks = [args[3] for args, _ in calls[first + 1 + 2 * update:first + 3 + 2 * update]]
+        expected = denominator_of(torch.cat(masks), how=how, max_tokens=12)
+        assert [settings["denominator"] for _, settings in calls[first + 1 + 2 * update:first + 3 + 2 * update]] == [expected] * 2
+    for name in ("loss", "grad_norm"):
+        assert rows(whole)[0][name] == pytest.approx(rows(parts)[0][name], rel=1e-3, abs=1e-6)
+
+
+def test_rollout_cap_scores_before_the_updates(train, calls):
+    """The old log-probs are the trainer's, the same for all updates; the weight corrects for the sampler."""
+    folder = train("--rollout_cap", 2, "--updates_per_rollout", 2, steps=1)
+    for (logprob, old, _, mask), settings in calls[1:2]:
+        assert torch.equal(logprob.detach(), old), "the first update is exactly on-policy"
+        assert not torch.equal(old, settings["rollout_logprob"])
+    (logprob, old, _, _), settings = calls[2]
+    assert not torch.equal(logprob.detach(), old) and (old - settings["rollout_logprob"]).abs().max() < 1e-4
+    assert rows(folder)[0]["rollout_weight"] == pytest.approx(1, abs=1e-4)
+
+
+def test_overlong_answers(train, calls):
+    """--overlong_filter: rows that were cut off are not trained on; --soft_overlong: they, and the nearly cut off, cost reward."""
+    folder = train("--overlong_filter", "--soft_overlong", 12, "--updates_per_rollout", 1, steps=1)
+    (_, _, _, mask), _ = calls[1]
+    row = rows(folder)[0]
+    assert row["cut_off"] > 0 and (~mask.any(1)).float().mean().item() == pytest.approx(row["cut_off"])
+    assert row["reward_overlong"] == pytest.approx(-row["answer_tokens"] / 12)
+    for group in rows(folder, "rollouts")[0]["groups"]:
+        for answer in group["answers"]:
+            assert answer["reward"] == pytest.approx(answer["tests.test_train_grpo:half_flat"] + answer["overlong"])
+
+
+def test_leave_one_out_and_scale_reach_the_advantages(train):
+    read = lambda folder: torch.tensor([[[a["reward"], a["advantage"]] for a in group["answers"]] for group in rows(folder, "rollouts")[0]["groups"]])
+    rewards, advantages = read(train("--advantage_scale", "none", "--leave_one_out", steps=1, reward="letters")).unbind(-1)
+    torch.testing.assert_close(advantages, 1.5 * (rewards - rewards.mean(1, keepdim=True)), atol=1e-6, rtol=0)
+    assert (advantages != 0).any()
+
+
+def test_dynamic_sampling_replaces_groups_without_spread(train, calls):
+    plain, dynamic = train(), train("--dynamic_sampling", 3)
+    before, after = rows(plain)[0], rows(dynamic)[0]  # the same policy, still
+    assert before["groups_replaced"] == 0 and after["groups_replaced"] >= 4 * before["groups_without_spread"] > 0
+    assert after["groups_without_spread"] < before["groups_without_spread"]
+    assert all(args[0].shape[0] == 3 for args, _ in calls if len(args[0]) > 1), "four updates of one group each, as ever"
+    samples = {json.loads(line)["id"] for line in open(json.loads((dynamic / "args.json").read_text())["train_data"])}
+    for step in rows(dynamic, "rollouts"):
+        for group in step["groups"]:
+            assert group["id"] in samples
+            for answer in group["answers"]:  # each answer still has the reward of its own sample
+                expected = 0.25 if int(group["id"].split("-")[2]) % 2 else len(answer["text"]) / 7
+                assert answer["reward"] == pytest.approx(expected)
+
+
+def test_dynamic_sampling_is_bounded(train):
+    row = rows(train("--dynamic_sampling", 2, reward="flat", steps=1))[0]
+    assert row["groups_replaced"] == 2 * 4 and row["groups_without_spread"] == 1
+
+
+def test_a_resumed_run_replaces_the_same_groups(train, tmp_path):
+    whole = train("--dynamic_sampling", 2, "--rollout_cap", 2)
+    with pytest.raises(SystemExit) as stop:
+        train("--dynamic_sampling", 2, "--rollout_cap", 2, folder=tmp_path / "run", reward="interrupting")
+    assert stop.value.code == 130 and len(rows(tmp_path / "run")) == 1
+    train("--dynamic_sampling", 2, "--rollout_cap", 2, "--resume", folder=tmp_path / "run")
+    assert same(whole, tmp_path / "run") and rows(whole)[1]["groups_replaced"] > 0
+
+
+def test_an_update_whose_answers_were_all_cut_off_does_no_harm(train, calls, monkeypatch):
+    sample = train_grpo.generate
+    monkeypatch.setattr(train_grpo, "generate", lambda *args, **settings: replace(
+        rollout := sample(*args, **settings), finished=torch.zeros_like(rollout.finished)))
+    folder = train("--overlong_filter", steps=1)
+    assert not any(args[3].any() for args, _ in calls[1:])
+    row = rows(folder)[0]
+    assert row["cut_off"] == 1 and row["loss"] == row["kl"] == row["entropy"] == row["grad_norm"] == 0
