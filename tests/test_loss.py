@@ -133,15 +133,23 @@ def test_clip_region_by_region(a, rho, loss, slope, dual):
         {name: float(value) for name, value in beyond.items()} | {"ratio_deviation": abs(rho - 1)})
 
 
-def test_clip_edges_are_inside():
-    """At exactly 1 - low, 1 + high and the dual clip a token is not counted as clipped and still has its gradient."""
-    for a, rho in ((1, 2.0), (-1, 0.5), (-1, 4.0)):
-        logprob = torch.tensor([[math.log(rho)]], dtype=torch.float64, requires_grad=True)
-        assert logprob.exp().item() == rho
-        per_token, stats = policy_loss(logprob, torch.zeros(1, 1), torch.tensor([float(a)]), torch.ones(1, 1), clip_low=0.5,
-                                       clip_high=1.0, dual_clip=4.0)
-        assert stats["clip_high"] == stats["clip_low"] == stats["clip_dual"] == 0
-        assert per_token.item() == -a * rho
+def test_edges_are_inside():
+    """A ratio exactly at the edge of the clip, the dual clip or the cap is not counted as beyond it and has its gradient."""
+    for a in (2.0, -2.0):
+        logprob = torch.zeros(1, 1, requires_grad=True)  # the ratio is exactly 1, and both edges of this clip are there
+        per_token, stats = policy_loss(logprob, torch.zeros(1, 1), torch.tensor([a]), torch.ones(1, 1), clip_low=0, clip_high=0)
+        assert stats["clip_high"] == stats["clip_low"] == 0 and per_token.item() == -a
+        assert torch.autograd.grad(per_token.sum(), logprob)[0].item() == -a
+    logprob = torch.tensor([[1.3]])
+    ratio = logprob.exp().item()
+    assert policy_loss(logprob, torch.zeros(1, 1), -torch.ones(1), torch.ones(1, 1), dual_clip=ratio)[1]["clip_dual"] == 0
+    assert policy_loss(logprob, torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1), kind="cispo", cispo_cap=ratio)[1]["clip_high"] == 0
+
+
+def test_an_advantage_of_zero_counts_as_no_clip():
+    far = torch.tensor([[5.0, -5.0]])
+    _, stats = policy_loss(far, torch.zeros(1, 2), torch.zeros(1), torch.ones(1, 2), dual_clip=3.0)
+    assert stats["clip_high"] == stats["clip_low"] == stats["clip_dual"] == 0
 
 
 def test_cispo_by_hand():
@@ -204,6 +212,7 @@ def test_aggregations_by_hand():
         assert aggregate(loss, mask, how=how, denominator=5).item() == pytest.approx(total / 5)
         assert aggregate(loss, mask, how=how, denominator=torch.tensor(4)).item() == pytest.approx(total / 4)
         assert denominator_of(mask, how=how, max_tokens=10).item() == count
+    assert denominator_of(mask.to("meta"), how="constant", max_tokens=2).device.type == "meta", "it lies beside its mask, for NCCL"
     assert denominator_of(mask).item() == 3 and denominator_of(mask.float()).item() == 3
     assert aggregate(loss, mask, how="constant", max_tokens=1).item() == pytest.approx(7 / 3)
 
@@ -436,11 +445,14 @@ def test_batch_std_of_one_rank_is_that_of_its_rewards(tmp_path):
     (lambda x: kl_penalty(x, x, "k3", x[:, :1]), r"logprob \(2, 4\), ref_logprob \(2, 4\), ratio \(2, 1\)"),
     (lambda x: grpo_loss(x, x, torch.zeros(2), x, ref_logprob=x[:1]), r"logprob \(2, 4\), .*, ref_logprob \(1, 4\)"),
     (lambda x: grpo_loss(x, x, torch.zeros(2), x, rollout_logprob=x[:1]), r"logprob \(2, 4\), .*, rollout_logprob \(1, 4\)"),
+    (lambda x: grpo_loss(x[:1], x, torch.zeros(2), x), r"logprob \(1, 4\), old_logprob \(2, 4\), mask \(2, 4\)"),
+    (lambda x: grpo_loss(x, x[:1], torch.zeros(2), x), r"logprob \(2, 4\), old_logprob \(1, 4\), mask \(2, 4\)"),
+    (lambda x: grpo_loss(x, x, torch.zeros(2), x[:1]), r"logprob \(2, 4\), old_logprob \(2, 4\), mask \(1, 4\)"),
     (lambda x: grpo_loss(x, x, torch.zeros(2), x, kl_coef=0.1), "kl_coef=0.1 needs ref_logprob"),
     (lambda x: policy_loss(x, x, torch.zeros(2), x, level="group"), "level must be one of token, sequence, got 'group'"),
     (lambda x: policy_loss(x, x, torch.zeros(2), x, kind="ppo"), "kind must be one of clip, cispo, got 'ppo'"),
     (lambda x: policy_loss(x, x, torch.zeros(2), x, level="sequence", kind="cispo"),
-     'level="sequence" and kind="cispo" contradict each other: CISPO weighs single tokens'),
+     '^level="sequence" and kind="cispo" contradict each other: CISPO weighs single tokens$'),
     (lambda x: policy_loss(x, x, torch.zeros(2), x, clip_low=-0.1), "clip_low and clip_high must be 0 or more, got -0.1 and 0.28"),
     (lambda x: policy_loss(x, x, torch.zeros(2), x, clip_high=-0.1), "got 0.2 and -0.1"),
     (lambda x: policy_loss(x, x, torch.zeros(2), x, clip_high=0.5, dual_clip=1.5), r"dual_clip must lie above 1 \+ clip_high = 1.5, got 1.5")])
