@@ -61,9 +61,9 @@ def test_off_policy_only_the_ratio_keeps_its_promise(name):
 
 def table():
     numbers = lambda x: ", ".join(f"{v + 0.0:+.4f}" if abs(v) > 1e-12 else "0" for v in x.tolist())
+    forward, backward = (numbers(GRADIENTS[name]) for name in ("∇KL(π‖ref)", "∇KL(ref‖π)"))
     lines = [f"A policy π over four tokens and a reference, all expectations over π by enumeration. KL(π‖ref) = {KL:.4f} nats, "
-             f"∇KL(π‖ref) = ({numbers(GRADIENTS['∇KL(π‖ref)'])}), ∇KL(ref‖π) = ({numbers(GRADIENTS['∇KL(ref‖π)'])}), with respect "
-             "to the four logits.", "",
+             f"∇KL(π‖ref) = ({forward}), ∇KL(ref‖π) = ({backward}), with respect to the four logits.", "",
              "| estimator | expected value | unbiased | expected gradient as a loss | which is |", "|---|---|---|---|---|"]
     for name in ESTIMATORS:
         value, slope = expected(name, POLICY)
