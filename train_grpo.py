@@ -151,7 +151,6 @@ def main() -> None:
     metrics, rollouts = JsonLines(folder / "metrics.jsonl", start), JsonLines(folder / "rollouts.jsonl", start)
     print(f"GRPO: {len(train)} samples ({len(found) - len(train)} left out: --reward covers "
           f"{', '.join(sorted(reward.tasks))}), {args.prompts_per_step} prompts x {args.group_size} answers a step, {args.device}")
-
     for note in args.inert():
         print(f"note: {note}")
 
@@ -179,12 +178,14 @@ def main() -> None:
                 wanted = groups.without_spread()
                 if not wanted:
                     break
+            if replaced:
+                with timer.phase("rollout"):
+                    prompts = policy.encode(groups.samples)
             rollout = groups.rollout
             mask = overlong_filter(rollout.mask, rollout.finished) if args.overlong_filter else rollout.mask  # (R, T)
             advantage = group_advantages(groups.rewards, scale=args.advantage_scale, leave_one_out=args.leave_one_out,
                                          valid=groups.valid).view(-1).to(policy.device)  # (R,)
             with timer.phase("reference"), torch.no_grad():
-                prompts = policy.encode(groups.samples) if replaced else prompts
                 ref_logprob = score_all(reference, prompts, rollout, args)  # (R, T)
                 old_logprob = score_all(policy, prompts, rollout, args) if args.rollout_cap else rollout.logprob
             with timer.phase("update"):

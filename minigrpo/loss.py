@@ -162,7 +162,7 @@ def aggregate(per_token: Tensor, mask: Tensor, *, how: str = "token-mean", denom
     if denominator is None:
         denominator = denominator_of(mask, how=how, max_tokens=max_tokens)
     mask, per_token = mask.bool(), _exact(per_token)
-    count = torch.as_tensor(denominator, dtype=per_token.dtype, device=per_token.device)
+    count = torch.as_tensor(denominator, dtype=per_token.dtype)
     if per_token.dim() != 2 or count.dim():
         raise ValueError("per_token must be [R, T] and denominator one number, "
                          f"got {tuple(per_token.shape)} and {tuple(count.shape)}")

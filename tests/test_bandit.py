@@ -53,7 +53,8 @@ def k3_fixed_point():
     return policy
 
 
-@pytest.mark.parametrize("estimator, ratio, optimum", [("k2", False, tilted()), ("k3", True, tilted()), ("k3", False, k3_fixed_point())])
+@pytest.mark.parametrize("estimator, ratio, optimum", [
+    ("k2", False, tilted()), ("k3", True, tilted()), ("k3", False, k3_fixed_point())])
 def test_with_a_reference_the_estimator_decides_where_it_ends(estimator, ratio, optimum):
     """k3 as a loss, GRPO's own choice, pulls by KL(ref || pi) and ends elsewhere than the two whose pull is KL(pi || ref).
     Without std and with leave one out the expected policy gradient is exactly that of E r."""
@@ -64,6 +65,7 @@ def test_with_a_reference_the_estimator_decides_where_it_ends(estimator, ratio, 
 
 def test_k1_as_a_loss_holds_nothing():
     """Its expected gradient on-policy is 0: the policy runs away from the reference as if there were none."""
-    held, free = (train(100, 3.0, size=2, scale="none", leave_one_out=True, kl_coef=beta, kl_estimator="k1") for beta in (BETA, 0.0))
+    held, free = (train(100, 3.0, size=2, scale="none", leave_one_out=True, kl_coef=beta, kl_estimator="k1")
+                  for beta in (BETA, 0.0))
     torch.testing.assert_close(held, free, rtol=0, atol=1e-12)
     assert (free - tilted()).abs().max() > 0.2

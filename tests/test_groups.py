@@ -34,7 +34,7 @@ def test_replaced_groups_come_whole():
     assert [s.id for s in both.samples] == ["e", "b", "d"] and both.rollout.texts == ["e0", "e1", "b0", "b1", "d0", "d1"]
     assert both.rewards.tolist() == [[7.0, 7.0], [2.0, 3.0], [5.0, 6.0]] and both.valid.all()
     assert both.without_spread() == [0]
-    rows = {**{text: (old, r) for r, text in enumerate(old.rollout.texts)}, **{text: (new, r) for r, text in enumerate(new.rollout.texts)}}
+    rows = {text: (source, r) for source in (old, new) for r, text in enumerate(source.rollout.texts)}
     for r, text in enumerate(both.rollout.texts):
         source, row = rows[text]
         shown = source.rollout.mask[row]
@@ -42,7 +42,8 @@ def test_replaced_groups_come_whole():
         for name in ("tokens", "logprob"):
             assert torch.equal(getattr(both.rollout, name)[r][both.rollout.mask[r]], getattr(source.rollout, name)[row][shown])
     numbers = lambda values: [None if math.isnan(v) else v for v in values]
-    assert numbers(both.parts["x"]) == [None, None, 2.0, 3.0, None, None] and numbers(both.parts["y"]) == [7.0, 6.0, None, None, 9.0, 8.0]
+    assert numbers(both.parts["x"]) == [None, None, 2.0, 3.0, None, None]
+    assert numbers(both.parts["y"]) == [7.0, 6.0, None, None, 9.0, 8.0]
     narrow = new.replace([0], groups_of("f", [[1.0, 2.0]], 1, {}))
     assert narrow.rollout.mask.shape == (4, 5) and narrow.rollout.mask[:2].sum() == 2
     assert old.rollout.texts[0] == "a0" and old.rewards[0, 0] == 1.0, "the old groups are left as they were"

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,8 +52,8 @@ def loss_of(logprob, old, advantage, mask, ref, rollout, **settings):
 SETTINGS = st.fixed_dictionaries({
     "clip_low": st.floats(0.01, 0.9), "clip_high": st.floats(0.01, 0.9), "dual_clip": st.none() | st.floats(2, 4),
     "cispo_cap": st.floats(0.5, 3), "kl_coef": st.sampled_from([0.0, 0.3]), "kl_estimator": st.sampled_from(["k1", "k2", "k3"]),
-    "kl_ratio": st.booleans(), "rollout_cap": st.floats(0.5, 3), "how": st.sampled_from(["token-mean", "sequence-mean", "constant"]),
-    "max_tokens": st.integers(1, 9), "denominator": st.none() | st.floats(0.5, 9)})
+    "kl_ratio": st.booleans(), "rollout_cap": st.floats(0.5, 3),
+    "how": st.sampled_from(["token-mean", "sequence-mean", "constant"]), "max_tokens": st.integers(1, 9), "denominator": st.none() | st.floats(0.5, 9)})
 KINDS = st.sampled_from([("token", "clip"), ("sequence", "clip"), ("token", "cispo")])
 
 
@@ -73,10 +74,11 @@ def test_loss_and_gradient_are_the_oracles(numbers, chosen, level_kind, correcte
     level, kind = level_kind
     rollout = rollout if corrected else None
     logprob.requires_grad_()
-    loss, _ = grpo_loss(logprob, old, advantage, mask.to(mask_dtype), ref_logprob=ref, rollout_logprob=rollout, level=level, kind=kind, **chosen)
+    loss, _ = grpo_loss(logprob, old, advantage, mask.to(mask_dtype), ref_logprob=ref, rollout_logprob=rollout, level=level,
+                        kind=kind, **chosen)
     grad = torch.autograd.grad(loss, logprob)[0]
-    expected = oracles.grpo(oracles.variables(logprob.tolist()), old.tolist(), advantage.tolist(), mask.tolist(), ref=ref.tolist(),
-                            rollout=rollout.tolist() if corrected else None, level=level, kind=kind, **chosen)
+    expected = oracles.grpo(oracles.variables(logprob.tolist()), old.tolist(), advantage.tolist(), mask.tolist(),
+                            ref=ref.tolist(), rollout=rollout.tolist() if corrected else None, level=level, kind=kind, **chosen)
     assert loss.item() == pytest.approx(oracles.sg(expected), rel=1e-10, abs=1e-10)
     slope = getattr(expected, "slope", {})
     for (i, t), found in zip(itertools.product(*map(range, grad.shape)), grad.flatten().tolist()):
@@ -128,20 +130,28 @@ def test_clip_region_by_region(a, rho, loss, slope, dual):
     per_token, stats = policy_loss(logprob, old, advantage, torch.ones(1, 1), dual_clip=dual)
     assert per_token.item() == pytest.approx(loss, abs=1e-12)
     assert torch.autograd.grad(per_token.sum(), logprob)[0].item() == pytest.approx(slope, abs=1e-12)
-    beyond = {"clip_high": rho > 1.28 and a > 0, "clip_low": rho < 0.8 and a < 0} | ({"clip_dual": rho > 3 and a < 0} if dual else {})
-    assert {name: value.item() for name, value in stats.items()} == pytest.approx(
-        {name: float(value) for name, value in beyond.items()} | {"ratio_deviation": abs(rho - 1)})
+    counted = {"clip_high": float(rho > 1.28 and a > 0), "clip_low": float(rho < 0.8 and a < 0), "ratio_deviation": abs(rho - 1)}
+    counted |= {"clip_dual": float(rho > 3 and a < 0)} if dual else {}
+    assert {name: value.item() for name, value in stats.items()} == pytest.approx(counted)
 
 
-def test_clip_edges_are_inside():
-    """At exactly 1 - low, 1 + high and the dual clip a token is not counted as clipped and still has its gradient."""
-    for a, rho in ((1, 2.0), (-1, 0.5), (-1, 4.0)):
-        logprob = torch.tensor([[math.log(rho)]], dtype=torch.float64, requires_grad=True)
-        assert logprob.exp().item() == rho
-        per_token, stats = policy_loss(logprob, torch.zeros(1, 1), torch.tensor([float(a)]), torch.ones(1, 1), clip_low=0.5,
-                                       clip_high=1.0, dual_clip=4.0)
-        assert stats["clip_high"] == stats["clip_low"] == stats["clip_dual"] == 0
-        assert per_token.item() == -a * rho
+def test_edges_are_inside():
+    """A ratio exactly at the edge of the clip, the dual clip or the cap is not counted as beyond it and has its gradient."""
+    for a in (2.0, -2.0):
+        logprob = torch.zeros(1, 1, requires_grad=True)  # the ratio is exactly 1, and both edges of this clip are there
+        per_token, stats = policy_loss(logprob, torch.zeros(1, 1), torch.tensor([a]), torch.ones(1, 1), clip_low=0, clip_high=0)
+        assert stats["clip_high"] == stats["clip_low"] == 0 and per_token.item() == -a
+        assert torch.autograd.grad(per_token.sum(), logprob)[0].item() == -a
+    logprob = torch.tensor([[1.3]])
+    for a, settings, name in ((-1.0, "dual_clip", "clip_dual"), (1.0, "cispo_cap", "clip_high")):
+        settings = {settings: logprob.exp().item(), "kind": "clip" if a < 0 else "cispo"}
+        assert policy_loss(logprob, torch.zeros(1, 1), torch.tensor([a]), torch.ones(1, 1), **settings)[1][name] == 0
+
+
+def test_an_advantage_of_zero_counts_as_no_clip():
+    far = torch.tensor([[5.0, -5.0]])
+    _, stats = policy_loss(far, torch.zeros(1, 2), torch.zeros(1), torch.ones(1, 2), dual_clip=3.0)
+    assert stats["clip_high"] == stats["clip_low"] == stats["clip_dual"] == 0
 
 
 def test_cispo_by_hand():
@@ -162,28 +172,26 @@ def test_gspo_by_hand():
     assert torch.autograd.grad(per_token.sum(), logprob)[0].tolist()[0] == pytest.approx([2.0, 2.0, 0.0])
 
 
-def test_defaults_are_the_papers():
-    logprob = torch.tensor([[math.log(1.29), math.log(1.27)]])
-    per_token, _ = policy_loss(logprob, torch.zeros(1, 2), torch.tensor([1.0]), torch.ones(1, 2))
-    assert per_token.tolist()[0] == pytest.approx([-1.28, -1.27])
-    low, _ = policy_loss(-logprob, torch.zeros(1, 2), torch.tensor([-1.0]), torch.ones(1, 2))
-    assert low.tolist()[0] == pytest.approx([0.8, 0.8])
-    huge = torch.full((1, 2), 3.0)
-    assert policy_loss(huge, torch.zeros(1, 2), torch.tensor([-1.0]), torch.ones(1, 2))[0][0, 0].item() == pytest.approx(math.exp(3))
-    assert kl_penalty(logprob, torch.zeros(1, 2)).tolist()[0] == pytest.approx([1 / 1.29 - 1 + math.log(1.29), 1 / 1.27 - 1 + math.log(1.27)])
-    assert aggregate(torch.tensor([[1.0, 2.0], [6.0, 0.0]]), torch.tensor([[1, 1], [1, 0]])).item() == pytest.approx(3.0)
-    assert group_advantages(torch.tensor([[0.0, 1e-6]])).tolist()[0] == pytest.approx([-0.5 / (0.5**0.5 + 1), 0.5 / (0.5**0.5 + 1)])
+def test_defaults():
+    """Clip 0.2 / 0.28 a token, no dual clip, no KL but a k3 in the log, weights up to 2, token mean, group std plus 1e-6."""
+    none, on = torch.zeros(1, 2), torch.ones(1, 2)
+    for a, ratios, loss in ((1, (1.27, 1.29), (-1.27, -1.28)), (-1, (0.81, 0.79), (0.81, 0.8)), (-1, (20.0, 1.1), (20.0, 1.1))):
+        logprob = torch.tensor([ratios]).log()
+        per_token, stats = policy_loss(logprob, none, torch.tensor([float(a)]), on)
+        assert per_token.tolist()[0] == pytest.approx(loss) and "clip_dual" not in stats
+        whole, stats = grpo_loss(logprob, none, torch.tensor([float(a)]), on, ref_logprob=none - 9)
+        assert whole.item() == pytest.approx(sum(loss) / 2) and "rollout_weight" not in stats
+    logprob, ref = torch.full((1, 2), 3.0), torch.full((1, 2), 2.0)
     for settings in ({}, {"kind": "cispo"}):
-        plain, whole = policy_loss(huge, torch.zeros(1, 2), torch.tensor([-1.0]), torch.ones(1, 2), **settings), \
-            grpo_loss(huge, torch.zeros(1, 2), torch.tensor([-1.0]), torch.ones(1, 2), ref_logprob=huge - 1, **settings)
-        assert whole[0].item() == pytest.approx(plain[0].mean().item()), "no KL unless asked for"
-        assert whole[1]["kl"].item() == pytest.approx(math.exp(-1)), "k3, without the ratio"
-    one, cap = torch.ones(1, 1), grpo_loss(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1), rollout_logprob=-torch.ones(1, 1))
-    assert cap[0].item() == -2.0 and cap[1]["rollout_weight"] == 2.0 and "kl" not in cap[1]
-    up = [f(torch.tensor([[1.27, 1.29]]).log(), torch.zeros(1, 2), one[0], torch.ones(1, 2))[0] for f in (policy_loss, grpo_loss)]
-    assert up[1].item() == pytest.approx(up[0].mean().item())
-    down = [f(torch.tensor([[0.79, 0.81]]).log(), torch.zeros(1, 2), -one[0], torch.ones(1, 2))[0] for f in (policy_loss, grpo_loss)]
-    assert down[1].item() == pytest.approx(down[0].mean().item())
+        per_token, _ = policy_loss(logprob, none, -on[0, :1], on, **settings)
+        whole, stats = grpo_loss(logprob, none, -on[0, :1], on, ref_logprob=ref, **settings)
+        assert whole.item() == pytest.approx(per_token.mean().item()) and stats["kl"].item() == pytest.approx(math.exp(-1))
+    assert kl_penalty(logprob, ref).tolist()[0] == pytest.approx([math.exp(-1)] * 2)
+    weighed, stats = grpo_loss(none, none, on[0, :1], on, rollout_logprob=none - 1)
+    assert weighed.item() == -2.0 and stats["rollout_weight"] == 2.0 and "kl" not in stats
+    assert aggregate(torch.tensor([[1.0, 2.0], [6.0, 0.0]]), torch.tensor([[1, 1], [1, 0]])).item() == pytest.approx(3.0)
+    a = 0.5 / (0.5**0.5 + 1)
+    assert group_advantages(torch.tensor([[0.0, 1e-6]])).tolist()[0] == pytest.approx([-a, a])
 
 
 def test_advantages_by_hand():
@@ -193,8 +201,10 @@ def test_advantages_by_hand():
     torch.testing.assert_close(found[0], torch.tensor([-2.0, -1, 0, 3]) / (std + 1e-6))
     assert found[1].tolist() == [0, 0, 0, 0]
     torch.testing.assert_close(group_advantages(rewards, scale="none")[0], torch.tensor([-2.0, -1, 0, 3]))
-    torch.testing.assert_close(group_advantages(rewards, scale="batch")[0], torch.tensor([-2.0, -1, 0, 3]) / (rewards.std() + 1e-6))
-    torch.testing.assert_close(group_advantages(rewards, scale="none", leave_one_out=True)[0], torch.tensor([-2.0, -1, 0, 3]) * 4 / 3)
+    batch_std = rewards.std()
+    torch.testing.assert_close(group_advantages(rewards, scale="batch")[0], torch.tensor([-2.0, -1, 0, 3]) / (batch_std + 1e-6))
+    alone = group_advantages(rewards, scale="none", leave_one_out=True)[0]  # 1 - 11/3, 2 - 10/3, 3 - 9/3, 6 - 6/3
+    torch.testing.assert_close(alone, torch.tensor([-8.0, -4, 0, 12]) / 3)
 
 
 def test_aggregations_by_hand():
@@ -204,6 +214,7 @@ def test_aggregations_by_hand():
         assert aggregate(loss, mask, how=how, denominator=5).item() == pytest.approx(total / 5)
         assert aggregate(loss, mask, how=how, denominator=torch.tensor(4)).item() == pytest.approx(total / 4)
         assert denominator_of(mask, how=how, max_tokens=10).item() == count
+    assert denominator_of(mask.to("meta"), how="constant", max_tokens=2).is_meta, "beside its mask, so that NCCL can sum it"
     assert denominator_of(mask).item() == 3 and denominator_of(mask.float()).item() == 3
     assert aggregate(loss, mask, how="constant", max_tokens=1).item() == pytest.approx(7 / 3)
 
@@ -226,7 +237,8 @@ def test_statistics_are_means_over_tokens():
             tokens.append({"clip_high": rho > 1.28 and a > 0, "clip_low": rho < 0.8 and a < 0, "clip_dual": rho > 3 and a < 0,
                            "ratio_deviation": abs(rho - 1), "kl": oracles.kl(logprob[i, t].item(), ref[i, t].item(), "k3"),
                            "rollout_weight": min(math.exp(old[i, t].item() - rollout[i, t].item()), 2.0)})
-    assert {k: v.item() for k, v in stats.items()} == pytest.approx({k: sum(x[k] for x in tokens) / len(tokens) for k in tokens[0]})
+    means = {name: sum(token[name] for token in tokens) / len(tokens) for name in tokens[0]}
+    assert {name: value.item() for name, value in stats.items()} == pytest.approx(means)
     assert not any(value.requires_grad for value in stats.values())
 
 
@@ -266,7 +278,8 @@ def test_unscored_answers_do_not_count(bad, scale):
     assert torch.equal(found, expected) and found[1].tolist() == [0, 0, 0] and found[0, 2] == 0
     divisor = {"group": 2**0.5 + 1e-6, "batch": torch.tensor([1.0, 3, 2, 2, 5]).std() + 1e-6, "none": 1.0}[scale]
     torch.testing.assert_close(found[0, :2], torch.tensor([-2.0, 2.0]) / divisor)
-    grads = [torch.autograd.grad((a * torch.arange(9.0).view(3, 3)).sum(), x)[0] for a, x in ((found, dirty), (expected, clean))]
+    weights = torch.arange(9.0).view(3, 3)
+    grads = [torch.autograd.grad((a * weights).sum(), x)[0] for a, x in ((found, dirty), (expected, clean))]
     assert torch.equal(*grads) and grads[0].isfinite().all()
 
 
@@ -303,10 +316,10 @@ def test_nothing_behind_the_mask_is_read(bad, variant):
 def test_empty_masks_are_zero(variant):
     logprob, old, advantage, mask, ref, rollout = batch()
     for rows, count in ((slice(None), None), (slice(0, 0), None), (slice(None), torch.tensor(0))):
-        leaf = logprob.detach()[rows].requires_grad_()
-        loss, grad = loss_of(leaf, old[rows], advantage[rows], torch.zeros_like(mask[rows]), ref[rows], rollout[rows], denominator=count, **variant)
+        leaf, nothing = logprob.detach()[rows].requires_grad_(), torch.zeros_like(mask[rows])
+        loss, grad = loss_of(leaf, old[rows], advantage[rows], nothing, ref[rows], rollout[rows], denominator=count, **variant)
         assert loss.item() == 0 and (grad == 0).all()
-        _, stats = grpo_loss(leaf, old[rows], advantage[rows], torch.zeros_like(mask[rows]), ref_logprob=ref[rows], **variant)
+        _, stats = grpo_loss(leaf, old[rows], advantage[rows], nothing, ref_logprob=ref[rows], **variant)
         assert all(value.item() == 0 for value in stats.values())
     assert group_advantages(torch.zeros(0, 4)).shape == (0, 4)
 
@@ -319,8 +332,8 @@ def test_a_ratio_out_of_range_stays_finite(dtype, level):
     logprob = torch.zeros(3, 2, dtype=dtype, requires_grad=True)
     ref, old = torch.zeros(3, 2, dtype=dtype), torch.full((3, 2), -1000.0, dtype=dtype)
     with torch.autograd.detect_anomaly(check_nan=True):
-        loss, _ = grpo_loss(logprob, old, torch.tensor([0.0, 2.0, -2.0]), torch.ones(3, 2), ref_logprob=ref, dual_clip=3.0, level=level,
-                            kl_coef=0.1, kl_ratio=True, rollout_logprob=old - 1000)
+        loss, _ = grpo_loss(logprob, old, torch.tensor([0.0, 2.0, -2.0]), torch.ones(3, 2), ref_logprob=ref, kl_coef=0.1,
+                            kl_ratio=True, rollout_logprob=old - 1000, dual_clip=3.0, level=level)
         grad = torch.autograd.grad(loss, logprob)[0]
     assert loss.item() == pytest.approx(2 * (0 - 2 * 1.28 + 3 * 2) / 3) and (grad == 0).all()
 
@@ -349,7 +362,7 @@ def test_padding_and_the_order_of_rows(variant):
     """Bug of nano-aha-moment: the normaliser counted padding, so that the learning rate changed with the longest answer."""
     everything = batch()
     loss, grad = loss_of(*everything, **variant)
-    padded = [x.detach() if x.dim() == 1 else torch.cat([x.detach(), torch.full((6, 3), 0 if x.dtype == torch.bool else float("nan"), dtype=x.dtype)], 1)
+    padded = [x.detach() if x.dim() == 1 else F.pad(x.detach(), (0, 3), value=float("nan") if x.is_floating_point() else 0)
               for x in everything]
     padded[0].requires_grad_()
     found, slope = loss_of(*padded, **variant)
@@ -413,7 +426,7 @@ def test_batch_std_of_one_rank_is_that_of_its_rewards(tmp_path):
 @pytest.mark.parametrize("call, message", [
     (lambda x: group_advantages(torch.zeros(3)), r"got \(3,\) and None"),
     (lambda x: group_advantages(torch.zeros(3, 0)), r"got \(3, 0\) and None"),
-    (lambda x: group_advantages(x, valid=torch.ones(4, 2)), r"rewards \[B, G\] and valid of the same shape, got \(2, 4\) and \(4, 2\)"),
+    (lambda x: group_advantages(x, valid=torch.ones(4, 2)), r"valid of the same shape, got \(2, 4\) and \(4, 2\)"),
     (lambda x: group_advantages(x, scale="std"), "scale must be one of group, batch, none, got 'std'"),
     (lambda x: policy_loss(x, x, torch.zeros(3), x), r"advantage must be \[R\] for logprob \[R, T\], got \(3,\) and \(2, 4\)"),
     (lambda x: policy_loss(x[0], x[0], x[0], x[0]), r"got \(4,\) and \(4,\)"),
@@ -426,6 +439,8 @@ def test_batch_std_of_one_rank_is_that_of_its_rewards(tmp_path):
     (lambda x: aggregate(x, x, how="mean", denominator=1), "how must be one of"),
     (lambda x: aggregate(x, x, how="constant"), 'how="constant" needs max_tokens of 1 or more, got None'),
     (lambda x: aggregate(x, x, how="constant", max_tokens=0), "needs max_tokens of 1 or more, got 0"),
+    (lambda x: denominator_of(x, how="constant"), "needs max_tokens of 1 or more, got None"),
+    (lambda x: grpo_loss(x, x, x[:, 0], x, how="constant"), "needs max_tokens of 1 or more, got None"),
     (lambda x: denominator_of(x[0]), r"mask must be \[R, T\], got \(4,\)"),
     (lambda x: denominator_of(x, how="mean"), "how must be one of"),
     (lambda x: overlong_filter(x, torch.ones(4)), r"finished must be \[R\] for mask \[R, T\], got \(4,\) and \(2, 4\)"),
@@ -436,14 +451,18 @@ def test_batch_std_of_one_rank_is_that_of_its_rewards(tmp_path):
     (lambda x: kl_penalty(x, x, "k3", x[:, :1]), r"logprob \(2, 4\), ref_logprob \(2, 4\), ratio \(2, 1\)"),
     (lambda x: grpo_loss(x, x, torch.zeros(2), x, ref_logprob=x[:1]), r"logprob \(2, 4\), .*, ref_logprob \(1, 4\)"),
     (lambda x: grpo_loss(x, x, torch.zeros(2), x, rollout_logprob=x[:1]), r"logprob \(2, 4\), .*, rollout_logprob \(1, 4\)"),
+    (lambda x: grpo_loss(x[:1], x, torch.zeros(2), x), r"logprob \(1, 4\), old_logprob \(2, 4\), mask \(2, 4\)"),
+    (lambda x: grpo_loss(x, x[:1], torch.zeros(2), x), r"logprob \(2, 4\), old_logprob \(1, 4\), mask \(2, 4\)"),
+    (lambda x: grpo_loss(x, x, torch.zeros(2), x[:1]), r"logprob \(2, 4\), old_logprob \(2, 4\), mask \(1, 4\)"),
     (lambda x: grpo_loss(x, x, torch.zeros(2), x, kl_coef=0.1), "kl_coef=0.1 needs ref_logprob"),
     (lambda x: policy_loss(x, x, torch.zeros(2), x, level="group"), "level must be one of token, sequence, got 'group'"),
     (lambda x: policy_loss(x, x, torch.zeros(2), x, kind="ppo"), "kind must be one of clip, cispo, got 'ppo'"),
     (lambda x: policy_loss(x, x, torch.zeros(2), x, level="sequence", kind="cispo"),
-     'level="sequence" and kind="cispo" contradict each other: CISPO weighs single tokens'),
+     '^level="sequence" and kind="cispo" contradict each other: CISPO weighs single tokens$'),
     (lambda x: policy_loss(x, x, torch.zeros(2), x, clip_low=-0.1), "clip_low and clip_high must be 0 or more, got -0.1 and 0.28"),
     (lambda x: policy_loss(x, x, torch.zeros(2), x, clip_high=-0.1), "got 0.2 and -0.1"),
-    (lambda x: policy_loss(x, x, torch.zeros(2), x, clip_high=0.5, dual_clip=1.5), r"dual_clip must lie above 1 \+ clip_high = 1.5, got 1.5")])
+    (lambda x: policy_loss(x, x, torch.zeros(2), x, clip_high=0.5, dual_clip=1.5),
+     r"dual_clip must lie above 1 \+ clip_high = 1.5, got 1.5")])
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(2, 4))

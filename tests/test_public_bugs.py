@@ -1,6 +1,6 @@
 """Bugs found in public GRPO code, one test each where no module's own test guards against it:
 
-    never learns to stop (pad == eos)        test_generate: test_end_token_is_inside_the_mask; test_policy: test_pad_right_masks_by_length_...
+    never learns to stop (pad == eos)        test_generate: test_end_token_is_inside_the_mask
     normaliser per micro-batch or padded     test_loss: test_micro_batches_of_any_size, test_padding_and_the_order_of_rows
     KL of the wrong sign or direction        test_kl: test_on_policy
     another prompt's image                   test_policy: test_a_prompt_reads_its_own_image
@@ -36,7 +36,8 @@ def test_scoring_sees_a_pad_token_inside_the_prompt(policy, samples):
     inside = prompts.mask[0] & (prompts.ids[0] == policy.tokenizer.pad_token_id)
     assert inside.sum() == 3, "the mask covers them, whatever their id"
     tokens, mask = policy.encode_answers(["The lungs are clear.", "No."])
-    torch.testing.assert_close(policy.score(prompts, tokens, mask), peer_logprob(policy, prompts, tokens, mask), atol=1e-5, rtol=0)
+    peer = peer_logprob(policy, prompts, tokens, mask)
+    torch.testing.assert_close(policy.score(prompts, tokens, mask), peer, atol=1e-5, rtol=0)
 
 
 def test_the_log_ratio_points_from_reference_to_policy():
@@ -70,7 +71,7 @@ def test_the_ratio_is_one_before_the_first_update(policy, mixed):
 
 
 def test_rope_state_of_an_earlier_call_is_not_used(policy, mixed):
-    """Many: `model.rope_deltas` is hidden state, so one call's positions leaked into the next; forgetting it moves log-probs by nats."""
+    """Many: `model.rope_deltas` is hidden state, so one call's positions leaked into the next, which moves log-probs by nats."""
     prompts, (tokens, mask) = policy.encode(mixed[:2]), policy.encode_answers(["The lungs are clear.", "No."])
     fresh = policy.score(prompts, tokens, mask)
     policy.model.model.rope_deltas = torch.tensor([[-77], [5]])
@@ -105,13 +106,13 @@ def test_the_heads_gradient_is_summed_over_tiles_in_fp32():
 def test_padding_moves_no_position(policy, mixed):
     """unsloth: left padding shifted the positions of short prompts, since they were not derived from the mask."""
     prompts, (tokens, mask) = policy.encode(mixed), policy.encode_answers(["Same answer."] * 4)
-    lengths = prompts.mask.sum(1)
+    together, lengths = policy.score(prompts, tokens, mask), prompts.mask.sum(1)
     assert lengths.max() > lengths.min() + 10
     for b in range(4):
         alone = policy.encode(mixed[b:b + 1])
         assert torch.equal(alone.positions[:, 0], prompts.positions[:, b, :int(lengths[b])])
         assert alone.next_position[0] == prompts.next_position[b]
-        torch.testing.assert_close(policy.score(alone, tokens[:1], mask[:1])[0], policy.score(prompts, tokens, mask)[b], atol=1e-5, rtol=0)
+        torch.testing.assert_close(policy.score(alone, tokens[:1], mask[:1])[0], together[b], atol=1e-5, rtol=0)
 
 
 def test_prompts_are_never_cut(policy, mixed):
@@ -146,8 +147,8 @@ def test_cispo_has_a_cap_of_its_own():
 
 
 def test_weights_move_at_the_papers_learning_rate(policy, samples, tmp_path):
-    """Common: bf16 weights and lr 1e-6: the update is under half an ulp, so nothing is learned. Ours are fp32 masters, also from
-    a bf16 checkpoint and with bf16 compute."""
+    """Common: bf16 weights and lr 1e-6: the update is under half an ulp, so nothing is learned. Ours are fp32 masters, also
+    from a bf16 checkpoint and with bf16 compute."""
     half = copy_of(policy)
     half.model.bfloat16()
     half.save_pretrained(tmp_path)
@@ -165,7 +166,8 @@ def test_weights_move_at_the_papers_learning_rate(policy, samples, tmp_path):
 
 
 def test_first_step_has_zero_loss_and_a_gradient():
-    """Asked everywhere: on the first on-policy step the ratio is 1 and the advantages sum to 0, so the loss is; the gradient is not."""
+    """Asked everywhere: on the first on-policy step the ratio is 1 and the advantages sum to 0, so the loss is 0. The gradient
+    is not."""
     logprob = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     advantage = group_advantages(torch.tensor([[1.0, 2.0, 4.0, 8.0]], dtype=torch.float64)).view(-1)
     loss, stats = grpo_loss(logprob, logprob.detach(), advantage, torch.ones(4, 3))

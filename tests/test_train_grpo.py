@@ -47,8 +47,9 @@ def train(policy, phantom, tmp_path_factory):
 
     def run(*arguments, folder=None, reward="half_flat", steps=2):
         folder = folder or tmp_path_factory.mktemp("run") / "grpo"
-        words = ["--model", model, "--train_data", phantom / "train.jsonl", "--output_dir", folder, "--reward", f"tests.test_train_grpo:{reward}",
-                 "--max_steps", steps, "--prompts_per_step", 4, "--group_size", 3, "--max_new_tokens", 12, "--learning_rate", 1e-4, *arguments]
+        words = ["--model", model, "--train_data", phantom / "train.jsonl", "--output_dir", folder, "--max_steps", steps,
+                 "--reward", f"tests.test_train_grpo:{reward}", "--prompts_per_step", 4, "--group_size", 3,
+                 "--max_new_tokens", 12, "--learning_rate", 1e-4, *arguments]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", ["train_grpo.py", *map(str, words)])
             patch.setattr(train_grpo, "draw_curves", lambda folder: None)  # half of a small run's time
@@ -85,18 +86,20 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(level="sequence", kind="cispo"), "contradict"), (dict(dual_clip=1.2), r"dual_clip must lie above 1 \+ clip_high = 1.28"),
+    (dict(level="sequence", kind="cispo"), "contradict"), (dict(dual_clip=1.2), r"must lie above 1 \+ clip_high = 1.28"),
     (dict(clip_low=-0.1), "0 or more"), (dict(dual_clip=-1), "--dual_clip must be 0 or more"), (dict(kl_coef=-1), "--kl_coef"),
-    (dict(rollout_cap=-1), "--rollout_cap"), (dict(dynamic_sampling=-1), "--dynamic_sampling"), (dict(soft_overlong=-1), "--soft_overlong"),
+    (dict(rollout_cap=-1), "--rollout_cap"), (dict(dynamic_sampling=-1), "--dynamic_sampling"),
+    (dict(soft_overlong=-1), "--soft_overlong"), (dict(how="mean"), "how must be one of"),
     (dict(cispo_cap=0), "--cispo_cap must be above 0"), (dict(cispo_cap=-1), "--cispo_cap"),
-    (dict(soft_overlong=300), "--soft_overlong 300 is longer than the longest answer"), (dict(how="mean"), "how must be one of")])
+    (dict(soft_overlong=300), "--soft_overlong 300 is longer than the longest answer")])
 def test_contradictions_stop_before_training(settings, message):
     with pytest.raises(ValueError, match=message):
         GrpoArguments(**NEEDED, **settings).check()
 
 
 @pytest.mark.parametrize("settings, said", [
-    (dict(updates_per_rollout=1), "the ratio is 1 by construction"), (dict(kl_coef=0), "not trained on"), (dict(kl_estimator="k1"), "is 0"),
+    (dict(updates_per_rollout=1), "the ratio is 1 by construction"), (dict(kl_coef=0), "not trained on"),
+    (dict(kl_estimator="k1"), "is 0"),
     (dict(kind="cispo"), "--dual_clip are not used"), (dict(cispo_cap=3.0), "--cispo_cap 3.0 is not used"),
     (dict(dual_clip=0), "nothing bounds the ratio"), (dict(level="sequence"), "GSPO has 3e-4")])
 def test_inert_settings_are_said(settings, said):
@@ -114,18 +117,21 @@ def test_the_papers_settings_say_nothing():
     ("dr_grpo", dict(how="constant", advantage_scale="none", kl_coef=0)), ("cispo", dict(kind="cispo", cispo_cap=5.0)),
     ("gspo", dict(level="sequence", how="sequence-mean", clip_low=3e-4, clip_high=4e-4))])
 def test_configs_of_other_papers(name, settings):
-    args = parse_args(GrpoArguments, "", [str(ROOT / f"configs/{name}.yaml"), *(w for k, v in NEEDED.items() for w in (f"--{k}", v))])
+    needed = [word for key, value in NEEDED.items() for word in (f"--{key}", value)]
+    args = parse_args(GrpoArguments, "", [str(ROOT / f"configs/{name}.yaml"), *needed])
     assert {key: getattr(args, key) for key in settings} == settings
 
 
 def test_every_switch_reaches_the_loss(train, calls):
-    train("--level", "sequence", "--how", "constant", "--clip_low", 0.1, "--clip_high", 0.4, "--dual_clip", 2, "--kl_coef", 0.3, "--kl_estimator",
-          "k2", "--kl_ratio", "--updates_per_rollout", 2, "--micro_prompts", 1, "--cispo_cap", 4, "--rollout_cap", 1.5, steps=1)
+    train("--level", "sequence", "--how", "constant", "--clip_low", 0.1, "--clip_high", 0.4, "--dual_clip", 2, "--kl_coef", 0.3,
+          "--kl_estimator", "k2", "--kl_ratio", "--cispo_cap", 4, "--rollout_cap", 1.5, "--updates_per_rollout", 2,
+          "--micro_prompts", 1, steps=1)
     assert len(calls) == 1 + 4, "the check of the arguments, and a call for every prompt"
     for _, settings in calls[1:]:
         assert settings.pop("rollout_logprob").shape == settings.pop("ref_logprob").shape == (3, 12)
-        assert settings == dict(level="sequence", kind="clip", how="constant", clip_low=0.1, clip_high=0.4, dual_clip=2.0, kl_coef=0.3, cispo_cap=4.0,
-                                kl_estimator="k2", kl_ratio=True, rollout_cap=1.5, max_tokens=12, denominator=torch.tensor(2 * 3 * 12))
+        assert settings == dict(level="sequence", kind="clip", how="constant", clip_low=0.1, clip_high=0.4, dual_clip=2.0,
+                                kl_coef=0.3, kl_estimator="k2", kl_ratio=True, cispo_cap=4.0, rollout_cap=1.5, max_tokens=12,
+                                denominator=torch.tensor(2 * 3 * 12))
 
 
 def test_off_is_off(train, calls):
@@ -142,9 +148,9 @@ def test_the_denominator_is_the_whole_updates(how, train, calls):
     first = len(calls)
     parts = train("--how", how, "--updates_per_rollout", 2, "--overlong_filter", "--micro_prompts", 1, steps=1)
     for update in range(2):
-        masks = [args[3] for args, _ in calls[first + 1 + 2 * update:first + 3 + 2 * update]]
-        expected = denominator_of(torch.cat(masks), how=how, max_tokens=12)
-        assert [settings["denominator"] for _, settings in calls[first + 1 + 2 * update:first + 3 + 2 * update]] == [expected] * 2
+        pair = calls[first + 1 + 2 * update:first + 3 + 2 * update]
+        expected = denominator_of(torch.cat([args[3] for args, _ in pair]), how=how, max_tokens=12)
+        assert [settings["denominator"] for _, settings in pair] == [expected] * 2
     for name in ("loss", "grad_norm"):
         assert rows(whole)[0][name] == pytest.approx(rows(parts)[0][name], rel=1e-3, abs=1e-6)
 
@@ -161,7 +167,7 @@ def test_rollout_cap_scores_before_the_updates(train, calls):
 
 
 def test_overlong_answers(train, calls):
-    """--overlong_filter: rows that were cut off are not trained on; --soft_overlong: they, and the nearly cut off, cost reward."""
+    """--overlong_filter: rows that were cut off are not trained on; --soft_overlong: long answers cost reward."""
     folder = train("--overlong_filter", "--soft_overlong", 12, "--updates_per_rollout", 1, steps=1)
     (_, _, _, mask), _ = calls[1]
     row = rows(folder)[0]
@@ -173,8 +179,8 @@ def test_overlong_answers(train, calls):
 
 
 def test_leave_one_out_and_scale_reach_the_advantages(train):
-    read = lambda folder: torch.tensor([[[a["reward"], a["advantage"]] for a in group["answers"]] for group in rows(folder, "rollouts")[0]["groups"]])
-    rewards, advantages = read(train("--advantage_scale", "none", "--leave_one_out", steps=1, reward="letters")).unbind(-1)
+    groups = rows(train("--advantage_scale", "none", "--leave_one_out", steps=1, reward="letters"), "rollouts")[0]["groups"]
+    rewards, advantages = (torch.tensor([[a[name] for a in group["answers"]] for group in groups]) for name in ("reward", "advantage"))
     torch.testing.assert_close(advantages, 1.5 * (rewards - rewards.mean(1, keepdim=True)), atol=1e-6, rtol=0)
     assert (advantages != 0).any()
 
