@@ -63,7 +63,8 @@ def test_off_policy_only_the_ratio_keeps_its_promise(name):
 
 def table():
     numbers = lambda x: ", ".join(f"{v + 0.0:.3f}" if abs(v) > 1e-12 else "0" for v in x.tolist())
-    pull = lambda slope: next((other for other, exact in GRADIENTS.items() if torch.allclose(slope, exact, rtol=0, atol=1e-12)), "neither")
+    same = lambda a, b: torch.allclose(a, b, rtol=0, atol=1e-12)
+    pull = lambda slope: next((name for name, exact in GRADIENTS.items() if same(slope, exact)), "neither")
     mean = lambda value: f"{value:.4f}" + " = KL" * (abs(value - KL) < 1e-12)
     lines = [f"π = ({numbers(POLICY.exp())}), π_ref = ({numbers(REF.exp())}), and off-policy the answers come from",
              f"({numbers(OTHER.exp())}). KL(π‖ref) = {KL:.4f} nats.", "",

@@ -107,7 +107,7 @@ def test_padding_moves_no_position(policy, mixed):
     """unsloth: left padding shifted the positions of short prompts, since they were not derived from the mask."""
     prompts, (tokens, mask) = policy.encode(mixed), policy.encode_answers(["Same answer."] * 4)
     together, lengths = policy.score(prompts, tokens, mask), prompts.mask.sum(1)
-    assert lengths.max() > lengths.min() + 10
+    assert lengths.max() > lengths.min() + 5
     for b in range(4):
         alone = policy.encode(mixed[b:b + 1])
         assert torch.equal(alone.positions[:, 0], prompts.positions[:, b, :int(lengths[b])])
