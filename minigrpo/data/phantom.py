@@ -343,7 +343,7 @@ def draw(rng, chances: dict[str, float]) -> str:
 
 def visibility(rng) -> float:
     """0 barely visible .. 1 plain."""
-    return rng.beta(3.0, 1.5)
+    return rng.beta(2.6, 1.6)
 
 
 def add_cardiomegaly(d: Drawing) -> None:
@@ -718,8 +718,8 @@ def report(findings: list[Finding], rng) -> list[Statement]:
 
 
 def film_samples(film: Film, patient: str, image: str, rng) -> list[dict]:
-    """The samples about a film, as lines of the JSONL file: its report, the boxes of all findings, and those of one part of
-    the anatomy, of one abnormality or of one phrase of the report.
+    """The samples about a film, as lines of the JSONL file: its report, the boxes of all findings, and for a film without
+    findings and every second other the boxes of one part of the anatomy, of one abnormality or of one phrase of the report.
     """
     statements = report(film.findings, rng)
     findings = [{key: value for key, value in vars(f).items() if key != "mask"} for f in film.findings]
@@ -732,19 +732,20 @@ def film_samples(film: Film, patient: str, image: str, rng) -> list[dict]:
         question, answer = turn(words, format_boxes(boxes), rng)
         samples.append({"task": "grounding", "kind": kind, "label": label, "question": question, "answer": answer, "boxes": boxes})
 
-    kind = rng.choice(["anatomy", "abnormality", "phrase"]) if film.findings else "anatomy"
+    kind = "anatomy"
     if film.findings:
         listed = [(f"{f.side} {f.label}" if f.side else f.label, format_boxes([f.box])) for f in film.findings]
         question, answer = templates.detection_turn(listed, rng)  # in the order in which they were drawn, each with its name
         samples.append({"task": "grounding", "kind": "abnormality", "label": "all findings", "question": question,
                         "answer": answer, "boxes": all_boxes})
+        kind = rng.choice(["anatomy", "abnormality", "phrase"]) if rng.random() < 0.5 else None
     if kind == "anatomy":
         name = rng.choice(list(film.regions)).item()
         ground("anatomy", name, [box_of(film.regions[name])], name, templates.region_turn)
     elif kind == "abnormality":
         label = film.findings[rng.integers(len(film.findings))].label
         ground("abnormality", label, [f.box for f in film.findings if f.label == label], label, templates.region_turn)
-    else:
+    elif kind == "phrase":
         stated = [s for s in statements if s.findings]
         s = stated[rng.integers(len(stated))]
         ground("phrase", s.findings[0].label, [f.box for f in s.findings], s.text.rstrip("."), templates.phrase_turn)
