@@ -343,7 +343,7 @@ def draw(rng, chances: dict[str, float]) -> str:
 
 def visibility(rng) -> float:
     """0 barely visible .. 1 plain."""
-    return rng.beta(2.6, 1.6)
+    return rng.beta(3.0, 1.5)
 
 
 def add_cardiomegaly(d: Drawing) -> None:
