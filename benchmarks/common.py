@@ -79,21 +79,20 @@ def samples_of(policy: Policy, shape: Shape, folder: Path) -> list[Sample]:
     return samples
 
 
-def interleaved(repeats: int, **sides: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of each side, run A B A B, so that what else the machine does falls on all of them."""
-    seconds = {name: [] for name in sides}
+def interleaved(repeats: int, **sides: Callable[[], object]) -> tuple[dict[str, float], dict[str, object]]:
+    """Median seconds of each side, run A B A B, so that what else the machine does falls on all; and what each gave last."""
+    seconds, last = {name: [] for name in sides}, {}
     for _ in range(repeats):
         for name, run in sides.items():
-            seconds[name].append(timed(run))
-    return {name: statistics.median(each) for name, each in seconds.items()}
+            start = now()
+            last[name] = run()
+            seconds[name].append(now() - start)
+    return {name: statistics.median(each) for name, each in seconds.items()}, last
 
 
-def timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def now() -> float:
+    """Wall clock; with one thread (OMP_NUM_THREADS=1) its own processor time, which a busy machine leaves as it is."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -121,7 +120,9 @@ def own_process(program: str, *arguments: str) -> str:
 def about(**more) -> dict:
     names = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     cpu = names[0] if names else platform.machine()
-    return {"machine": f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads", "date": str(date.today()),
+    threads = torch.get_num_threads()
+    return {"machine": f"{cpu}, {os.cpu_count()} cores", "date": str(date.today()),
+            "clock": "processor seconds of one thread" if threads == 1 else f"wall clock, {threads} threads",
             "torch": torch.__version__, "transformers": transformers.__version__,
             "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])} | more
 

@@ -26,10 +26,11 @@ VARIED = {"group": [1, 2, 8, 32], "text": [64, 256, 1024, 2048], "answer": [16, 
 def measure(policy: Policy, plain: Qwen3VLForConditionalGeneration, shape: Shape, *, repeats: int) -> dict:
     processor, samples = processor_of(policy), samples_of(policy, shape, Path())  # no image, no file
     batch = batch_of(policy, samples, shape)
-    return {"rollout": interleaved(repeats, ours=partial(our_rollout, policy, samples, shape),
-                                   hf=partial(plain_rollout, plain, processor, samples, shape)),
-            "score": interleaved(repeats, ours=partial(our_score, policy, samples, batch),
-                                 hf=partial(plain_score, plain, processor, samples, batch))}
+    rollout, _ = interleaved(repeats, ours=partial(our_rollout, policy, samples, shape),
+                             hf=partial(plain_rollout, plain, processor, samples, shape))
+    score, _ = interleaved(repeats, ours=partial(our_score, policy, samples, batch),
+                           hf=partial(plain_score, plain, processor, samples, batch))
+    return {"rollout": rollout, "score": score}
 
 
 @dataclass

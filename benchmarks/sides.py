@@ -4,7 +4,6 @@ Every side starts from images and questions and works on the same weights, in fp
 """
 
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration, TrainerCallback
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-from benchmarks.common import Shape, timed
+from benchmarks.common import Shape, now
 from minigrpo.data import Sample, load_image
 from minigrpo.generate import generate
 from minigrpo.loss import group_advantages, grpo_loss
@@ -190,9 +189,11 @@ class OursBetween(TrainerCallback):
         self.step, self.trl, self.ours = step, [], []
 
     def on_train_begin(self, *_, **__):
-        self.start = time.perf_counter()
+        self.start = now()
 
     def on_step_end(self, *_, **__):
-        self.trl.append(time.perf_counter() - self.start)
-        self.ours.append(timed(self.step))
-        self.start = time.perf_counter()
+        self.trl.append(now() - self.start)
+        self.start = now()
+        self.step()
+        self.ours.append(now() - self.start)
+        self.start = now()

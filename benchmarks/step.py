@@ -89,12 +89,13 @@ def measure(shape: Shape, folder: Path, *, repeats: int) -> dict:
         rollouts["trl"] = partial(trl_rollout, trainer, samples, shape)
         scores["trl"] = partial(trl_score, trainer, processor, samples, batch)
 
-    losses = {side: run() for side, run in scores.items()}  # which also warms up, before anybody is timed
+    seconds = {}
+    seconds["rollout"], _ = interleaved(repeats, **rollouts)
+    seconds["score"], losses = interleaved(repeats, **scores)
     same = {side: {"loss": abs(losses["ours"] - losses[side]).item(), "gradient": gradient_difference(policy.model, model)}
             for side, model in peers.items()}
     assert all(each["loss"] < 1e-5 for each in same.values()), f"the sides don't compute the same loss: {same}"
 
-    seconds = {"rollout": interleaved(repeats, **rollouts), "score": interleaved(repeats, **scores)}
     reference, optimizer = Policy.from_pretrained(str(folder)).freeze(), adamw(policy)
     step = partial(our_step, policy, reference, optimizer, samples, shape)
     if trl:
@@ -102,7 +103,7 @@ def measure(shape: Shape, folder: Path, *, repeats: int) -> dict:
         trainer.train()
         seconds["step"] = {"ours": statistics.median(between.ours), "trl": statistics.median(between.trl)}
     else:
-        seconds["step"] = interleaved(repeats, ours=step)
+        seconds["step"], _ = interleaved(repeats, ours=step)
     ratios = {f"{what}_vs_{peer}": each[peer] / each["ours"]
               for what, each in seconds.items() for peer in peers if peer in each}
     return ratios | {"limits": limits(shape, policy), "seconds": seconds, "difference": same, "shape": asdict(shape)}

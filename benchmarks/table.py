@@ -18,7 +18,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def source(about: dict) -> str:
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "transformers", "trl") if about.get(name))
-    return f"`{about['command']}`, {about['date']}, {about['machine']}, {versions}."
+    return f"`{about['command']}`, {about['date']}, {about['machine']}, {about['clock']}, {versions}."
 
 
 def step_table(result: dict) -> str:
