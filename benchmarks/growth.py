@@ -55,7 +55,7 @@ def main() -> None:
             seconds = measure(policy, plain, shape, repeats=args.repeats)
             rows.append({"varied": name, "shape": asdict(shape), "seconds": seconds})
             print(rows[-1], flush=True)
-    write("growth.json", {"about": about(), "points": rows})
+            write("growth.json", {"about": about(), "points": rows})
 
 
 if __name__ == "__main__":

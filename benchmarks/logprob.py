@@ -92,7 +92,7 @@ def main() -> None:
             row[name] = row[what]["ours"] / row[what]["naive"]
         rows.append(row)
         print(row, flush=True)
-    write("logprob.json", {"about": about(width=WIDTH), "sizes": rows})
+        write("logprob.json", {"about": about(width=WIDTH), "sizes": rows})
 
 
 if __name__ == "__main__":

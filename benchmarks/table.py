@@ -24,7 +24,7 @@ def source(about: dict) -> str:
 def step_table(result: dict) -> str:
     def cell(name: str, found: dict) -> str:
         limit = found["limits"].get(name)
-        return f"{found[name]:.2f}" + (f" of {limit:.1f}" if limit else "") if name in found else ""
+        return f"{found[name]:.2f}" + (f" of {limit:.2f}" if limit else "") if name in found else ""
 
     def seconds(what: str, found: dict) -> str:
         return " / ".join(f"{found['seconds'][what][side]:.1f}" if side in found["seconds"][what] else "-"
@@ -61,8 +61,9 @@ def growth_table(result: dict) -> str:
 
 def page_with_tables(page: str) -> str:
     for name, make in (("step", step_table), ("logprob", logprob_table), ("growth", growth_table)):
-        new = make(json.loads((RESULTS / f"{name}.json").read_text()))
-        page = re.sub(rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- end -->)", lambda _: new, page, flags=re.S)
+        path = RESULTS / f"{name}.json"
+        new = make(json.loads(path.read_text())) if path.exists() else "Not measured yet."
+        page = re.sub(rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- end -->)", lambda _: new, page, count=1, flags=re.S)
     return page
 
 
