@@ -34,7 +34,7 @@ test-peers: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,peers]'
 	$(BIN)/python -m pytest -q -rP -m peers
 
-# Beside transformers and TRL, into benchmarks/results and the tables of docs/performance.md; an hour on two cores.
+# Beside transformers and TRL, into benchmarks/results and the tables of docs/performance.md. On a busy machine: OMP_NUM_THREADS=1.
 bench: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,peers]'
 	$(BIN)/python -m benchmarks.step

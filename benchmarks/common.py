@@ -139,4 +139,6 @@ def rounded(value):
     """Four digits, which is more than any timing is worth."""
     if isinstance(value, dict):
         return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
