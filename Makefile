@@ -3,7 +3,7 @@ SEED ?= 0
 OUT ?= runs/demo
 BIN := .venv/bin
 
-.PHONY: install demo demo-real test test-slow test-peers
+.PHONY: install demo demo-real test test-slow test-peers bench
 
 install: .venv/installed
 
@@ -33,3 +33,11 @@ test-slow: install
 test-peers: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,peers]'
 	$(BIN)/python -m pytest -q -rP -m peers
+
+# Beside transformers and TRL, into benchmarks/results and the tables of docs/performance.md. On a busy machine: OMP_NUM_THREADS=1.
+bench: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,peers]'
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.logprob
+	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.table
