@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import train_grpo
 from minigrpo.loss import denominator_of
 from minigrpo.run.args import parse_args
+from minigrpo.run.plots import draw_curves
 from train_grpo import GrpoArguments
 
 ROOT = Path(__file__).parent.parent
@@ -222,3 +223,8 @@ def test_an_update_whose_answers_were_all_cut_off_does_no_harm(train, calls, mon
     assert not any(args[3].any() for args, _ in calls[1:])
     row = rows(folder)[0]
     assert row["cut_off"] == 1 and row["loss"] == row["kl"] == row["entropy"] == row["grad_norm"] == 0
+
+
+def test_curves_of_a_cispo_run(train):
+    """A run with --kind cispo logs no clip_low: drawing its curves failed after the last step."""
+    assert draw_curves(train("--kind", "cispo", steps=1)).stat().st_size > 1000

@@ -30,8 +30,9 @@ def draw_curves(folder: Path) -> Path:
     """RUN/metrics.jsonl -> RUN/curves.png: each figure over the steps, thin as logged and bold as a running mean."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     grpo = "reward" in rows[0]
-    panels = {title: names for title, names in PANELS.items()
-              if names[0] in rows[0] and not (grpo and title.startswith("loss"))}
+    logged = {name for row in rows for name in row}
+    panels = {title: [name for name in names if name in logged] for title, names in PANELS.items()
+              if names[0] in logged and not (grpo and title.startswith("loss"))}
     columns = min(4, len(panels))
     fig, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(4 * columns, 2.8 * -(-len(panels) // columns)),
                              squeeze=False, layout="constrained")
