@@ -34,6 +34,7 @@ class Prompts:
     pixels: Tensor  # [patches of all images, channels * 2 * 16 * 16]
     grids: Tensor  # [images, 3] patches of each image along time, height, width
     images: Tensor  # [B] images of each prompt
+    number: Tensor  # [B] place in the batch that was encoded, which names the random streams of its answers in `generate`
 
     def to(self, device: torch.device) -> "Prompts":
         return Prompts(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -44,7 +45,8 @@ class Prompts:
         chosen[rows] = True
         images = chosen.repeat_interleave(self.images)
         return Prompts(self.ids[rows], self.mask[rows], self.positions[:, rows], self.next_position[rows],
-                       self.pixels[images.repeat_interleave(self.grids.prod(1))], self.grids[images], self.images[rows])
+                       self.pixels[images.repeat_interleave(self.grids.prod(1))], self.grids[images], self.images[rows],
+                       self.number[rows])
 
 
 @dataclass
@@ -188,7 +190,8 @@ class Policy:
         positions, next_position = mrope_positions(ids, mask, images.grids, self.model.config.image_token_id,
                                                    self.image_processor.merge_size)
         counts = torch.tensor([len(slots) for slots in images.slots])
-        return Prompts(ids, mask, positions, next_position, images.pixels, images.grids, counts).to(self.device)
+        return Prompts(ids, mask, positions, next_position, images.pixels, images.grids, counts,
+                       torch.arange(len(rows))).to(self.device)
 
     def encode_answers(self, answers: list[str]) -> tuple[Tensor, Tensor]:
         """Answers as tokens [R, T] and mask [R, T], each closed by its end token."""
