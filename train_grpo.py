@@ -146,6 +146,8 @@ def main() -> None:
         folder = open_run(args)
 
     policy.visual.requires_grad_(not args.freeze_vision)
+    if args.activation_checkpointing:
+        policy.checkpoint_activations()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     start = load_optimizers(checkpoint, optimizer) if checkpoint else 0
     metrics, rollouts = JsonLines(folder / "metrics.jsonl", start), JsonLines(folder / "rollouts.jsonl", start)

@@ -103,6 +103,8 @@ def main() -> None:
         folder = open_run(args)
         images = group_by_image(train)
 
+    if args.activation_checkpointing:
+        policy.checkpoint_activations()
     optimizers = make_optimizers(policy, args)
     start = load_optimizers(checkpoint, *optimizers) if checkpoint else 0
     log = JsonLines(folder / "metrics.jsonl", start)

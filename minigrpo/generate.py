@@ -1,8 +1,11 @@
 """Batched sampling over a hand-written KV cache: G answers to each prompt from one pass over it."""
 
+import secrets
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minigrpo.policy import AnswerCache, Policy, Prompts
@@ -24,15 +27,15 @@ def generate(policy: Policy, prompts: Prompts, *, group_size: int = 1, max_new_t
              seed: int | None = None) -> Rollout:
     """Sample `group_size` answers to each prompt from softmax(logits / temperature), nothing cut off; 0 is greedy.
 
-    Greedy log-probs are those of temperature 1. On a CPU the same seed gives the same answers.
+    Greedy log-probs are those of temperature 1. Every row draws from a random stream of its own (`random_streams`), so its
+    answer depends on the seed and on its prompt's number, and not on who else is in the batch. Without a seed, one is drawn.
     """
     if max_new_tokens < 1 or group_size < 1 or temperature < 0:
         raise ValueError(f"generate needs group_size and max_new_tokens of 1 or more and a temperature of 0 or more, "
                          f"got {group_size}, {max_new_tokens} and {temperature}")
     device = policy.device
-    random = torch.Generator(device)
-    random.manual_seed(seed) if seed is not None else random.seed()
-    ends = torch.tensor(policy.end_ids, device=device)
+    uniform = random_streams(secrets.randbits(63) if seed is None else seed, prompts.number.tolist(), group_size, max_new_tokens)
+    uniform, ends = uniform.to(device), torch.tensor(policy.end_ids, device=device)
 
     prefix, cache = policy.prefill(prompts), AnswerCache(size=max_new_tokens)
     hidden = prefix.hidden.repeat_interleave(group_size, 0)  # (R, d)
@@ -41,33 +44,67 @@ def generate(policy: Policy, prompts: Prompts, *, group_size: int = 1, max_new_t
     tokens = torch.full((len(rows), max_new_tokens), policy.tokenizer.pad_token_id, device=device)
     logprobs, mask = torch.zeros(tokens.shape, device=device), torch.zeros(tokens.shape, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
-        token, logprob = sample(hidden, policy.head, temperature, random)  # (r,), (r,)
+        token, logprob = sample(hidden, policy.head, temperature, uniform[rows, t])  # (r,), (r,)
         going = ~finished[rows]  # before `finished` learns of this token: the end token itself is part of the answer
         mask[rows, t] = going
         tokens[rows, t] = torch.where(going, token, tokens[rows, t])
         logprobs[rows, t] = torch.where(going, logprob, 0.0)
         finished[rows] |= torch.isin(token, ends)
-        open_groups = ~finished[rows].view(-1, group_size).all(1)  # (b,)
-        if not open_groups.any() or t + 1 == max_new_tokens:
+        if finished.all() or t + 1 == max_new_tokens:
             break
-        if open_groups.float().mean() < 0.75:  # dropping ended groups copies the cache, so not at every step
-            keep = open_groups.repeat_interleave(group_size)
-            prefix, rows, token = prefix.select(open_groups), rows[keep], token[keep]
-            cache.select(keep)
+        groups, kept = rows_to_keep(~finished[rows].view(len(prefix.mask), -1))
+        if len(kept) < 0.8 * len(rows):  # dropping rows copies the cache, so not at every step
+            prefix, rows, token = prefix.select(groups), rows[kept], token[kept]
+            cache.select(kept)
         hidden = policy.extend(prefix, token[:, None], cache)[:, 0]
     tokens, logprobs, mask = tokens[:, :t + 1], logprobs[:, :t + 1], mask[:, :t + 1]
     texts = [policy.tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens, mask)]
     return Rollout(tokens, mask, logprobs, finished, texts)
 
 
-def sample(hidden: Tensor, head: Tensor, temperature: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Next tokens [R] and their fp32 log-probs [R] from hidden [R, d] and head [V, d]."""
+def rows_to_keep(going: Tensor) -> tuple[Tensor, Tensor]:
+    """The groups that have an open answer, as [b] bool, and which rows to follow further, for `going` [b, g] bool.
+
+    Attention wants groups of one size: each keeps as many rows as the one with most open ones, its open ones first.
+    """
+    groups, most = going.any(1), int(going.sum(1).max())
+    open_first = going.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    first_row = torch.arange(0, going.numel(), going.shape[1], device=going.device)[:, None]
+    return groups, (first_row + open_first)[groups].flatten()
+
+
+def random_streams(seed: int, numbers: list[int], group_size: int, length: int) -> Tensor:
+    """Uniform numbers in [0, 1), float64 [R, length]: row r's are those of (seed, its prompt's number, its place in the group).
+
+    A stream's first numbers are the same for every `length`. Drawn on the CPU, so that a GPU gets the same ones.
+    """
+    return torch.from_numpy(np.stack([np.random.default_rng([seed % 2**64, number, answer]).random(length)
+                                      for number in numbers for answer in range(group_size)]))
+
+
+def sample(hidden: Tensor, head: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Next tokens [R] and their fp32 log-probs [R] from hidden [R, d], head [V, d] and a uniform number [R] for each row."""
     logits = (hidden @ head.to(hidden.dtype).T).float()
     logprob = (logits / temperature if temperature else logits).log_softmax(-1)  # (R, V)
-    if temperature:  # the token in whose share of the unit interval a uniform number falls
-        share = logprob.double().exp().cumsum(-1)  # in fp32 the sum would swallow the rare words of a large vocabulary
-        drawn = torch.rand(len(share), 1, dtype=share.dtype, device=share.device, generator=random) * share[:, -1:]
-        token = torch.searchsorted(share, drawn, right=True)[:, 0].clamp(max=share.shape[1] - 1)
-    else:
-        token = logprob.argmax(-1)
+    token = draw(logprob.exp(), uniform) if temperature else logprob.argmax(-1)
     return token, logprob.gather(1, token[:, None])[:, 0]
+
+
+def draw(weight: Tensor, uniform: Tensor, block: int = 128) -> Tensor:
+    """Index [R] into whose share of the unit interval a uniform number [R] falls; weight [R, V], adding up to about 1.
+
+    First the block of tokens, then the token in it: a running sum over a whole vocabulary is slow in double precision, and
+    in fp32 it would swallow the rare words.
+    """
+    def pick(weight: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """The index, and how far into its share the number falls, which is again uniform."""
+        end = weight.cumsum(-1, dtype=torch.float64)
+        point = uniform[:, None] * end[:, -1:]
+        index = torch.searchsorted(end, point, right=True).clamp(max=end.shape[1] - 1)
+        share = weight.gather(1, index)
+        return index[:, 0], ((point - end.gather(1, index)) / share + 1)[:, 0].clamp(0, 1)
+
+    blocks = F.pad(weight, (0, -weight.shape[1] % block)).unflatten(1, (-1, block))  # (R, V / block, block)
+    which, rest = pick(blocks.sum(-1), uniform)
+    inside, _ = pick(blocks[torch.arange(len(blocks), device=weight.device), which], rest)
+    return (which * block + inside).clamp(max=weight.shape[1] - 1)

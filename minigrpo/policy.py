@@ -10,11 +10,13 @@ H query heads, K key heads, D head width.
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
@@ -34,6 +36,7 @@ class Prompts:
     pixels: Tensor  # [patches of all images, channels * 2 * 16 * 16]
     grids: Tensor  # [images, 3] patches of each image along time, height, width
     images: Tensor  # [B] images of each prompt
+    number: Tensor  # [B] place in the batch that was encoded, which names the random streams of its answers in `generate`
 
     def to(self, device: torch.device) -> "Prompts":
         return Prompts(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -44,7 +47,8 @@ class Prompts:
         chosen[rows] = True
         images = chosen.repeat_interleave(self.images)
         return Prompts(self.ids[rows], self.mask[rows], self.positions[:, rows], self.next_position[rows],
-                       self.pixels[images.repeat_interleave(self.grids.prod(1))], self.grids[images], self.images[rows])
+                       self.pixels[images.repeat_interleave(self.grids.prod(1))], self.grids[images], self.images[rows],
+                       self.number[rows])
 
 
 @dataclass
@@ -79,7 +83,7 @@ class Policy:
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.language_model, self.visual = model.model.language_model, model.model.visual
         self.head = model.lm_head.weight  # [V, d]
-        self.autocast = autocast
+        self.autocast, self.activation_checkpointing = autocast, False
         # The patches arrive cut out, so the convolution over them is one matrix product; Conv3d takes five times as long.
         patch = self.visual.patch_embed
         patch.forward = lambda x: F.linear(x.to(patch.proj.weight.dtype), patch.proj.weight.flatten(1), patch.proj.bias)
@@ -126,6 +130,13 @@ class Policy:
 
     def freeze(self) -> "Policy":
         self.model.requires_grad_(False)
+        return self
+
+    def checkpoint_activations(self) -> "Policy":
+        """Keep the input of each layer alone for the backward pass, which computes the rest anew: less memory, more time."""
+        self.activation_checkpointing = True
+        for block in self.visual.blocks:
+            block.forward = partial(checkpoint, type(block).forward, block, use_reentrant=False)
         return self
 
     # ---- prompts ------------------------------------------------------------------------------------------------
@@ -188,7 +199,8 @@ class Policy:
         positions, next_position = mrope_positions(ids, mask, images.grids, self.model.config.image_token_id,
                                                    self.image_processor.merge_size)
         counts = torch.tensor([len(slots) for slots in images.slots])
-        return Prompts(ids, mask, positions, next_position, images.pixels, images.grids, counts).to(self.device)
+        return Prompts(ids, mask, positions, next_position, images.pixels, images.grids, counts,
+                       torch.arange(len(rows))).to(self.device)
 
     def encode_answers(self, answers: list[str]) -> tuple[Tensor, Tensor]:
         """Answers as tokens [R, T] and mask [R, T], each closed by its end token."""
@@ -200,22 +212,19 @@ class Policy:
 
     def prefill(self, prompts: Prompts) -> Prefix:
         """Images and prompts once: their keys, values and last hidden states, with gradient where it is enabled."""
-        keys, values = [], []
-
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys.append(k)
-            values.append(v)
             # Padding is on the right, so the causal mask already hides it from every real token.
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
         with self._precision():
-            x = self.language_model.embed_tokens(prompts.ids)
-            slots, deepstack = prompts.ids == self.model.config.image_token_id, []
+            x, deepstack = self.language_model.embed_tokens(prompts.ids), []
+            slots = prompts.ids == self.model.config.image_token_id
             if len(prompts.grids):
                 seen = self.visual(prompts.pixels, grid_thw=prompts.grids)
                 x = x.masked_scatter(slots[..., None], seen.pooler_output.to(x.dtype))
                 deepstack = seen.deepstack_features
-            hidden = self._layers(x, prompts.positions, attend, slots, deepstack)
+            hidden, keys, values = self._layers(x, prompts.positions, attend, slots, deepstack)
+        keys, values = ([x.contiguous() for x in layers] for layers in (keys, values))  # or each decoding step would copy them
         last = prompts.mask.sum(1) - 1
         return Prefix(keys, values, prompts.mask, prompts.next_position, hidden[torch.arange(len(last)), last])
 
@@ -227,15 +236,17 @@ class Policy:
         positions = prefix.next_position.repeat_interleave(group)[:, None] + steps  # (R, n), the same on all three axes
         # What an answer token may see: its prompt, without padding, and its own answer up to itself.
         causal = torch.arange(start + n, device=tokens.device) <= steps[:, None]  # (n, start + n)
+        seen = torch.cat([prefix.mask.repeat_interleave(group, 0)[:, None].expand(-1, n, -1), causal.expand(len(tokens), -1, -1)], 2)
+        bias = torch.zeros_like(seen, dtype=prefix.hidden.dtype).masked_fill_(~seen, -torch.inf)[:, None]  # (R, 1, n, P + start + n)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = cache.append(layer, k, v)
-            return shared_prefix_attention(q, k, v, prefix.keys[layer], prefix.values[layer], prefix.mask, causal)
+            return shared_prefix_attention(q, k, v, prefix.keys[layer], prefix.values[layer], bias)
 
         with self._precision():
             # Answers are plain tokens, also where the policy sampled an <|image_pad|>: no image belongs to it.
             x = self.language_model.embed_tokens(tokens)
-            hidden = self._layers(x, positions.expand(3, -1, -1), attend)
+            hidden, _, _ = self._layers(x, positions.expand(3, -1, -1), attend)
         cache.length += n
         return hidden
 
@@ -257,27 +268,44 @@ class Policy:
         if longest > 1:
             hidden = torch.cat([hidden, self.extend(prefix, tokens[:, :longest - 1], AnswerCache())], dim=1)  # (R, longest, d)
         within = mask[:, :longest]
-        with self._precision():  # only answer tokens are projected onto the vocabulary
-            found = linear_logprob(hidden[within], self.head, tokens[mask], temperature=temperature, entropy=entropy)
+        # Only answer tokens are projected onto the vocabulary, and not in bf16: the sampler doesn't either.
+        found = linear_logprob(hidden[within], self.head, tokens[mask], temperature=temperature, entropy=entropy)
         empty = torch.zeros(mask.shape, device=mask.device)
         outs = [empty.masked_scatter(mask, x) for x in (found if entropy else (found,))]
         return tuple(outs) if entropy else outs[0]
 
     def _layers(self, x: Tensor, positions: Tensor, attend: Callable, slots: Tensor | None = None,
-                deepstack: list[Tensor] = ()) -> Tensor:
-        """The decoder: x [N, S, d], positions [3, N, S] -> hidden states [N, S, d]; `attend` does the attention."""
-        cos, sin = (part[:, None] for part in self.language_model.rotary_emb(x, positions))  # (N, 1, S, D)
-        for number, layer in enumerate(self.language_model.layers):
+                deepstack: list[Tensor] = ()) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The decoder: x [N, S, d], positions [3, N, S] -> hidden states [N, S, d], and the keys and values of each layer.
+
+        `attend` does the attention; `deepstack` holds features of early vision layers, which join at the image `slots` [N, S].
+        """
+        cos, sin = (part[:, :, None] for part in self.language_model.rotary_emb(x, positions))  # (N, S, 1, D)
+        first, second = sin.chunk(2, dim=-1)
+        sin = torch.cat([-first, second], dim=-1)  # the sign of `rotate`
+
+        def block(number: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            layer = self.language_model.layers[number]
             attention, y = layer.self_attn, layer.input_layernorm(x)
             heads = (*y.shape[:2], -1, attention.head_dim)
-            q = rotate(attention.q_norm(attention.q_proj(y).view(heads)).transpose(1, 2), cos, sin)  # (N, H, S, D)
-            k = rotate(attention.k_norm(attention.k_proj(y).view(heads)).transpose(1, 2), cos, sin)  # (N, K, S, D)
+            q = rotate(attention.q_norm(attention.q_proj(y).view(heads)), cos, sin).transpose(1, 2)  # (N, H, S, D)
+            k = rotate(attention.k_norm(attention.k_proj(y).view(heads)), cos, sin).transpose(1, 2)  # (N, K, S, D)
             v = attention.v_proj(y).view(heads).transpose(1, 2)
             x = x + attention.o_proj(attend(number, q, k, v).transpose(1, 2).flatten(2))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-            if number < len(deepstack):  # DeepStack: features of early vision layers join at the image slots
+            if number < len(deepstack):
                 x = x.masked_scatter(slots[..., None], x[slots] + deepstack[number].to(x.dtype))
-        return self.language_model.norm(x)
+            return x, k, v
+
+        keys, values = [], []
+        for number in range(len(self.language_model.layers)):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, k, v = checkpoint(block, number, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, k, v = block(number, x)
+            keys.append(k)
+            values.append(v)
+        return self.language_model.norm(x), keys, values
 
     def _precision(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
@@ -305,38 +333,35 @@ class AnswerCache:
         self.layers = {layer: tuple(store[rows] for store in stores) for layer, stores in self.layers.items()}
 
 
-def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_mask: Tensor,
-                            causal: Tensor) -> Tensor:
-    """Attention of answers to [their group's prompt, themselves], exact, with one copy of the prompt's keys.
+def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, bias: Tensor) -> Tensor:
+    """Attention of answers to [their group's prompt, themselves], exact.
 
-    q [R, H, n, D], k and v [R, K, S, D], prefix_k and prefix_v [B, K, P, D], prefix_mask [B, P], causal [n, S]
-    -> [R, H, n, D]. All queries of a group meet the prompt's keys in one matrix product; the scores of both parts are
-    joined before the softmax. A group of one shares nothing: its keys are simply joined.
+    q [R, H, n, D], k and v [R, K, S, D], prefix_k and prefix_v [B, K, P, D], bias [R, 1, n, P + S] with -inf on what a token
+    may not see -> [R, H, n, D].
     """
     (rows, heads, n, width), (prompts, key_heads, length) = q.shape, prefix_k.shape[:3]
     group, share = rows // prompts, heads // key_heads
-    if group == 1 and n > 1:  # scoring; a decoding step, n = 1, would copy the prompt's keys each time
-        seen = torch.cat([prefix_mask[:, None, None].expand(-1, -1, n, -1), causal.expand(rows, 1, -1, -1)], dim=-1)
-        k, v = torch.cat([prefix_k, k], dim=2), torch.cat([prefix_v, v], dim=2)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=share > 1)
-    q = q.reshape(prompts, group, key_heads, share * n, width) * width**-0.5
-    to_prompt = q.transpose(1, 2).reshape(prompts, key_heads, -1, width) @ prefix_k.mT  # (B, K, G share n, P)
-    to_prompt = to_prompt.masked_fill(~prefix_mask[:, None, None], -torch.inf)
-    to_prompt = to_prompt.view(prompts, key_heads, group, share * n, length).transpose(1, 2)
-    to_self = q @ k.reshape(prompts, group, key_heads, -1, width).mT  # (B, G, K, share n, S)
-    to_self = to_self.masked_fill(~causal.repeat(share, 1), -torch.inf)
-    weight = torch.cat([to_prompt, to_self], dim=-1).softmax(-1, dtype=torch.float32).to(q.dtype)
-    on_prompt, on_self = weight.split([length, to_self.shape[-1]], dim=-1)
-    out = on_prompt.transpose(1, 2).reshape(prompts, key_heads, -1, length) @ prefix_v
-    out = out.view(prompts, key_heads, group, share * n, width).transpose(1, 2)
-    out = out + on_self @ v.reshape(prompts, group, key_heads, -1, width)
-    return out.reshape(rows, heads, n, width)
+    if n > 1:  # scoring: the keys of the prompt are few beside the scores, which the fused kernel never writes out
+        k, v = (torch.cat([prefix[:, None].expand(-1, group, -1, -1, -1), own.view(prompts, group, key_heads, -1, width)], dim=3)
+                .flatten(0, 1) for prefix, own in ((prefix_k, k), (prefix_v, v)))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=share > 1)
+    # A decoding step: the queries of a group meet one copy of the prompt's keys in one matrix product.
+    q = q.reshape(prompts, group, key_heads, share, width) * width**-0.5
+    scores = q.new_empty(prompts, key_heads, group, share, length + k.shape[2])
+    scores[..., :length] = (q.transpose(1, 2).reshape(prompts, key_heads, -1, width) @ prefix_k.mT).view(*scores.shape[:4], length)
+    scores[..., length:] = (q @ k.view(prompts, group, key_heads, -1, width).mT).transpose(1, 2)
+    weight = scores.add_(bias.view(prompts, 1, group, 1, -1)).softmax(-1)
+    on_prompt = (weight[..., :length].flatten(2, 3) @ prefix_v).view(prompts, key_heads, group, share, width)
+    on_self = weight[..., length:].transpose(1, 2) @ v.view(prompts, group, key_heads, -1, width)
+    return (on_prompt.transpose(1, 2) + on_self).reshape(rows, heads, 1, width)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (RoFormer 2104.09864), with the two halves of a head as the pairs."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Rotary position embedding (RoFormer 2104.09864), with the two halves of a head as the pairs.
+
+    x [N, S, heads, D], cos and sin [N, S, 1, D]; the first half of sin is negative.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def mrope_positions(ids: Tensor, mask: Tensor, grids: Tensor, image_id: int, merge: int) -> tuple[Tensor, Tensor]:

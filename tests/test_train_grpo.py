@@ -156,6 +156,13 @@ def test_the_denominator_is_the_whole_updates(how, train, calls):
         assert rows(whole)[0][name] == pytest.approx(rows(parts)[0][name], rel=1e-3, abs=1e-6)
 
 
+def test_activation_checkpointing_reaches_the_policy_and_changes_nothing(train, monkeypatch):
+    turned_on, method = [], train_grpo.Policy.checkpoint_activations
+    monkeypatch.setattr(train_grpo.Policy, "checkpoint_activations", lambda policy: turned_on.append(policy) or method(policy))
+    plain, checkpointed = train(steps=1), train("--activation_checkpointing", steps=1)
+    assert len(turned_on) == 1 and same(plain, checkpointed)
+
+
 def test_rollout_cap_scores_before_the_updates(train, calls):
     """The old log-probs are the trainer's, the same for all updates; the weight corrects for the sampler."""
     folder = train("--rollout_cap", 2, "--updates_per_rollout", 2, steps=1)

@@ -29,6 +29,8 @@ class RunArguments:
     resume: bool = field(default=False, metadata={"help": "continue the run in output_dir from its last checkpoint"})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
     bf16: bool = field(default=False, metadata={"help": "compute in bfloat16 (weights and optimiser stay in fp32)"})
+    activation_checkpointing: bool = field(default=False, metadata={
+        "help": "keep the input of each layer alone for the backward pass, which computes the rest anew: less memory, more time"})
 
     def check(self) -> None:
         """Settings that can't work are an error now, not after hours."""
