@@ -329,7 +329,7 @@ class AnswerCache:
         return tuple(store[:, :, :end] for store in self.layers[layer])
 
     def select(self, rows: Tensor) -> None:
-        """Drop the answers outside `rows` [R] (bool)."""
+        """Keep the answers `rows` (indices, or a bool for each)."""
         self.layers = {layer: tuple(store[rows] for store in stores) for layer, stores in self.layers.items()}
 
 
