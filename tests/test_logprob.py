@@ -12,7 +12,7 @@ def naive(hidden, weight, target, temperature):
     return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
-@pytest.mark.parametrize("tile", [1, 3, None])
+@pytest.mark.parametrize("tile", [1, 3, 512])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_values_and_gradients(tile, temperature):
     torch.manual_seed(0)
