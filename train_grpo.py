@@ -174,8 +174,8 @@ def main() -> None:
                     if args.soft_overlong:
                         penalty = soft_overlong_penalty(rollout.mask.sum(1).cpu(), args.max_new_tokens, args.soft_overlong)
                         rewards, scores.parts["overlong"] = rewards + penalty.view(-1, G), penalty.tolist()
-                found = Groups(samples, rollout, rewards, valid, scores.parts)
-                groups = groups.replace(wanted, found) if refill else found
+                fresh = Groups(samples, rollout, rewards, valid, scores.parts)
+                groups = groups.replace(wanted, fresh) if refill else fresh
                 replaced += len(wanted) if refill else 0
                 wanted = groups.without_spread()
                 if not wanted:

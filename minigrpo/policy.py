@@ -1,7 +1,7 @@
 """A Qwen3-VL as a policy: one pass over each prompt, shared by the group of answers that follows it.
 
 The weights stay in a plain `Qwen3VLForConditionalGeneration`; the pass through its layers is written out here, because
-the point of the whole project is in the attention: an answer's queries read one copy of their prompt's keys and values.
+the point of the whole project is in the attention: a group's answers read the keys and values of one pass over their prompt.
 
 Shapes: B prompts, G answers each, R = B G rows, P prompt tokens (padded on the right), T answer tokens, d width,
 H query heads, K key heads, D head width.

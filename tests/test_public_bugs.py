@@ -166,8 +166,8 @@ def test_weights_move_at_the_papers_learning_rate(policy, samples, tmp_path):
 
 
 def test_first_step_has_zero_loss_and_a_gradient():
-    """Asked everywhere: on the first on-policy step the ratio is 1 and the advantages sum to 0, so the loss is 0. The gradient
-    is not."""
+    """Asked everywhere: on the first on-policy step the ratio is 1 and the advantages sum to 0, so the loss of equally long
+    answers is 0. The gradient is not."""
     logprob = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     advantage = group_advantages(torch.tensor([[1.0, 2.0, 4.0, 8.0]], dtype=torch.float64)).view(-1)
     loss, stats = grpo_loss(logprob, logprob.detach(), advantage, torch.ones(4, 3))
