@@ -1,6 +1,7 @@
 """Pictures: the curves of a run, and the films and answers of an evaluation."""
 
 import json
+import random
 import textwrap
 from pathlib import Path
 
@@ -109,6 +110,5 @@ def draw_boxes(axis, boxes: list, color: str, *, width: float = 1.5, style: str 
 
 
 def spread(indices: list[int], count: int) -> list[int]:
-    """At most `count` of the indices, evenly spaced over all of them."""
-    step = max(1, len(indices) // count)
-    return indices[::step][:count]
+    """At most `count` of the indices, always the same; drawn, since even steps would meet the same question of every film."""
+    return sorted(random.Random(0).sample(indices, min(count, len(indices))))
