@@ -26,9 +26,10 @@ from minigrpo.policy import Policy, Prompts
 from minigrpo.rewards import reward_fn
 from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
 from minigrpo.run.folder import graceful_stop, last_checkpoint, load_optimizers, open_run, save_checkpoint, save_final, stop_early
-from minigrpo.run.groups import Groups
+from minigrpo.run.groups import Groups, micro_batches, padding_share
 from minigrpo.run.log import JsonLines, Means, Timer, group_rows, rollout_stats
 from minigrpo.run.plots import draw_curves
+from minigrpo.run.roofline import efficiency, measure_roofline
 
 
 @dataclass
@@ -39,7 +40,11 @@ class GrpoArguments(RunArguments):
     prompts_per_step: int = field(default=8, metadata={"help": "questions per rollout batch (512 in the paper)"})
     group_size: int = field(default=8, metadata={"help": "answers sampled to each question, G"})
     updates_per_rollout: int = field(default=4, metadata={"help": "optimiser steps on each rollout batch, each on its own prompts"})
-    micro_prompts: int = field(default=8, metadata={"help": "prompts (with their groups) per forward and backward pass"})
+    micro_tokens: int = field(default=16384, metadata={
+        "help": "tokens of prompts and answers in one forward and backward pass, padding included; a group stays whole. Smaller "
+                "takes less memory, and changes nothing but rounding"})
+    rollout_rows: int = field(default=1024, metadata={
+        "help": "answers decoded at once; where a group has ended, a waiting prompt takes its place"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
     temperature: float = field(default=1.0, metadata={"help": "of sampling, and so of the log-probs that are trained"})
     dynamic_sampling: int = field(default=0, metadata={
@@ -81,12 +86,14 @@ class GrpoArguments(RunArguments):
         "choices": list(AGGREGATIONS)})
     learning_rate: float = field(default=1e-6, metadata={"help": "constant; 1e-6 in the paper, about 1e-4 for a tiny model"})
     freeze_vision: bool = field(default=False, metadata={"help": "keep the vision tower as it is: cheaper, and less to unlearn"})
+    roofline: bool = field(default=False, metadata={
+        "help": "measure at the start what the machine can do, and log which share of it each phase reaches"})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decoupled weight decay"})
     grad_clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
 
     def check(self) -> None:
         super().check()
-        for name in ("prompts_per_step", "group_size", "updates_per_rollout", "micro_prompts", "max_new_tokens"):
+        for name in ("prompts_per_step", "group_size", "updates_per_rollout", "micro_tokens", "rollout_rows", "max_new_tokens"):
             at_least_one(self, name)
         if self.prompts_per_step % self.updates_per_rollout:
             raise ValueError(f"--prompts_per_step {self.prompts_per_step} must be a multiple of "
@@ -155,6 +162,9 @@ def main() -> None:
           f"{', '.join(sorted(reward.tasks))}), {args.prompts_per_step} prompts x {args.group_size} answers a step, {args.device}")
     for note in args.inert():
         print(f"note: {note}")
+    limits = measure_roofline(policy.device, torch.bfloat16 if args.bf16 else torch.float32) if args.roofline else None
+    if limits:
+        print(f"roofline: {limits['tflop_per_second']:.3g} TFLOP/s, {limits['gb_per_second']:.3g} GB/s")
 
     B, G = args.prompts_per_step, args.group_size
     with graceful_stop() as stopping:
@@ -167,7 +177,8 @@ def main() -> None:
                     samples = batch_at(train, step, B, seed)[:len(wanted)]
                     prompts = policy.encode(samples)  # image and prompt once for each group
                     rollout = generate(policy, prompts, group_size=G, max_new_tokens=args.max_new_tokens,
-                                       temperature=args.temperature, seed=seed * 1_000_003 + step)  # R = B G answers
+                                       temperature=args.temperature, seed=seed * 1_000_003 + step,
+                                       rows_at_once=args.rollout_rows)  # R = B G answers
                 with timer.phase("reward"):
                     scores = reward(rollout.texts, [s for s in samples for _ in range(G)])
                     rewards, valid = torch.tensor(scores.values).view(-1, G), torch.tensor(scores.valid).view(-1, G)
@@ -191,11 +202,14 @@ def main() -> None:
                 ref_logprob = score_all(reference, prompts, rollout, args)  # (R, T)
                 old_logprob = score_all(policy, prompts, rollout, args) if args.rollout_cap else rollout.logprob
             with timer.phase("update"):
-                for update, update_rows in batches_of(range(B), B // args.updates_per_rollout, G):
-                    # Of the whole update, or the learning rate would depend on micro_prompts.
-                    denominator = denominator_of(mask[update_rows], how=args.how, max_tokens=args.max_new_tokens)
+                parts = []
+                for first in range(0, B, size := B // args.updates_per_rollout):
+                    update_mask = mask[first * G:(first + size) * G]
+                    # Of the whole update, or the learning rate would depend on micro_tokens.
+                    denominator = denominator_of(update_mask, how=args.how, max_tokens=args.max_new_tokens)
                     update_loss = 0.0
-                    for part, rows in batches_of(range(update.start, update.stop), args.micro_prompts, G):
+                    parts += (update := micro_batches(prompts, mask, range(first, first + size), args.micro_tokens))
+                    for part, rows in update:
                         logprob, entropy = policy.score(prompts.select(part), rollout.tokens[rows], mask[rows],
                                                         temperature=args.temperature, entropy=True)  # (r, T)
                         loss, stats = grpo_loss(
@@ -211,8 +225,8 @@ def main() -> None:
                     optimizer.step()
                     optimizer.zero_grad()
 
-            row = {"step": step, **rollout_stats(groups), "groups_replaced": replaced, **means.row(), **timer.row()}
-            row["tokens_per_second"] = int(rollout.mask.sum()) / sum(timer.seconds.values())
+            row = {"step": step, **rollout_stats(groups), "groups_replaced": replaced, **means.row(), **timer.row(),
+                   **efficiency(policy, prompts, rollout, timer.seconds, padding_share(prompts, mask, parts), limits)}
             metrics.write(row)
             rollouts.write({"step": step, "groups": group_rows(groups, advantage, count=2)})
             bar.set_postfix(reward=f"{row['reward']:.3f}", kl=f"{row['kl']:.4f}", tokens=f"{row['answer_tokens']:.0f}")
@@ -228,16 +242,10 @@ def main() -> None:
 
 def score_all(policy: Policy, prompts: Prompts, rollout: Rollout, args: GrpoArguments) -> Tensor:
     """Log-probs [R, T] of all answers of a step, a micro-batch at a time."""
-    return torch.cat([
-        policy.score(prompts.select(part), rollout.tokens[rows], rollout.mask[rows], temperature=args.temperature)
-        for part, rows in batches_of(range(len(prompts.ids)), args.micro_prompts, args.group_size)])
-
-
-def batches_of(prompts: range, size: int, group_size: int) -> list[tuple[slice, slice]]:
-    """Slices of `size` prompts, each with the slice of its answer rows."""
-    starts = range(prompts.start, prompts.stop, size)
-    parts = [slice(first, min(first + size, prompts.stop)) for first in starts]
-    return [(part, slice(part.start * group_size, part.stop * group_size)) for part in parts]
+    logprob = torch.zeros_like(rollout.logprob)
+    for part, rows in micro_batches(prompts, rollout.mask, range(len(prompts.ids)), args.micro_tokens):
+        logprob[rows] = policy.score(prompts.select(part), rollout.tokens[rows], rollout.mask[rows], temperature=args.temperature)
+    return logprob
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ its columns stay empty. Neither side scores the answers a second time for the ol
 current ones and we the sampler's. TRL's activation checkpointing, on by default, is off, as ours is: it would only slow
 TRL down, and `memory_vs_trl` compares what both hold then.
 
-`limits` are the ratios that the count of multiplications allows (see `operations`). On a CPU, TRL also projects the prompt's
+`limits` are the ratios that the count of multiplications allows (see `multiplications`). On a CPU, TRL also projects the prompt's
 tokens onto the vocabulary, which the count leaves out: a ratio to TRL may pass its limit, one to transformers should not.
 """
 
@@ -27,6 +27,7 @@ from benchmarks.sides import (OursBetween, adamw, batch_of, our_rollout, our_sco
                               processor_of, trl, trl_rollout, trl_score, trl_trainer)
 from minigrpo.policy import Policy
 from minigrpo.run.args import at_least_one, input_errors, parse_args
+from minigrpo.run.roofline import multiplications
 
 SHAPES = {
     "report": Shape(image=441, text=30, answer=60),  # the paper's report run
@@ -41,32 +42,13 @@ def gradient_difference(a: torch.nn.Module, b: torch.nn.Module) -> float:
     return (sum((x - y).norm() ** 2 for x, y in pairs) / sum(y.norm() ** 2 for _, y in pairs)).sqrt().item()
 
 
-def operations(shape: Shape, policy: Policy) -> dict[str, float]:
-    """Multiplications of one forward pass, for one image, one prompt, one answer behind it, and the answer's logits.
-
-    A token meets every weight of the layers once, and each key that it sees twice (score and value) in each layer.
-    """
-    text, vision, visual = policy.model.config.text_config, policy.model.config.vision_config, policy.visual
-    weights = lambda *modules: sum(p.numel() for module in modules for p in module.parameters() if p.dim() > 1)
-    layers = weights(policy.language_model.layers)
-    key = 2 * text.num_hidden_layers * text.num_attention_heads * text.head_dim
-    causal = lambda start, stop: (stop - start) * (start + 1 + stop) / 2  # keys that the tokens start .. stop - 1 see
-    patches, P, T = 4 * shape.image, shape.prompt, shape.answer
-    return {
-        "image": patches * weights(visual.patch_embed, visual.blocks) + 2 * vision.depth * vision.hidden_size * patches**2
-                 + shape.image * weights(visual.merger, visual.deepstack_merger_list),
-        "prompt": P * layers + causal(0, P) * key,
-        "answer": (T - 1) * layers + causal(P, P + T - 1) * key,  # its last token is predicted and not read
-        "head": T * policy.head.numel()}
-
-
 def limits(shape: Shape, policy: Policy) -> dict[str, float]:
     """How many times fewer multiplications each prompt once takes than once for each of its answers.
 
     The same for rollout, scoring and step, since backward costs twice its forward; only `generate(num_return_sequences)`
     encodes an image once, too, and then the prompt G times.
     """
-    n, G = operations(shape, policy), shape.group
+    n, G = multiplications(policy, [4 * shape.image] if shape.image else [], shape.prompt, shape.answer), shape.group
     image, prompt, answers = n["image"], n["prompt"], G * (n["answer"] + n["head"])
     shared, repeated = image + prompt + answers, G * (image + prompt) + answers
     every = dict.fromkeys(("rollout_vs_trl", "score_vs_hf", "score_vs_trl", "step_vs_trl"), repeated / shared)

@@ -20,46 +20,70 @@ class Rollout:
     logprob: Tensor  # [R, T] fp32, of the tokens as they were sampled (temperature included), 0 where masked
     finished: Tensor  # [R] bool, ended by itself rather than cut at max_new_tokens
     texts: list[str]  # R answers, without special tokens
+    row_steps: int  # tokens computed, those after the end of an answer included
+    bytes_read: int  # weights, keys and values that the decoding steps read: at best as fast as memory
+
+
+CHECK_EVERY = {"cpu": 1}  # steps between looks at which rows have ended; elsewhere 8, for a look waits for the device
 
 
 @torch.no_grad()
 def generate(policy: Policy, prompts: Prompts, *, group_size: int = 1, max_new_tokens: int, temperature: float = 1.0,
-             seed: int | None = None) -> Rollout:
+             seed: int | None = None, rows_at_once: int | None = None) -> Rollout:
     """Sample `group_size` answers to each prompt from softmax(logits / temperature), nothing cut off; 0 is greedy.
 
     Greedy log-probs are those of temperature 1. Every row draws from a random stream of its own (`random_streams`), so its
     answer depends on the seed and on its prompt's number, and not on who else is in the batch. Without a seed, one is drawn.
+    At most `rows_at_once` answers (whole groups, at least one) are decoded together; where a group has ended, a waiting
+    prompt takes its rows.
     """
-    if max_new_tokens < 1 or group_size < 1 or temperature < 0:
-        raise ValueError(f"generate needs group_size and max_new_tokens of 1 or more and a temperature of 0 or more, "
-                         f"got {group_size}, {max_new_tokens} and {temperature}")
-    device = policy.device
+    if max_new_tokens < 1 or group_size < 1 or temperature < 0 or (rows_at_once is not None and rows_at_once < 1):
+        raise ValueError(f"generate needs group_size, max_new_tokens and rows_at_once of 1 or more and a temperature of 0 or "
+                         f"more, got {group_size}, {max_new_tokens}, {rows_at_once} and {temperature}")
+    device, B = policy.device, len(prompts.ids)
+    places = B if rows_at_once is None else min(B, max(1, rows_at_once // group_size))
     uniform = random_streams(secrets.randbits(63) if seed is None else seed, prompts.number.tolist(), group_size, max_new_tokens)
     uniform, ends = uniform.to(device), torch.tensor(policy.end_ids, device=device)
-
-    prefix, cache = policy.prefill(prompts), AnswerCache(size=max_new_tokens)
-    hidden = prefix.hidden.repeat_interleave(group_size, 0)  # (R, d)
-    rows = torch.arange(len(hidden), device=device)  # those that are still decoded
-    finished = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    tokens = torch.full((len(rows), max_new_tokens), policy.tokenizer.pad_token_id, device=device)
+    finished = torch.zeros(B * group_size, dtype=torch.bool, device=device)
+    tokens = torch.full((B * group_size, max_new_tokens), policy.tokenizer.pad_token_id, device=device)
     logprobs, mask = torch.zeros(tokens.shape, device=device), torch.zeros(tokens.shape, dtype=torch.bool, device=device)
-    for t in range(max_new_tokens):
-        token, logprob = sample(hidden, policy.head, temperature, uniform[rows, t])  # (r,), (r,)
-        going = ~finished[rows]  # before `finished` learns of this token: the end token itself is part of the answer
-        mask[rows, t] = going
-        tokens[rows, t] = torch.where(going, token, tokens[rows, t])
-        logprobs[rows, t] = torch.where(going, logprob, 0.0)
-        finished[rows] |= torch.isin(token, ends)
-        if finished.all() or t + 1 == max_new_tokens:
-            break
-        groups, kept = rows_to_keep(~finished[rows].view(len(prefix.mask), -1))
-        if len(kept) < 0.8 * len(rows):  # dropping rows copies the cache, so not at every step
-            prefix, rows, token = prefix.select(groups), rows[kept], token[kept]
-            cache.select(kept)
-        hidden = policy.extend(prefix, token[:, None], cache)[:, 0]
-    tokens, logprobs, mask = tokens[:, :t + 1], logprobs[:, :t + 1], mask[:, :t + 1]
+
+    prefix, cache, started = policy.prefill(prompts.select(slice(places), trim=False)), AnswerCache(max_new_tokens), places
+    hidden = prefix.hidden.repeat_interleave(group_size, 0)  # (r, d) of the answers that are being decoded
+    rows = torch.arange(len(hidden), device=device)  # which of the R they are
+    length, going = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)  # tokens that each has; is it still open?
+    row_steps, bytes_read, weights = 0, 0, policy.decoding_bytes()
+    while True:
+        token, logprob = sample(hidden, policy.head, temperature, uniform[rows, length])  # (r,), (r,)
+        at, ended, row_steps = (rows, length), torch.isin(token, ends), row_steps + len(rows)
+        tokens[at], logprobs[at] = torch.where(going, token, tokens[at]), torch.where(going, logprob, logprobs[at])
+        mask[at] |= going  # with the end token itself, which is part of the answer
+        finished[rows] |= going & ended
+        going &= ~ended & (length + 1 < max_new_tokens)
+        fresh = None
+        if cache.written % CHECK_EVERY.get(device.type, 8) == 0:
+            groups, kept = rows_to_keep(going.view(len(prefix.mask), -1))
+            if started < B and not groups.all():
+                places = (~groups).nonzero()[:B - started, 0]
+                fresh = policy.prefill(prompts.select(slice(started, started + len(places)), trim=False))
+                prefix.put(places, fresh)
+            elif not going.any():
+                break
+            elif started == B and len(kept) < 0.8 * len(rows):  # dropping rows copies the cache, so not at every step
+                prefix, rows, token, length, going = prefix.select(groups), rows[kept], token[kept], length[kept], going[kept]
+                cache.select(kept)
+        bytes_read += weights + prefix.nbytes + cache.nbytes
+        hidden, length = policy.decode(prefix, token, length, cache), (length + 1).clamp(max=max_new_tokens - 1)
+        if fresh:
+            taken = (places[:, None] * group_size + torch.arange(group_size, device=device)).flatten()
+            first = started * group_size
+            rows[taken] = torch.arange(first, first + len(taken), device=device)
+            hidden[taken], length[taken], going[taken] = fresh.hidden.repeat_interleave(group_size, 0), 0, True
+            started += len(places)
+    longest = int(mask.any(0).sum())
+    tokens, logprobs, mask = tokens[:, :longest], logprobs[:, :longest], mask[:, :longest]
     texts = [policy.tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens, mask)]
-    return Rollout(tokens, mask, logprobs, finished, texts)
+    return Rollout(tokens, mask, logprobs, finished, texts, row_steps, bytes_read)
 
 
 def rows_to_keep(going: Tensor) -> tuple[Tensor, Tensor]:

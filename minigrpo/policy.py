@@ -41,14 +41,15 @@ class Prompts:
     def to(self, device: torch.device) -> "Prompts":
         return Prompts(*(getattr(self, field.name).to(device) for field in fields(self)))
 
-    def select(self, rows: slice) -> "Prompts":
-        """The prompts of a mini-batch, with their own images."""
-        chosen = torch.zeros_like(self.mask[:, 0])
-        chosen[rows] = True
-        images = chosen.repeat_interleave(self.images)
-        return Prompts(self.ids[rows], self.mask[rows], self.positions[:, rows], self.next_position[rows],
-                       self.pixels[images.repeat_interleave(self.grids.prod(1))], self.grids[images], self.images[rows],
-                       self.number[rows])
+    def select(self, rows: slice | Tensor, *, trim: bool = True) -> "Prompts":
+        """The prompts `rows` (a slice, or indices in any order) with their own images; `trim` drops what is padding for all."""
+        chosen = torch.arange(len(self.ids), device=self.ids.device)[rows]
+        images = spans(self.images, chosen)
+        patches = spans(self.grids.prod(1), images)
+        mask = self.mask[chosen]
+        width = int(mask.sum(1).max()) if trim else mask.shape[1]
+        return Prompts(self.ids[chosen, :width], mask[:, :width], self.positions[:, chosen, :width], self.next_position[chosen],
+                       self.pixels[patches], self.grids[images], self.images[chosen], self.number[chosen])
 
 
 @dataclass
@@ -70,10 +71,22 @@ class Prefix:
     next_position: Tensor  # [B]
     hidden: Tensor  # [B, d] last hidden state of the prompt, which predicts the first answer token
 
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (*self.keys, *self.values))
+
     def select(self, prompts: Tensor) -> "Prefix":
         """What remains when only some `prompts` [B] (bool) are followed further."""
         keys, values = ([x[prompts] for x in layers] for layers in (self.keys, self.values))
         return Prefix(keys, values, self.mask[prompts], self.next_position[prompts], self.hidden[prompts])
+
+    def put(self, places: Tensor, fresh: "Prefix") -> None:
+        """Other prompts, as many and of the same padded length, at `places` (indices)."""
+        for old, new in zip((*self.keys, *self.values), (*fresh.keys, *fresh.values)):
+            old[places] = new
+        self.mask, self.next_position, self.hidden = (  # copies: these are views of the prompts
+            old.index_copy(0, places, new) for old, new in ((self.mask, fresh.mask), (self.next_position, fresh.next_position),
+                                                            (self.hidden, fresh.hidden)))
 
 
 class Policy:
@@ -228,27 +241,39 @@ class Policy:
         last = prompts.mask.sum(1) - 1
         return Prefix(keys, values, prompts.mask, prompts.next_position, hidden[torch.arange(len(last)), last])
 
-    def extend(self, prefix: Prefix, tokens: Tensor, cache: "AnswerCache") -> Tensor:
-        """Hidden states [R, n, d] of the n answer tokens [R, n] that follow what `cache` holds; adds them to it."""
-        start, n = cache.length, tokens.shape[1]
-        group = len(tokens) // len(prefix.mask)
-        steps = torch.arange(start, start + n, device=tokens.device)
-        positions = prefix.next_position.repeat_interleave(group)[:, None] + steps  # (R, n), the same on all three axes
-        # What an answer token may see: its prompt, without padding, and its own answer up to itself.
-        causal = torch.arange(start + n, device=tokens.device) <= steps[:, None]  # (n, start + n)
-        seen = torch.cat([prefix.mask.repeat_interleave(group, 0)[:, None].expand(-1, n, -1), causal.expand(len(tokens), -1, -1)], 2)
-        bias = torch.zeros_like(seen, dtype=prefix.hidden.dtype).masked_fill_(~seen, -torch.inf)[:, None]  # (R, 1, n, P + start + n)
-
+    def follow(self, prefix: Prefix, tokens: Tensor) -> Tensor:
+        """Hidden states [R, n, d] of answers [R, n] behind their prompts, all tokens at once, with gradient where enabled."""
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k, v = cache.append(layer, k, v)
-            return shared_prefix_attention(q, k, v, prefix.keys[layer], prefix.values[layer], bias)
+            k, v = (torch.cat([shared.repeat_interleave(group, 0), own], dim=2)
+                    for shared, own in ((prefix.keys[layer], k), (prefix.values[layer], v)))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1])
 
+        group, steps = len(tokens) // len(prefix.mask), torch.arange(tokens.shape[1], device=tokens.device)
+        causal = (steps <= steps[:, None]).expand(len(tokens), -1, -1)  # (R, n, n)
+        # What an answer token may see: its prompt, without padding, and its own answer up to itself.
+        bias = bias_of(torch.cat([prefix.mask.repeat_interleave(group, 0)[:, None].expand(-1, len(steps), -1), causal], dim=2), prefix)
+        return self._answers(prefix, tokens, steps.expand(len(tokens), -1), attend)
+
+    def decode(self, prefix: Prefix, tokens: Tensor, length: Tensor, cache: "AnswerCache") -> Tensor:
+        """Hidden states [R, d] of one more token of each answer [R], of which `length` [R] precede it; adds them to the cache."""
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return shared_prefix_attention(q, *cache.append(layer, k, v), prefix.keys[layer], prefix.values[layer], bias)
+
+        own = cache.ages(tokens.device) <= length[:, None]  # (R, S): other columns are of an answer that had this row before
+        bias = bias_of(torch.cat([prefix.mask.repeat_interleave(len(tokens) // len(prefix.mask), 0), own], dim=1)[:, None], prefix)
+        hidden = self._answers(prefix, tokens[:, None], length[:, None], attend)[:, 0]
+        cache.written += 1
+        return hidden
+
+    def decoding_bytes(self) -> int:
+        """Weights that a decoding step reads, however many rows it has."""
+        return sum(p.nbytes for p in self.language_model.layers.parameters()) + self.head.nbytes
+
+    def _answers(self, prefix: Prefix, tokens: Tensor, steps: Tensor, attend: Callable) -> Tensor:
+        positions = prefix.next_position.repeat_interleave(len(tokens) // len(prefix.mask))[:, None] + steps  # (R, n), on all axes
         with self._precision():
             # Answers are plain tokens, also where the policy sampled an <|image_pad|>: no image belongs to it.
-            x = self.language_model.embed_tokens(tokens)
-            hidden, _, _ = self._layers(x, positions.expand(3, -1, -1), attend)
-        cache.length += n
-        return hidden
+            return self._layers(self.language_model.embed_tokens(tokens), positions.expand(3, -1, -1), attend)[0]
 
     def score(self, prompts: Prompts | Prefix, tokens: Tensor, mask: Tensor, *, temperature: float = 1.0,
               entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -266,7 +291,7 @@ class Policy:
         mask = mask.bool()
         longest = int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1  # part of a batch is padded to the whole's longest
         if longest > 1:
-            hidden = torch.cat([hidden, self.extend(prefix, tokens[:, :longest - 1], AnswerCache())], dim=1)  # (R, longest, d)
+            hidden = torch.cat([hidden, self.follow(prefix, tokens[:, :longest - 1])], dim=1)  # (R, longest, d)
         within = mask[:, :longest]
         # Only answer tokens are projected onto the vocabulary, and not in bf16: the sampler doesn't either.
         found = linear_logprob(hidden[within], self.head, tokens[mask], temperature=temperature, entropy=entropy)
@@ -312,40 +337,51 @@ class Policy:
 
 
 class AnswerCache:
-    """Keys and values of the answer tokens so far, one [R, K, t, D] a layer; `size` preallocates for decoding."""
+    """Keys and values of the answers that are being decoded: a ring of `size` columns, one [R, K, size, D] a layer.
 
-    def __init__(self, size: int | None = None):
-        self.size, self.length, self.layers = size, 0, {}
+    Every step writes one column for all rows. A row that a new answer has taken over sees the columns written since then.
+    """
+
+    def __init__(self, size: int):
+        self.size, self.written, self.layers = size, 0, {}
+
+    def ages(self, device: torch.device) -> Tensor:
+        """How many steps ago each column in use was written, [S]; 0 for the one of this step."""
+        return (self.written - torch.arange(min(self.written + 1, self.size), device=device)) % self.size
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.size is None:  # scoring: all tokens come at once and need their gradient
-            return k, v
+        """This step's k and v [R, K, 1, D] -> all that is in use, [R, K, S, D] each."""
         if layer not in self.layers:
             room = (*k.shape[:2], self.size, k.shape[3])
             self.layers[layer] = k.new_empty(room), v.new_empty(room)
-        end = self.length + k.shape[2]
         for store, new in zip(self.layers[layer], (k, v)):
-            store[:, :, self.length:end] = new
-        return tuple(store[:, :, :end] for store in self.layers[layer])
+            store[:, :, self.written % self.size] = new[:, :, 0]
+        return tuple(store[:, :, :self.written + 1] for store in self.layers[layer])
+
+    @property
+    def nbytes(self) -> int:
+        """Of the columns in use."""
+        return sum(store[:, :, :self.written].nbytes for stores in self.layers.values() for store in stores)
 
     def select(self, rows: Tensor) -> None:
         """Keep the answers `rows` (indices, or a bool for each)."""
         self.layers = {layer: tuple(store[rows] for store in stores) for layer, stores in self.layers.items()}
 
 
-def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, bias: Tensor) -> Tensor:
-    """Attention of answers to [their group's prompt, themselves], exact.
+def bias_of(seen: Tensor, prefix: Prefix) -> Tensor:
+    """What is added to scores: 0 where a token may look, -inf elsewhere; seen [R, n, P + S] bool -> [R, 1, n, P + S]."""
+    return torch.zeros_like(seen, dtype=prefix.hidden.dtype).masked_fill_(~seen, -torch.inf)[:, None]
 
-    q [R, H, n, D], k and v [R, K, S, D], prefix_k and prefix_v [B, K, P, D], bias [R, 1, n, P + S] with -inf on what a token
-    may not see -> [R, H, n, D].
+
+def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, bias: Tensor) -> Tensor:
+    """Attention of one token of each answer to [its group's prompt, its own answer], exact.
+
+    The queries of a group meet one copy of the prompt's keys, in one matrix product.
+    q [R, H, 1, D], k and v [R, K, S, D], prefix_k and prefix_v [B, K, P, D], bias [R, 1, 1, P + S] with -inf on what a token
+    may not see -> [R, H, 1, D].
     """
-    (rows, heads, n, width), (prompts, key_heads, length) = q.shape, prefix_k.shape[:3]
+    (rows, heads, _, width), (prompts, key_heads, length) = q.shape, prefix_k.shape[:3]
     group, share = rows // prompts, heads // key_heads
-    if n > 1:  # scoring: the keys of the prompt are few beside the scores, which the fused kernel never writes out
-        k, v = (torch.cat([prefix[:, None].expand(-1, group, -1, -1, -1), own.view(prompts, group, key_heads, -1, width)], dim=3)
-                .flatten(0, 1) for prefix, own in ((prefix_k, k), (prefix_v, v)))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=share > 1)
-    # A decoding step: the queries of a group meet one copy of the prompt's keys in one matrix product.
     q = q.reshape(prompts, group, key_heads, share, width) * width**-0.5
     scores = q.new_empty(prompts, key_heads, group, share, length + k.shape[2])
     scores[..., :length] = (q.transpose(1, 2).reshape(prompts, key_heads, -1, width) @ prefix_k.mT).view(*scores.shape[:4], length)
@@ -389,6 +425,13 @@ def mrope_positions(ids: Tensor, mask: Tensor, grids: Tensor, image_id: int, mer
             column = end
         next_position.append(position)
     return positions, torch.tensor(next_position)
+
+
+def spans(counts: Tensor, chosen: Tensor) -> Tensor:
+    """Where the items of the `chosen` owners lie, when owner i has counts[i] items and all lie one after the other."""
+    ends, chosen = counts.cumsum(0).tolist(), chosen.tolist()
+    found = [torch.arange(ends[i - 1] if i else 0, ends[i]) for i in chosen]
+    return (torch.cat(found) if found else torch.zeros(0, dtype=torch.long)).to(counts.device)
 
 
 def pad_right(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:

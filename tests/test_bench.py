@@ -40,7 +40,7 @@ def test_limits_by_hand(saved):
     """A text prompt of one token and answers of one: attention sees 1 key, and the answers are never read."""
     policy, _ = saved
     weights = sum(p.numel() for p in policy.language_model.layers.parameters() if p.dim() > 1)
-    found = step.operations(Shape(image=0, text=1, answer=1), policy)
+    found = step.multiplications(policy, [], prompt=1, answer=1)
     assert found == {"image": 0, "prompt": weights + 2 * 3 * 64, "answer": 0, "head": 512 * 64}
     alone = step.limits(Shape(image=4, text=20, answer=5, group=1), policy)
     assert set(alone.values()) == {1.0}, "a group of one shares nothing"

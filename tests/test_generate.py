@@ -70,11 +70,37 @@ def test_an_answer_does_not_depend_on_its_company(short, mixed, monkeypatch):
     same(generate(short, backwards, group_size=3, **settings), torch.arange(12).view(4, 3).flip(0).flatten())
     same(generate(short, prompts, group_size=2, **settings), torch.arange(12).view(4, 3)[:, :2].flatten())
     same(generate(short, prompts, group_size=3, **settings | {"max_new_tokens": 7}), slice(0, 12))
+    for rows in (1, 3, 6, 9):  # waiting prompts take the rows of groups that have ended
+        same(generate(short, prompts, group_size=3, rows_at_once=rows, **settings), slice(0, 12))
+    monkeypatch.setattr("minigrpo.generate.CHECK_EVERY", {"cpu": 8})  # as on a GPU
+    for rows in (6, None):
+        same(generate(short, prompts, group_size=3, rows_at_once=rows, **settings), slice(0, 12))
     kept = []
     monkeypatch.setattr("minigrpo.generate.rows_to_keep", lambda going: kept.append(rows_to_keep(going)[1].tolist()) or (
         torch.ones(len(going), dtype=torch.bool), torch.arange(going.numel())))
     same(generate(short, prompts, group_size=3, **settings), slice(0, 12))
     assert min(map(len, kept)) < 8, "compaction would have dropped rows"
+
+
+def test_waiting_prompts_take_over_rows(short, mixed):
+    """Many waves: the ring of keys comes round, an answer never sees those of the one whose row it took, and fewer rows idle."""
+    prompts = short.encode(mixed * 6)  # 24 prompts: streams go by their number, so that equal prompts differ
+    settings = dict(group_size=2, max_new_tokens=25, seed=5)
+    whole, waves = generate(short, prompts, **settings), generate(short, prompts, rows_at_once=6, **settings)
+    assert torch.equal(whole.tokens, waves.tokens) and torch.equal(whole.mask, waves.mask) and whole.texts == waves.texts
+    torch.testing.assert_close(whole.logprob, waves.logprob, atol=1e-5, rtol=0)
+    useful, longest = int(waves.mask.sum()), waves.mask.sum(1).view(-1, 3, 2).amax((1, 2))
+    assert useful <= waves.row_steps < 6 * int(longest.sum()), "fewer than one batch of three prompts after the other"
+    greedy = [generate(short, prompts, max_new_tokens=25, temperature=0, rows_at_once=rows).tokens for rows in (None, 5)]
+    assert torch.equal(*greedy)
+
+
+def test_prompts_survive_waiting_prompts(short, mixed):
+    """A waiting prompt once wrote its mask through a view into the prompts' own: the next call saw other prompts."""
+    prompts = short.encode(mixed)
+    before = {name: value.clone() for name, value in vars(prompts).items()}
+    generate(short, prompts, max_new_tokens=9, seed=0, rows_at_once=1)
+    assert all(torch.equal(value, before[name]) for name, value in vars(prompts).items())
 
 
 def test_rows_to_keep_by_hand():

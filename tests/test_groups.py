@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
+import pytest
 import torch
 
 from minigrpo.data import Sample
 from minigrpo.generate import Rollout
-from minigrpo.run.groups import Groups
+from minigrpo.run.groups import Groups, by_token_budget, micro_batches, padding_share
 
 
 def groups_of(names, rewards, width, parts):
@@ -15,7 +17,7 @@ def groups_of(names, rewards, width, parts):
     texts = [f"{name}{i}" for name in names for i in range(size)]
     tokens = torch.tensor([[sum(map(ord, text))] * width for text in texts])
     mask = torch.arange(width) < torch.arange(1, len(texts) + 1)[:, None]
-    rollout = Rollout(tokens, mask, -tokens.float(), torch.tensor([i % 2 == 0 for i in range(len(texts))]), texts)
+    rollout = Rollout(tokens, mask, -tokens.float(), torch.tensor([i % 2 == 0 for i in range(len(texts))]), texts, tokens.numel(), 100)
     rewards = torch.tensor(rewards)
     samples = [Sample(name, None, "report", "What is seen?", "Nothing.") for name in names]
     return Groups(samples, rollout, rewards, ~rewards.isnan(), parts)
@@ -47,3 +49,29 @@ def test_replaced_groups_come_whole():
     narrow = new.replace([0], groups_of("f", [[1.0, 2.0]], 1, {}))
     assert narrow.rollout.mask.shape == (4, 5) and narrow.rollout.mask[:2].sum() == 2
     assert old.rollout.texts[0] == "a0" and old.rewards[0, 0] == 1.0, "the old groups are left as they were"
+
+
+def test_micro_batches_keep_to_their_budget():
+    """Every prompt once, like lengths together, no part above the budget but a group that is larger alone."""
+    random = np.random.default_rng(0)
+    for budget in (1, 300, 1000, 10**6):
+        prompts, answers = random.integers(5, 90, 30).tolist(), random.integers(1, 70, 30).tolist()
+        parts = by_token_budget(prompts, answers, 4, budget, range(3, 27))
+        assert sorted(i for part in parts for i in part) == list(range(3, 27))
+        for part in parts:
+            computed = len(part) * (max(prompts[i] for i in part) + 4 * max(answers[i] for i in part))
+            assert computed <= budget or len(part) == 1
+        longest = [max(answers[i] for i in part) for part in parts]
+        assert longest == sorted(longest, reverse=True)
+    assert len(parts) == 1
+    assert by_token_budget([10, 10, 10], [5, 50, 5], 2, 40, range(3)) == [[1], [0, 2]], "110 alone, then 2 * (10 + 2 * 5)"
+
+
+def test_padding_by_hand(policy, mixed):
+    prompts, mask = policy.encode(mixed), torch.arange(6) < torch.tensor([2, 1, 6, 6, 3, 4, 1, 1])[:, None]
+    lengths = prompts.mask.sum(1).tolist()
+    parts = micro_batches(prompts, mask, range(4), 10**6)
+    assert [(part.tolist(), rows.tolist()) for part, rows in parts] == [([1, 2, 0, 3], [2, 3, 4, 5, 0, 1, 6, 7])]
+    assert padding_share(prompts, mask, parts) == pytest.approx(1 - (sum(lengths) + 24) / (4 * max(lengths) + 8 * 6))
+    alone = micro_batches(prompts, mask, range(4), 1)
+    assert padding_share(prompts, mask, alone) == pytest.approx(1 - (sum(lengths) + 24) / (sum(lengths) + 2 * (2 + 6 + 4 + 1)))

@@ -137,8 +137,8 @@ def letters(answers, samples):
 def test_micro_batches_change_nothing_but_memory(trained, phantom, tmp_path):
     """AdamW hides a gradient of the wrong size, so its norm is compared, too."""
     settings = ["--updates_per_rollout", 2, "--reward", "tests.test_programs:letters"]
-    for name, micro in (("run", 1), ("whole", 4)):
-        run(*grpo(phantom, trained / "sft/final", tmp_path / name, "--micro_prompts", micro, *settings, steps=1))
+    for name, micro in (("run", 1), ("whole", 100_000)):
+        run(*grpo(phantom, trained / "sft/final", tmp_path / name, "--micro_tokens", micro, *settings, steps=1))
     a, b = weights(tmp_path / "run"), weights(tmp_path / "whole")
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 2e-5
     (one,), (other,) = rows(tmp_path / "run"), rows(tmp_path / "whole")
@@ -158,7 +158,7 @@ def test_task_weights_reach_the_loss(trained, phantom, tmp_path):
 
 def test_a_frozen_vision_tower_stays_what_it_was(trained, phantom, tmp_path):
     run(*grpo(phantom, trained / "sft/final", tmp_path / "run", "--freeze_vision", "--advantage_scale", "batch",
-              "--soft_overlong", 8, "--rollout_cap", 2, steps=1))
+              "--soft_overlong", 8, "--rollout_cap", 2, "--roofline", steps=1))
     assert set(rows(tmp_path / "run")[0]) == documented("train_grpo.py"), "the glossary has what only options log, too"
     before, after = weights(trained / "sft"), weights(tmp_path / "run")
     changed = {name for name in before if (before[name] != after[name]).any()}

@@ -126,7 +126,7 @@ def test_configs_of_other_papers(name, settings):
 def test_every_switch_reaches_the_loss(train, calls):
     train("--level", "sequence", "--how", "constant", "--clip_low", 0.1, "--clip_high", 0.4, "--dual_clip", 2, "--kl_coef", 0.3,
           "--kl_estimator", "k2", "--kl_ratio", "--cispo_cap", 4, "--rollout_cap", 1.5, "--updates_per_rollout", 2,
-          "--micro_prompts", 1, steps=1)
+          "--micro_tokens", 1, steps=1)
     assert len(calls) == 1 + 4, "the check of the arguments, and a call for every prompt"
     for _, settings in calls[1:]:
         assert settings.pop("rollout_logprob").shape == settings.pop("ref_logprob").shape == (3, 12)
@@ -147,7 +147,7 @@ def test_the_denominator_is_the_whole_updates(how, train, calls):
     """Bug of verl, TRL: a mean per micro-batch. Here the parts of an update share one count, and add up to its loss."""
     whole = train("--how", how, "--updates_per_rollout", 2, "--overlong_filter", steps=1)
     first = len(calls)
-    parts = train("--how", how, "--updates_per_rollout", 2, "--overlong_filter", "--micro_prompts", 1, steps=1)
+    parts = train("--how", how, "--updates_per_rollout", 2, "--overlong_filter", "--micro_tokens", 1, steps=1)
     for update in range(2):
         pair = calls[first + 1 + 2 * update:first + 3 + 2 * update]
         expected = denominator_of(torch.cat([args[3] for args, _ in pair]), how=how, max_tokens=12)
@@ -165,7 +165,7 @@ def test_activation_checkpointing_reaches_the_policy_and_changes_nothing(train, 
 
 def test_rollout_cap_scores_before_the_updates(train, calls):
     """The old log-probs are the trainer's, the same for all updates; the weight corrects for the sampler."""
-    folder = train("--rollout_cap", 2, "--updates_per_rollout", 2, steps=1)
+    folder = train("--rollout_cap", 2, "--updates_per_rollout", 2, "--micro_tokens", 1, steps=1)
     for (logprob, old, _, mask), settings in calls[1:2]:
         assert torch.equal(logprob.detach(), old), "the first update is exactly on-policy"
         assert not torch.equal(old, settings["rollout_logprob"])

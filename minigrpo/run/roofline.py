@@ -1,0 +1,89 @@
+"""How much work a step was, and how close to the machine's limits it was done.
+
+Counted is what has to be done: a multiplication and its addition are 2 operations; padding, rows that have ended and whatever
+a backward pass computes anew are not counted, so they show as a lower rate. M for millions, G for 1e9, T for 1e12, all decimal.
+"""
+
+import time
+
+import torch
+
+from minigrpo.generate import Rollout
+from minigrpo.policy import Policy, Prompts
+
+
+def multiplications(policy: Policy, patches: list[int], prompt: int, answer: int) -> dict[str, float]:
+    """Of one forward pass, for the images of one prompt, the prompt, one answer behind it, and that answer's logits.
+
+    `patches` of each image, `prompt` and `answer` in tokens. A token meets every weight of the layers once, and each key that
+    it sees twice (score and value) in each layer.
+    """
+    text, vision, visual = policy.model.config.text_config, policy.model.config.vision_config, policy.visual
+    weights = lambda *modules: sum(p.numel() for module in modules for p in module.parameters() if p.dim() > 1)
+    layers = weights(policy.language_model.layers)
+    key = 2 * text.num_hidden_layers * text.num_attention_heads * text.head_dim
+    causal = lambda start, stop: (stop - start) * (start + 1 + stop) / 2  # keys that the tokens start .. stop - 1 see
+    merged = visual.spatial_merge_size**2
+    return {
+        "image": sum(n * weights(visual.patch_embed, visual.blocks) + 2 * vision.depth * vision.hidden_size * n**2
+                     + n / merged * weights(visual.merger, visual.deepstack_merger_list) for n in patches),
+        "prompt": prompt * layers + causal(0, prompt) * key,
+        "answer": max(0, answer - 1) * layers + causal(prompt, prompt + max(0, answer - 1)) * key,  # the last token is not read
+        "head": answer * policy.head.numel()}
+
+
+def update_operations(policy: Policy, prompts: Prompts, mask: torch.Tensor) -> float:
+    """Operations of one forward and backward pass over all prompts and answers of a step; mask [R, T].
+
+    Backward is twice its forward: once for what came before, once for the weights, of which each counts if it is trained.
+    """
+    group, answers = len(mask) // len(prompts.ids), mask.sum(1).tolist()
+    patches = prompts.grids.prod(1).split(prompts.images.tolist())
+    vision, text = (any(p.requires_grad for p in module.parameters()) for module in (policy.visual, policy.language_model))
+    total = 0.0
+    for b, length in enumerate(prompts.mask.sum(1).tolist()):
+        for row in range(group):
+            work = multiplications(policy, patches[b].tolist() if row == 0 else [], length, answers[b * group + row])
+            if row:
+                work["prompt"] = 0.0
+            total += work["image"] * (3 if vision else 1) + (work["prompt"] + work["answer"] + work["head"]) * (3 if text else 2)
+    return 2 * total
+
+
+def efficiency(policy: Policy, prompts: Prompts, rollout: Rollout, seconds: dict[str, float], padding: float,
+               limits: dict[str, float] | None) -> dict[str, float]:
+    """A step's rates for its log line: tokens, bytes and operations over the `seconds` of their phases, and what was wasted.
+
+    `limits` of `measure_roofline` add the shares of what the machine can do.
+    """
+    tokens = int(rollout.mask.sum())
+    row = {"tokens_per_second": tokens / sum(seconds.values()), "rollout_tokens_per_second": tokens / seconds["rollout"],
+           "rollout_gb_per_second": rollout.bytes_read / seconds["rollout"] / 1e9,
+           "update_tflop_per_second": update_operations(policy, prompts, rollout.mask) / seconds["update"] / 1e12,
+           "wasted_row_steps": 1 - tokens / rollout.row_steps, "padding": padding}
+    if limits:
+        row["rollout_of_roofline"] = row["rollout_gb_per_second"] / limits["gb_per_second"]
+        row["update_of_roofline"] = row["update_tflop_per_second"] / limits["tflop_per_second"]
+    return row
+
+
+def measure_roofline(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What the machine reaches at best: {"tflop_per_second"} of a matrix product in `dtype`, {"gb_per_second"} of reading memory.
+
+    A second or so. Memory is read by a sum over 256 MB of fp32, which no cache holds.
+    """
+    side = 8192 if device.type == "cuda" else 2048
+    a, memory = torch.randn(side, side, device=device, dtype=dtype), torch.ones(64_000_000, device=device)
+    return {"tflop_per_second": 2 * side**3 / _fastest(lambda: a @ a, device) / 1e12,
+            "gb_per_second": 4 * len(memory) / _fastest(memory.sum, device) / 1e9}
+
+
+def _fastest(run, device: torch.device, times: int = 5) -> float:
+    seconds = []
+    for _ in range(times + 1):  # the first one warms up
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
