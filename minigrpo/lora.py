@@ -1,7 +1,8 @@
 """LoRA (Hu et al. 2106.09685) through `peft`: small trained matrices beside frozen linear layers, y = W x + alpha / r * B A x.
 
 B starts at 0, so the first policy is the base model; with the adapters off it stays the base model, which is why GRPO then
-needs no second copy of the weights as its reference. `peft` puts the adapters into the model's own modules, in place.
+needs no second copy of the weights as its reference. `peft` puts the adapters into the model's own modules, in place. Defaults
+follow "LoRA Without Regret" (Schulman, 2025): every linear layer, alpha 32, and ten times the learning rate of full training.
 """
 
 import hashlib

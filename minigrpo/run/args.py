@@ -35,7 +35,7 @@ class RunArguments:
         "help": "what to keep as it is: the vision tower, the projector behind it, the language model; cheaper, and less to "
                 "unlearn", "choices": list(PARTS)})
     lora_rank: int = field(default=0, metadata={
-        "help": "train adapters of this rank instead of the weights (LoRA, 2106.09685; pip install 'minigrpo[lora]'); 0: off. "
+        "help": "train adapters of this rank instead of the weights (LoRA, 2106.09685; needs peft); 0: off. "
                 "GRPO's reference is then the model with its adapters off. They want a learning rate about ten times as high"})
     lora_alpha: float = field(default=32.0, metadata={"help": "adapters count lora_alpha / lora_rank times"})
     lora_targets: list[str] = field(default_factory=lambda: list(LINEAR), metadata={
@@ -58,7 +58,7 @@ class RunArguments:
             raise ValueError(f"--freeze {' '.join(self.freeze)}: nothing is left to train")
         if self.lora_rank:
             if find_spec("peft") is None:
-                raise ValueError("--lora_rank needs peft: pip install 'minigrpo[lora]' (or pip install peft)")
+                raise ValueError("--lora_rank needs peft: pip install peft, or pip install -e '.[lora]' in the clone")
             if self.lora_alpha <= 0 or not self.lora_targets:
                 raise ValueError(f"--lora_rank {self.lora_rank} needs --lora_alpha above 0 and at least one of --lora_targets")
             if "language" in self.freeze:
