@@ -129,7 +129,9 @@ class Policy:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def to(self, device: str, *, autocast: bool = False) -> "Policy":
-        return Policy(self.model.to(device), self.tokenizer, self.image_processor, autocast=autocast)
+        moved = Policy(self.model.to(device), self.tokenizer, self.image_processor, autocast=autocast)
+        moved.adapters = self.adapters
+        return moved
 
     def freeze(self, parts: Sequence[str] = ("vision", "projector", "language")) -> "Policy":
         """Keep `parts` as they are; a tied head is part of the language model, the mergers behind the tower the projector."""
