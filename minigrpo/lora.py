@@ -7,6 +7,7 @@ follow "LoRA Without Regret" (Schulman, 2025): every linear layer, alpha 32, and
 
 import hashlib
 import json
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def check_checkpoint(checkpoint: Path, args) -> None:
 def add_adapters(policy: Policy, args, checkpoint: Path | None = None) -> Policy:
     """Adapters of --lora_rank at --lora_targets, new from --seed or as the checkpoint has them; they alone are trained. Returns
     the policy."""
-    from peft import LoraConfig, PeftModel, get_peft_model  # five seconds to import, so only here
+    from peft import LoraConfig, PeftModel, get_peft_model  # seconds to import, so only here
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it by its old name
     if checkpoint is None:
         torch.manual_seed(args.seed)  # of A, which starts random
         policy.adapters = get_peft_model(policy.model, LoraConfig(**settings(args), lora_dropout=0.0, bias="none"))
