@@ -73,7 +73,8 @@ class GrpoArguments(RunArguments):
         "help": "for a sampler whose probabilities are not exactly the trainer's (bf16, another engine): score the answers once "
                 "more before the updates and weigh each token by min(pi_old / pi_sampler, rollout_cap), usually 2 (truncated "
                 "importance weights, 1802.01561); 0: trust the sampler's log-probs"})
-    kl_coef: float = field(default=0.01, metadata={"help": "weight of the KL to the frozen reference; 0: no reference is kept and no KL logged"})
+    kl_coef: float = field(default=0.01, metadata={
+        "help": "weight of the KL to the frozen reference; 0: no reference is kept and no KL logged"})
     kl_estimator: str = field(default="k3", metadata={"help": "per-token estimate of the KL", "choices": list(ESTIMATORS)})
     kl_ratio: bool = field(default=False, metadata={
         "help": "multiply the estimate by the ratio, which makes the gradient that of KL(policy || reference) (DeepSeek-V3.2)"})
@@ -224,7 +225,8 @@ def main() -> None:
             row["tokens_per_second"] = int(rollout.mask.sum()) / sum(timer.seconds.values())
             metrics.write(row)
             rollouts.write({"step": step, "groups": group_rows(groups, advantage, count=2)})
-            bar.set_postfix(reward=f"{row['reward']:.3f}", kl=f"{row.get('kl', 0):.4f}", tokens=f"{row['answer_tokens']:.0f}")
+            kl = {"kl": f"{row['kl']:.4f}"} if args.kl_coef else {}
+            bar.set_postfix(reward=f"{row['reward']:.3f}", **kl, tokens=f"{row['answer_tokens']:.0f}")
             if stopping():
                 stop_early(folder, step + 1, policy, optimizer)
             if (step + 1) % args.save_steps == 0 and step + 1 < args.max_steps:

@@ -143,13 +143,14 @@ def test_off_is_off(train, calls):
     assert torch.equal(settings["denominator"], mask.sum()) and (logprob - old).abs().max() < 1e-4
 
 
-def test_without_a_kl_there_is_no_reference(train, calls, monkeypatch):
+def test_without_a_kl_there_is_no_reference(train, calls, monkeypatch, capsys):
     """Bug: --kl_coef 0 still loaded a reference and scored every answer under it, for a KL that was only logged."""
     loaded, scored, load, score_all = [], [], train_grpo.Policy.from_pretrained, train_grpo.score_all
     monkeypatch.setattr(train_grpo.Policy, "from_pretrained", lambda *args, **more: loaded.append(1) or load(*args, **more))
     monkeypatch.setattr(train_grpo, "score_all", lambda *args: scored.append(1) or score_all(*args))
     row = rows(train("--kl_coef", 0, steps=1))[0]
     assert len(loaded) == 1 and not scored and "kl" not in row
+    assert "kl=" not in capsys.readouterr().err
     assert all(settings["ref_logprob"] is None for _, settings in calls[1:])
     assert "kl" in rows(train(steps=1))[0] and len(loaded) == 3 and len(scored) == 1
 

@@ -1,6 +1,6 @@
 """A run's folder: made once, never overwritten, resumed from its newest checkpoint.
 
-    args.json  metrics.jsonl  curves.png  rollouts.jsonl (GRPO)  checkpoints/step-000050/  final/
+    args.json  metrics.jsonl  curves.png  rollouts.jsonl (GRPO)  checkpoints/step-000050/  final/ (LoRA: final/adapter/)
 """
 
 import json
@@ -52,7 +52,8 @@ def last_checkpoint(args) -> Path | None:
 
 
 def save_checkpoint(folder: Path, step: int, policy: Policy, *optimizers: torch.optim.Optimizer) -> None:
-    """Weights (with LoRA: adapters alone) and optimiser state after `step` steps; the one before is removed once this one is complete.
+    """Weights (with LoRA: adapters alone) and optimiser state after `step` steps; the one before is removed once this one is
+    complete.
 
     Data order and sampling depend on (seed, step) alone, so a run continues from this as if it had never stopped.
     """
