@@ -40,4 +40,5 @@ bench: install
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.logprob
 	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.lora
 	$(BIN)/python -m benchmarks.table

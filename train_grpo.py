@@ -13,6 +13,7 @@ The defaults are the paper's. Other papers' settings are files: configs/dapo.yam
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from minigrpo.data import batch_at, read_jsonl
 from minigrpo.generate import Rollout, generate
+from minigrpo.lora import adapters_off, add_adapters
 from minigrpo.loss import (AGGREGATIONS, ESTIMATORS, KINDS, LEVELS, SCALES, denominator_of, group_advantages, grpo_loss,
                            overlong_filter, soft_overlong_penalty)
 from minigrpo.policy import Policy, Prompts
@@ -76,7 +78,8 @@ class GrpoArguments(RunArguments):
         "help": "for a sampler whose probabilities are not exactly the trainer's (bf16, another engine): score the answers once "
                 "more before the updates and weigh each token by min(pi_old / pi_sampler, rollout_cap), usually 2 (truncated "
                 "importance weights, 1802.01561); 0: trust the sampler's log-probs"})
-    kl_coef: float = field(default=0.01, metadata={"help": "weight of the KL to the frozen reference; 0 drops it"})
+    kl_coef: float = field(default=0.01, metadata={
+        "help": "weight of the KL to the frozen reference; 0: no reference is kept and no KL logged"})
     kl_estimator: str = field(default="k3", metadata={"help": "per-token estimate of the KL", "choices": list(ESTIMATORS)})
     kl_ratio: bool = field(default=False, metadata={
         "help": "multiply the estimate by the ratio, which makes the gradient that of KL(policy || reference) (DeepSeek-V3.2)"})
@@ -85,7 +88,6 @@ class GrpoArguments(RunArguments):
                 "answers count less), or the sum over answers x --max_new_tokens, a constant (Dr. GRPO)",
         "choices": list(AGGREGATIONS)})
     learning_rate: float = field(default=1e-6, metadata={"help": "constant; 1e-6 in the paper, about 1e-4 for a tiny model"})
-    freeze_vision: bool = field(default=False, metadata={"help": "keep the vision tower as it is: cheaper, and less to unlearn"})
     roofline: bool = field(default=False, metadata={
         "help": "measure at the start what the machine can do, and log which share of it each phase reaches"})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decoupled weight decay"})
@@ -125,7 +127,8 @@ class GrpoArguments(RunArguments):
         notes = [
             (self.updates_per_rollout == 1, "--updates_per_rollout 1: the ratio is 1 by construction, so --level, --kind, the "
              "clips and --cispo_cap change nothing"),
-            (self.kl_coef == 0, "--kl_coef 0: the KL is logged and not trained on; --kl_estimator and --kl_ratio change the log"),
+            (self.kl_coef == 0 and (self.kl_ratio or self.kl_estimator != GrpoArguments.kl_estimator),
+             "--kl_coef 0: no KL is computed, so --kl_estimator and --kl_ratio are not used"),
             (self.kl_coef > 0 and self.kl_estimator == "k1" and not self.kl_ratio,
              "--kl_estimator k1 without --kl_ratio: its expected gradient on-policy is 0, so it holds nothing"),
             (not clip, "--kind cispo: --clip_low, --clip_high and --dual_clip are not used"),
@@ -148,11 +151,14 @@ def main() -> None:
         if not train:
             raise ValueError(f"--reward {args.reward} covers {', '.join(sorted(reward.tasks))}: no sample of "
                              f"{args.train_data} is left (--task {args.task})")
-        policy = Policy.from_pretrained(checkpoint or args.model, device=args.device, autocast=args.bf16)
-        reference = Policy.from_pretrained(args.model, device=args.device, autocast=args.bf16).freeze()
+        load = partial(Policy.from_pretrained, device=args.device, autocast=args.bf16)
+        if args.lora_rank:
+            policy = reference = add_adapters(load(args.model), args, checkpoint)
+        else:
+            policy, reference = load(checkpoint or args.model), load(args.model).freeze() if args.kl_coef else None
         folder = open_run(args)
 
-    policy.visual.requires_grad_(not args.freeze_vision)
+    policy.freeze(args.freeze)
     if args.activation_checkpointing:
         policy.checkpoint_activations()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
@@ -199,7 +205,10 @@ def main() -> None:
             advantage = group_advantages(groups.rewards, scale=args.advantage_scale, leave_one_out=args.leave_one_out,
                                          valid=groups.valid).view(-1).to(policy.device)  # (R,)
             with timer.phase("reference"), torch.no_grad():
-                ref_logprob = score_all(reference, prompts, rollout, args)  # (R, T)
+                ref_logprob = None
+                if args.kl_coef:
+                    with adapters_off(reference):
+                        ref_logprob = score_all(reference, prompts, rollout, args)  # (R, T)
                 old_logprob = score_all(policy, prompts, rollout, args) if args.rollout_cap else rollout.logprob
             with timer.phase("update"):
                 parts = []
@@ -213,7 +222,8 @@ def main() -> None:
                         logprob, entropy = policy.score(prompts.select(part), rollout.tokens[rows], mask[rows],
                                                         temperature=args.temperature, entropy=True)  # (r, T)
                         loss, stats = grpo_loss(
-                            logprob, old_logprob[rows], advantage[rows], mask[rows], ref_logprob=ref_logprob[rows],
+                            logprob, old_logprob[rows], advantage[rows], mask[rows],
+                            ref_logprob=ref_logprob[rows] if args.kl_coef else None,
                             rollout_logprob=rollout.logprob[rows] if args.rollout_cap else None,
                             denominator=denominator, **args.loss_settings())
                         loss.backward()
@@ -229,7 +239,8 @@ def main() -> None:
                    **efficiency(policy, prompts, rollout, timer.seconds, padding_share(prompts, mask, parts), limits)}
             metrics.write(row)
             rollouts.write({"step": step, "groups": group_rows(groups, advantage, count=2)})
-            bar.set_postfix(reward=f"{row['reward']:.3f}", kl=f"{row['kl']:.4f}", tokens=f"{row['answer_tokens']:.0f}")
+            kl = {"kl": f"{row['kl']:.4f}"} if args.kl_coef else {}
+            bar.set_postfix(reward=f"{row['reward']:.3f}", **kl, tokens=f"{row['answer_tokens']:.0f}")
             if stopping():
                 stop_early(folder, step + 1, policy, optimizer)
             if (step + 1) % args.save_steps == 0 and step + 1 < args.max_steps:

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from minigrpo.data import TASKS, Sample, batch_at, group_by_image, prefetch, read_jsonl
+from minigrpo.lora import add_adapters
 from minigrpo.loss import aggregate
 from minigrpo.policy import Policy
 from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
@@ -46,6 +47,8 @@ class SftArguments(RunArguments):
         for name in ("batch_size", "questions_per_image", "micro_batch"):
             at_least_one(self, name)
         parse_weights(self.task_weights)
+        if self.lora_rank and self.model == "tiny":
+            raise ValueError("--lora_rank with --model tiny: adapters beside random weights learn nothing; train it whole first")
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -80,7 +83,7 @@ def make_optimizers(policy: Policy, args: SftArguments) -> list[torch.optim.Opti
     patches = [p for p in parameters if p.dim() > 2]
     chosen = {id(p) for p in muon + patches}
     groups = [{"params": [p for p in parameters if id(p) not in chosen], "scale": 1.0},
-              {"params": patches, "scale": patches[0][0].numel() ** -0.5}]
+              {"params": patches, "scale": patches[0][0].numel() ** -0.5 if patches else 1.0}]
     return [torch.optim.AdamW(groups, **adam), torch.optim.Muon(
         muon, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")]
 
@@ -96,19 +99,22 @@ def main() -> None:
         args = parse_args(SftArguments, __doc__)
         checkpoint = last_checkpoint(args)
         train = read_jsonl(args.train_data, task=args.task)
-        if checkpoint or args.model != "tiny":
+        if args.lora_rank:
+            policy = add_adapters(Policy.from_pretrained(args.model, device=args.device, autocast=args.bf16), args, checkpoint)
+        elif checkpoint or args.model != "tiny":
             policy = Policy.from_pretrained(checkpoint or args.model, device=args.device, autocast=args.bf16)
         else:
             policy = tiny_policy(train, seed=args.seed).to(args.device, autocast=args.bf16)
         folder = open_run(args)
         images = group_by_image(train)
 
+    policy.freeze(args.freeze)
     if args.activation_checkpointing:
         policy.checkpoint_activations()
     optimizers = make_optimizers(policy, args)
     start = load_optimizers(checkpoint, *optimizers) if checkpoint else 0
     log = JsonLines(folder / "metrics.jsonl", start)
-    print(f"SFT: {len(train)} samples on {len(images)} images, {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters, {args.device}")
+    print(f"SFT: {len(train)} samples on {len(images)} images, {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M trained parameters, {args.device}")
 
     def encoded(step: int) -> list:
         batch = batch_at(images, step, args.batch_size, args.seed)

@@ -101,12 +101,13 @@ def peak_bytes(run: Callable[[], object]) -> int:
     To be called once in a fresh process: what earlier work has freed may not have gone back to the system.
     """
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _status("VmRSS")
+    before = resident("VmRSS")
     run()
-    return _status("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _status(name: str) -> int:
+def resident(name: str) -> int:
+    """Bytes of this process, now (VmRSS) or at its peak (VmHWM) (Linux)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return 1024 * int(line.split()[1])
 

@@ -59,8 +59,13 @@ def growth_table(result: dict) -> str:
     return table(head, rows) + "\n\n" + source(result["about"])
 
 
+def lora_table(result: dict) -> str:
+    rows = [[name, f"{run['peak_bytes'] / 1e6:,.0f}", f"{run['checkpoint_bytes'] / 1e6:,.0f}"] for name, run in result["runs"].items()]
+    return table(["", "peak MB of the run", "MB of a checkpoint"], rows) + "\n\n" + source(result["about"])
+
+
 def page_with_tables(page: str) -> str:
-    for name, make in (("step", step_table), ("logprob", logprob_table), ("growth", growth_table)):
+    for name, make in (("step", step_table), ("logprob", logprob_table), ("growth", growth_table), ("lora", lora_table)):
         path = RESULTS / f"{name}.json"
         new = make(json.loads(path.read_text())) if path.exists() else "Not measured yet."
         page = re.sub(rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- end -->)", lambda _: new, page, count=1, flags=re.S)

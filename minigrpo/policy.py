@@ -7,7 +7,7 @@ Shapes: B prompts, G answers each, R = B G rows, P prompt tokens (padded on the 
 H query heads, K key heads, D head width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
@@ -97,6 +97,7 @@ class Policy:
         self.language_model, self.visual = model.model.language_model, model.model.visual
         self.head = model.lm_head.weight  # [V, d]
         self.autocast, self.activation_checkpointing = autocast, False
+        self.adapters = None  # the PeftModel around `model`, see lora.py
         # The patches arrive cut out, so the convolution over them is one matrix product; Conv3d takes five times as long.
         patch = self.visual.patch_embed
         patch.forward = lambda x: F.linear(x.to(patch.proj.weight.dtype), patch.proj.weight.flatten(1), patch.proj.bias)
@@ -127,6 +128,8 @@ class Policy:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a checkpoint folder that transformers and vLLM load unchanged."""
+        if self.adapters is not None:
+            raise ValueError("adapters are no part of a plain checkpoint: merge_adapters first, or save_adapters alone")
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
@@ -139,10 +142,15 @@ class Policy:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def to(self, device: str, *, autocast: bool = False) -> "Policy":
-        return Policy(self.model.to(device), self.tokenizer, self.image_processor, autocast=autocast)
+        moved = Policy(self.model.to(device), self.tokenizer, self.image_processor, autocast=autocast)
+        moved.adapters = self.adapters
+        return moved
 
-    def freeze(self) -> "Policy":
-        self.model.requires_grad_(False)
+    def freeze(self, parts: Sequence[str] = ("vision", "projector", "language")) -> "Policy":
+        """Keep `parts` as they are; a tied head is part of the language model, the mergers behind the tower the projector."""
+        for name, weight in self.model.named_parameters():
+            if part_of(name) in parts:
+                weight.requires_grad_(False)
         return self
 
     def checkpoint_activations(self) -> "Policy":
@@ -432,6 +440,13 @@ def spans(counts: Tensor, chosen: Tensor) -> Tensor:
     ends, chosen = counts.cumsum(0).tolist(), chosen.tolist()
     found = [torch.arange(ends[i - 1] if i else 0, ends[i]) for i in chosen]
     return (torch.cat(found) if found else torch.zeros(0, dtype=torch.long)).to(counts.device)
+
+
+def part_of(name: str) -> str:
+    """Whether a parameter of Qwen3-VL belongs to `vision`, `projector` or `language`."""
+    if ".visual." not in name:
+        return "language"
+    return "projector" if ".merger." in name or ".deepstack_merger_list." in name else "vision"
 
 
 def pad_right(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:

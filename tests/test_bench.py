@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import growth, logprob, step
+from benchmarks import growth, logprob, lora, step
 from benchmarks.common import Shape, random_policy
 from benchmarks.table import PAGE, page_with_tables
 
@@ -62,6 +62,19 @@ def test_growth(saved):
     policy, _ = saved
     found = growth.measure(policy, policy.model, Shape(image=0, text=20, answer=5, prompts=1, group=2), repeats=1)
     assert found["score"].keys() == {"ours", "hf"}
+
+
+@pytest.mark.slow
+def test_lora(saved, phantom, tmp_path, monkeypatch):
+    """In processes of their own, as the benchmark runs them: so many bytes cannot be this process's."""
+    policy, _ = saved
+    policy.save_pretrained(tmp_path / "model")
+    (tmp_path / "films").symlink_to(phantom / "films")
+    (tmp_path / "train.jsonl").write_text((phantom / "train.jsonl").read_text())
+    monkeypatch.setattr(lora, "RUNS", {name: lora.RUNS[name] for name in ("all weights", "LoRA, rank 16")})
+    found = lora.measure(tmp_path)
+    assert 0 < found["LoRA, rank 16"]["checkpoint_bytes"] < found["all weights"]["checkpoint_bytes"]
+    assert all(run["peak_bytes"] > 1e8 for run in found.values())
 
 
 def test_the_page_holds_what_was_measured():

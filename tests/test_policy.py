@@ -7,6 +7,7 @@ import torch
 
 from minigrpo.generate import generate
 from minigrpo.policy import Policy, mrope_positions, pad_right
+from minigrpo.tiny import tiny_policy
 from tests.memory import peak_bytes
 
 
@@ -165,6 +166,34 @@ def test_bfloat16_autocast_stays_close(policy, samples):
     assert found.dtype == torch.float32
     assert (found - policy.score(prompts, tokens, mask)).abs().max() < 0.1
     assert len(generate(fast, prompts, max_new_tokens=4).texts) == 2
+
+
+def moved(policy, samples, *, compute, weights=torch.float32, steps=100):
+    """How far AdamW steps of 1e-6 (the paper's) move each weight, and the losses on the way."""
+    ours = copy_of(policy)
+    ours.model.to(weights)
+    ours.autocast = compute == torch.bfloat16
+    before = [p.detach().clone() for p in ours.parameters()]
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-6, weight_decay=0.01)
+    prompts, (tokens, mask), losses = ours.encode(samples[:1]), ours.encode_answers(["The lungs are clear."]), []
+    for _ in range(steps):
+        loss = -ours.score(prompts, tokens, mask).sum() / mask.sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return torch.cat([(p.detach() - b).float().flatten() for p, b in zip(ours.parameters(), before)]), torch.tensor(losses)
+
+
+def test_steps_of_one_millionth_move_a_bf16_model_as_they_move_an_fp32_one(samples):
+    """Bug of many: with bf16 weights such a step is under half an ulp, and most of them never move. --bf16 keeps them in fp32."""
+    policy = tiny_policy(samples, width=64, layers=1, pixels=64 * 64)
+    (exact, losses), (mixed, mixed_losses) = (moved(policy, samples, compute=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert torch.cosine_similarity(exact, mixed, dim=0) > 0.99 and 0.98 < mixed.norm() / exact.norm() < 1.02
+    fall = losses[0] - losses[-1]
+    assert fall > 0.3 and (losses - mixed_losses).abs().max() < 0.02 * fall
+    stuck, _ = moved(policy, samples, compute=torch.bfloat16, weights=torch.bfloat16, steps=20)
+    assert (stuck == 0).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("content, message", [({}, "holds no config.json"), ({"config.json": '{"model_type": "bert"}'}, "bert model")])

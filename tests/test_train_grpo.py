@@ -99,7 +99,8 @@ def test_contradictions_stop_before_training(settings, message):
 
 
 @pytest.mark.parametrize("settings, said", [
-    (dict(updates_per_rollout=1), "the ratio is 1 by construction"), (dict(kl_coef=0), "not trained on"),
+    (dict(updates_per_rollout=1), "the ratio is 1 by construction"), (dict(kl_coef=0, kl_ratio=True), "no KL is computed"),
+    (dict(kl_coef=0, kl_estimator="k1"), "--kl_estimator and --kl_ratio are not used"),
     (dict(kl_estimator="k1"), "is 0"),
     (dict(kind="cispo"), "--dual_clip are not used"), (dict(cispo_cap=3.0), "--cispo_cap 3.0 is not used"),
     (dict(dual_clip=0), "nothing bounds the ratio"), (dict(level="sequence"), "GSPO has 3e-4")])
@@ -109,7 +110,7 @@ def test_inert_settings_are_said(settings, said):
 
 
 def test_the_papers_settings_say_nothing():
-    for settings in ({}, dict(kl_estimator="k1", kl_ratio=True), dict(level="sequence", clip_low=3e-4, clip_high=4e-4)):
+    for settings in ({}, dict(kl_coef=0), dict(kl_estimator="k1", kl_ratio=True), dict(level="sequence", clip_low=3e-4, clip_high=4e-4)):
         assert GrpoArguments(**NEEDED, **settings).inert() == []
 
 
@@ -140,6 +141,18 @@ def test_off_is_off(train, calls):
     (logprob, old, _, mask), settings = calls[1]
     assert settings["dual_clip"] is None and settings["rollout_logprob"] is None
     assert torch.equal(settings["denominator"], mask.sum()) and (logprob - old).abs().max() < 1e-4
+
+
+def test_without_a_kl_there_is_no_reference(train, calls, monkeypatch, capsys):
+    """Bug: --kl_coef 0 still loaded a reference and scored every answer under it, for a KL that was only logged."""
+    loaded, scored, load, score_all = [], [], train_grpo.Policy.from_pretrained, train_grpo.score_all
+    monkeypatch.setattr(train_grpo.Policy, "from_pretrained", lambda *args, **more: loaded.append(1) or load(*args, **more))
+    monkeypatch.setattr(train_grpo, "score_all", lambda *args: scored.append(1) or score_all(*args))
+    row = rows(train("--kl_coef", 0, steps=1))[0]
+    assert len(loaded) == 1 and not scored and "kl" not in row
+    assert "kl=" not in capsys.readouterr().err
+    assert all(settings["ref_logprob"] is None for _, settings in calls[1:])
+    assert "kl" in rows(train(steps=1))[0] and len(loaded) == 3 and len(scored) == 1
 
 
 @pytest.mark.parametrize("how", ["sequence-mean", "constant"])

@@ -4,6 +4,7 @@ import json
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +13,8 @@ import yaml
 from transformers import HfArgumentParser
 
 T = TypeVar("T")
+PARTS = ("vision", "projector", "language")  # of a Qwen3-VL, to freeze
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the language model's, for adapters
 
 
 @dataclass
@@ -28,6 +31,15 @@ class RunArguments:
     seed: int = field(default=0, metadata={"help": "seeds the data order, sampling and, for --model tiny, the weights"})
     resume: bool = field(default=False, metadata={"help": "continue the run in output_dir from its last checkpoint"})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
+    freeze: list[str] = field(default_factory=list, metadata={
+        "help": "what to keep as it is: the vision tower, the projector behind it, the language model; cheaper, and less to "
+                "unlearn", "choices": list(PARTS)})
+    lora_rank: int = field(default=0, metadata={
+        "help": "train adapters of this rank instead of the weights (LoRA, 2106.09685; needs peft); 0: off. "
+                "GRPO's reference is then the model with its adapters off. They want a learning rate about ten times as high"})
+    lora_alpha: float = field(default=32.0, metadata={"help": "adapters count lora_alpha / lora_rank times"})
+    lora_targets: list[str] = field(default_factory=lambda: list(LINEAR), metadata={
+        "help": "linear layers of the language model that get adapters", "choices": list(LINEAR)})
     bf16: bool = field(default=False, metadata={"help": "compute in bfloat16 (weights and optimiser stay in fp32)"})
     activation_checkpointing: bool = field(default=False, metadata={
         "help": "keep the input of each layer alone for the backward pass, which computes the rest anew: less memory, more time"})
@@ -36,6 +48,22 @@ class RunArguments:
         """Settings that can't work are an error now, not after hours."""
         for name in ("max_steps", "save_steps"):
             at_least_one(self, name)
+        if self.lora_rank < 0:
+            raise ValueError(f"--lora_rank must be 0 (off) or more, got {self.lora_rank}")
+        for name, allowed in (("freeze", PARTS), ("lora_targets", LINEAR)):  # a settings file may hold anything
+            chosen = getattr(self, name)
+            if not isinstance(chosen, list) or not set(chosen) <= set(allowed):
+                raise ValueError(f"--{name} takes a list of {', '.join(allowed)}, got {chosen!r}")
+        if set(self.freeze) == set(PARTS):
+            raise ValueError(f"--freeze {' '.join(self.freeze)}: nothing is left to train")
+        if self.lora_rank:
+            if find_spec("peft") is None:
+                raise ValueError("--lora_rank needs peft: pip install peft, or pip install -e '.[lora]' in the clone")
+            if self.lora_alpha <= 0 or not self.lora_targets:
+                raise ValueError(f"--lora_rank {self.lora_rank} needs --lora_alpha above 0 and at least one of --lora_targets")
+            if "language" in self.freeze:
+                raise ValueError("--freeze language with --lora_rank: the adapters are in the language model, and all else is frozen "
+                                 "already; leave out --freeze")
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
 

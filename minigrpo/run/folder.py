@@ -1,6 +1,6 @@
 """A run's folder: made once, never overwritten, resumed from its newest checkpoint.
 
-    args.json  metrics.jsonl  curves.png  rollouts.jsonl (GRPO)  checkpoints/step-000050/  final/
+    args.json  metrics.jsonl  curves.png  rollouts.jsonl (GRPO)  checkpoints/step-000050/  final/ (LoRA: final/adapter/)
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from minigrpo.lora import check_checkpoint, merge_adapters, save_adapters
 from minigrpo.policy import Policy
 
 
@@ -44,19 +45,22 @@ def last_checkpoint(args) -> Path | None:
         print(f"{folder} is finished: its model is {folder / 'final'}")
         sys.exit(0)
     found = sorted((folder / "checkpoints").glob("step-*[0-9]"))
+    if found:
+        check_checkpoint(found[-1], args)
     print(f"resuming from {found[-1]}" if found else f"no checkpoint in {folder}: starting at step 0")
     return found[-1] if found else None
 
 
 def save_checkpoint(folder: Path, step: int, policy: Policy, *optimizers: torch.optim.Optimizer) -> None:
-    """Weights and optimiser state after `step` steps; the one before is removed once this one is complete.
+    """Weights (with LoRA: adapters alone) and optimiser state after `step` steps; the one before is removed once this one is
+    complete.
 
     Data order and sampling depend on (seed, step) alone, so a run continues from this as if it had never stopped.
     """
     checkpoint = folder / "checkpoints" / f"step-{step:06d}"
     aside = checkpoint.with_suffix(".part")
     shutil.rmtree(aside, ignore_errors=True)
-    policy.save_pretrained(aside)
+    save_adapters(policy, aside) if policy.adapters else policy.save_pretrained(aside)
     state = {f"{which}.{number}.{name}": value for which, optimizer in enumerate(optimizers)
              for number, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
     save_file(state, aside / "optimizer.safetensors")
@@ -79,9 +83,13 @@ def load_optimizers(checkpoint: Path, *optimizers: torch.optim.Optimizer) -> int
 
 
 def save_final(folder: Path, policy: Policy) -> None:
-    """RUN/final, the trained checkpoint; the ones to resume from are no longer needed."""
+    """RUN/final, the trained checkpoint, with LoRA merged (and the adapters alone in final/adapter); the ones to resume from
+    are no longer needed."""
     aside = folder / "final.part"
     shutil.rmtree(aside, ignore_errors=True)
+    if policy.adapters:
+        save_adapters(policy, aside / "adapter")
+        merge_adapters(policy)
     policy.save_pretrained(aside)
     os.rename(aside, folder / "final")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

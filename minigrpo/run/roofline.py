@@ -35,18 +35,23 @@ def multiplications(policy: Policy, patches: list[int], prompt: int, answer: int
 def update_operations(policy: Policy, prompts: Prompts, mask: torch.Tensor) -> float:
     """Operations of one forward and backward pass over all prompts and answers of a step; mask [R, T].
 
-    Backward is twice its forward: once for what came before, once for the weights, of which each counts if it is trained.
+    Backward is once its forward for what came before, where that has anything to learn, and once for the weights that are trained.
     """
+    def times(module: torch.nn.Module, reached: bool) -> float:
+        sizes = [(p.numel(), p.requires_grad) for p in module.parameters() if p.dim() > 1]
+        trained = sum(size for size, wanted in sizes if wanted)
+        return 2 + trained / sum(size for size, _ in sizes) if trained or reached else 1.0
+
     group, answers = len(mask) // len(prompts.ids), mask.sum(1).tolist()
     patches = prompts.grids.prod(1).split(prompts.images.tolist())
-    vision, text = (any(p.requires_grad for p in module.parameters()) for module in (policy.visual, policy.language_model))
+    vision, text = times(policy.visual, reached=False), times(policy.language_model, reached=True)
     total = 0.0
     for b, length in enumerate(prompts.mask.sum(1).tolist()):
         for row in range(group):
             work = multiplications(policy, patches[b].tolist() if row == 0 else [], length, answers[b * group + row])
             if row:
                 work["prompt"] = 0.0
-            total += work["image"] * (3 if vision else 1) + (work["prompt"] + work["answer"] + work["head"]) * (3 if text else 2)
+            total += work["image"] * vision + (work["prompt"] + work["answer"] + work["head"]) * text
     return 2 * total
 
 
