@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .check import TASKS, image_names, is_text, record_errors
+from .schema import TASKS, image_names, is_text, record_errors
 
 SHOWN = 10  # errors told at once
 
