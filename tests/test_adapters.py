@@ -16,6 +16,7 @@ from PIL import Image
 from minigrpo.data import load_image, parse_boxes, read_jsonl
 from minigrpo.data.convert import convert
 from minigrpo.data.ledger import Ledger
+from minigrpo.data.rows import unit_box
 from minigrpo.data.splits import hash_split, patient_splits
 from tests import fake_sets
 
@@ -231,7 +232,8 @@ def test_mimic_classification_lists_what_is_present(folders, tmp_path):
 def test_nih_splits_by_patient_and_groups_boxes(folders, tmp_path):
     samples = [s for split in ("train", "valid", "test") for s in run(folders, "nih", split, tmp_path)[0]]
     first = {s.label: s.boxes for s in samples if s.patient == "nih-00000001"}
-    assert first == {"atelectasis": [[0.0986, 0.1958, 0.3916, 0.4402], [0.5859, 0.4883, 0.7812, 0.6836]], "infiltrate": [[0.8789, 0.8789, 1.0, 1.0]]}
+    assert first == {"atelectasis": [[0.0986, 0.1958, 0.3916, 0.4402], [0.5859, 0.4883, 0.7812, 0.6836]],
+                     "infiltrate": [[0.8789, 0.8789, 1.0, 1.0]]}
     assert len({s.patient for s in samples}) == 39 and len(samples) == 40  # patient 7 has no film
 
 
@@ -297,6 +299,18 @@ def test_a_row_that_nobody_closed_is_an_error():
     assert ledger.counts() == {"kept": 1, "a reason": 1}
     with pytest.raises(ValueError, match="never read"):
         ledger.keep([3])
+
+
+@pytest.mark.parametrize("corners, expected", [
+    ((10, 20, 30, 50), [0.1, 0.1, 0.3, 0.25]), ((-5, 20, 30, 500), [0.0, 0.1, 0.3, 1.0]), ((30, 20, 10, 50), "a box without area"),
+    ((10, 20, 10, 50), "a box without area"), ((100, 20, 120, 50), "a box outside the film"), ((-9, 20, 0, 50), "a box outside the film"),
+    ((10, 20, 10.3, 50), "a box too thin for two decimals"), ((10, 20, 30, 20.5), "a box too thin for two decimals"),
+    ((float("nan"), 20, 30, 50), "a box that is no four numbers"), ((float("inf"), 20, 30, 50), "a box that is no four numbers")])
+def test_boxes_in_pixels(corners, expected):
+    """Of a film of 100 x 200. What is cut at the edge is noted; a line or a point would teach the model to write one."""
+    ledger = Ledger("boxes")
+    assert unit_box(*corners, 100, 200, ledger) == expected
+    assert sum(ledger.notes.values()) == (corners[0] == -5)
 
 
 # ---- bad input --------------------------------------------------------------------------------------------------------

@@ -60,7 +60,8 @@ def test_leaks_by_id_patient_and_pixels(folder):
 
 
 def test_two_training_files_may_share_a_patient(folder):
-    one, two = write(folder / "one", "train.jsonl", line(0, "../0.png")), write(folder / "two", "train.jsonl", line(7, "../0.png", patient="p0"))
+    one = write(folder / "one", "train.jsonl", line(0, "../0.png"))
+    two = write(folder / "two", "train.jsonl", line(7, "../0.png", patient="p0"))
     test = write(folder, "test.jsonl", line(8, "1.png", patient="p0"))
     assert check([one, two])[1] == []
     assert len(check([one, two, test])[1]) == 1

@@ -118,7 +118,7 @@ def adapter_main(read: Reader, unit: str, doc: str, load=load_image, more: Calla
     parser.add_argument("--root", type=Path, required=True, help="folder of the set as it was downloaded")
     parser.add_argument("--split", choices=SPLITS, required=True)
     parser.add_argument("--output_dir", type=Path, required=True, help="gets SPLIT.jsonl and films/; splits may share it")
-    parser.add_argument("--pixels", type=int, default=PIXELS, help=f"larger films are shrunk to this many pixels, aspect kept (default {PIXELS:,})")
+    parser.add_argument("--pixels", type=int, default=PIXELS, help=f"larger films are shrunk to this many, aspect kept (default {PIXELS:,})")
     if more:
         more(parser)
     options = vars(parser.parse_args())
@@ -130,4 +130,5 @@ def adapter_main(read: Reader, unit: str, doc: str, load=load_image, more: Calla
     except (ValueError, FileNotFoundError, ImportError) as error:
         sys.exit(f"error: {error}")
     print(ledger.table())
-    print(f"wrote {sum(ledger.samples.values()):,} samples ({', '.join(f'{n:,} {task}' for task, n in ledger.samples.items()) or 'none'}) to {out / f'{split}.jsonl'}")
+    tasks = ", ".join(f"{n:,} {task}" for task, n in ledger.samples.items())
+    print(f"wrote {sum(ledger.samples.values()):,} samples ({tasks}) to {out / f'{split}.jsonl'}")

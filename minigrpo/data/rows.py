@@ -49,7 +49,8 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[tuple[str, in
         header = [name.strip() for name in reader.fieldnames or []]
         reader.fieldnames = header
         if missing := [name for name in columns if name not in header]:
-            raise ValueError(f"{path}:1: no column {', '.join(missing)}; the header has {', '.join(header) or 'nothing'}: is it the right file?")
+            raise ValueError(f"{path}:1: no column {', '.join(missing)}; the header has {', '.join(header) or 'nothing'}: is it the right "
+                             "file?")
         try:
             for number, row in enumerate(reader, 1):
                 row.pop(None, None)  # cells beyond the header
@@ -133,7 +134,8 @@ def grounding_sample(sample_id: str, kind: str, label: str, boxes: list[list[flo
     boxes = sorted(boxes)
     turn = templates.phrase_turn if kind == "phrase" else templates.region_turn
     question, answer = turn(phrase or label, format_boxes(boxes), sample_rng(sample_id))
-    return {"id": sample_id, "task": "grounding", "question": question, "answer": answer, "boxes": boxes, "kind": kind, "label": label} | more
+    return {"id": sample_id, "task": "grounding", "question": question, "answer": answer, "boxes": boxes, "kind": kind,
+            "label": label} | more
 
 
 def readable(label: str) -> str:

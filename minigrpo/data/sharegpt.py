@@ -93,7 +93,8 @@ def read_sharegpt(path: Path, image_root: Path, folder: Path, task: str) -> Iter
             wrong = list(record_errors(line))
             if ids.setdefault(line["id"], number) != number:
                 wrong.append(f"id {line['id']!r} is item {ids[line['id']]}'s already: rename one")
-            wrong += [f"image {image_root / name} does not exist: check --image_root" for name in names if not (image_root / name).is_file()]
+            wrong += [f"image {image_root / name} does not exist: check --image_root" for name in names
+                      if not (image_root / name).is_file()]
             errors += [f"{place}: {text}" for text in wrong]
             lines.append(line)
         except ValueError as error:
