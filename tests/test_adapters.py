@@ -327,6 +327,16 @@ def test_errors_name_what_to_do(folders, tmp_path):
         run(tmp_path, "openi", "train", tmp_path / "out")
 
 
+def test_the_page_on_data_names_commands_and_arguments_that_exist():
+    page = (ROOT / "docs/data.md").read_text()
+    modules = set(re.findall(r"minigrpo\.data\.([a-z_]+)", page))
+    code = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "minigrpo").rglob("*.py")])
+    assert set(NAMES) < modules and all((ROOT / f"minigrpo/data/{name}.py").is_file() for name in modules)
+    arguments = set(re.findall(r"--([a-z_0-9]+)", page))
+    assert len(arguments) > 12
+    assert all(f'"--{name}"' in code or re.search(rf"^    {name}: ", code, re.M) for name in arguments)
+
+
 def test_gzipped_tables_are_read(folders, tmp_path):
     import gzip
     import shutil

@@ -73,6 +73,16 @@ def test_repeats_are_notes(folder):
     assert not errors and "1 samples repeat another's" in text and "1 film files hold the pixels of another" in text
 
 
+def test_blank_films_are_noted(folder):
+    """Six of our 200 real test films are all but white; only the contact sheet showed it."""
+    ramp = np.linspace(0, 255, 100 * 100).reshape(100, 100)
+    for name, pixels in {"white.png": 240 + ramp * 15 / 255, "ramp.png": ramp}.items():
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
+    assert 225 <= check_module.look(str(folder / "ramp.png")).contrast <= 232
+    text, errors, _ = check([write(folder, "train.jsonl", line(0, "ramp.png"), line(1, "white.png"), line(2, "0.png"))])
+    assert not errors and "1 films are nearly all of one grey: white.png (line 2)" in text
+
+
 def test_each_film_is_decoded_once(folder, monkeypatch):
     looked = []
     real = check_module.look

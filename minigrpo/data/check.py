@@ -14,10 +14,13 @@ import hashlib
 import os
 import statistics
 import sys
+import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 from PIL import Image
@@ -27,12 +30,16 @@ from .sample import DataError, Sample, scan_jsonl
 from .sheet import draw_sheet
 
 
+FAINT = 32  # grey levels of 256: a film with fewer looks blank
+
+
 @dataclass
 class Film:
     """What one decoding of an image file tells."""
 
     size: tuple[int, int] = (0, 0)  # width, height
     digest: bytes = b""  # of size, mode and pixels
+    contrast: int = 255  # grey levels, of 256, from the darkest 5% of the pixels to the brightest 5%
     error: str | None = None
 
 
@@ -53,9 +60,17 @@ def look(path: str) -> Film:
             image.load()  # open() reads the header only; a truncated file shows here
             digest = hashlib.blake2b(f"{image.size} {image.mode}".encode(), digest_size=16)
             digest.update(image.tobytes())
-            return Film(image.size, digest.digest())
+            return Film(image.size, digest.digest(), contrast(image))
     except Exception as error:  # PIL's decoders raise a dozen kinds, all of which mean the same
         return Film(error=f"image {path} cannot be read ({error}): fetch it again, or remove the line")
+
+
+def contrast(image: Image.Image) -> int:
+    """Grey levels, 0..255, between the 5th and the 95th percentile of the pixels of an 8-bit image; 255 for other kinds."""
+    if image.mode not in ("L", "RGB", "RGBA", "P", "LA"):
+        return 255
+    passed = list(accumulate((image if image.mode == "L" else image.convert("L")).histogram()))  # pixels at most so bright
+    return bisect_left(passed, 0.95 * passed[-1]) - bisect_left(passed, 0.05 * passed[-1])
 
 
 def look_at_all(files: list[File], workers: int) -> dict[str, Film]:
@@ -69,14 +84,17 @@ def look_at_all(files: list[File], workers: int) -> dict[str, Film]:
     return films
 
 
-def find_repeats(file: File, films: dict[str, Film]) -> None:
-    """What stands twice in one file, as notes: it weighs double, which may be meant."""
+def find_oddities(file: File, films: dict[str, Film]) -> None:
+    """What may be meant but should be known, as notes: samples and films that stand twice, films on which nothing is to be seen."""
     said = Counter((tuple(s.images), s.question, s.answer) for s in file.samples)
     if again := sum(said.values()) - len(said):
         file.notes.append(f"{again:,} samples repeat another's film, question and answer")
     shown = {path: films[path].digest for path in file.users if path in films and films[path].digest}
     if again := len(shown) - len(set(shown.values())):
         file.notes.append(f"{again:,} film files hold the pixels of another")
+    if faint := [path for path in shown if films[path].contrast < FAINT]:
+        names = ", ".join(f"{Path(path).name} (line {file.users[path]})" for path in faint[:10])
+        file.notes.append(f"{len(faint):,} films are nearly all of one grey: {names}{', ...' if len(faint) > 10 else ''}")
 
 
 def find_leaks(files: list[File], films: dict[str, Film]) -> None:
@@ -152,7 +170,7 @@ def check(paths: list[Path], *, model: str | None = None, workers: int | None = 
     for file in files:
         if not file.samples and not file.errors:
             file.errors.append((1, "the file is empty: write one JSON object a line"))
-        find_repeats(file, films)
+        find_oddities(file, films)
     find_leaks(files, films)
     errors = [f"{file.path}:{line}: {text}" for file in files for line, text in sorted(file.errors)]
     return "\n".join(summary(file, films, tokenizer, processor) for file in files), errors, files
@@ -167,11 +185,13 @@ def main() -> None:
     args = parser.parse_args()
     if len(set(map(os.path.abspath, args.files))) < len(args.files):
         parser.error("the same file is named twice")
+    began = time.process_time()
     try:
         text, errors, files = check(args.files, model=args.model, workers=args.workers)
     except (DataError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(text)
+    seconds, count = time.process_time() - began, sum(len(file.samples) for file in files)
+    print(f"{text}\nread {count:,} samples in {seconds:.1f} s of processor time, {count / max(seconds, 1e-9):,.0f} a second")
     sheet = args.sheet or args.files[0].with_name(f"{args.files[0].stem}-check.png")
     replaced = sheet.exists()
     if draw_sheet(sheet, [sample for file in files for sample in file.samples], bad={line for file in files for line in bad_images(file)}):

@@ -42,8 +42,9 @@ class Ledger:
         return {KEPT: kept} | dict(found.most_common())
 
     def table(self) -> str:
-        counts = self.counts()
-        lines = [f"{self.unit} read     {len(self.fate):>9,}"]
-        lines += [f"  {name if name == KEPT else f'dropped, {name}':<60} {count:>9,}" for name, count in counts.items()]
-        lines += [f"  note: {name:<54} {count:>9,}" for name, count in sorted(self.notes.items())]
-        return "\n".join(lines)
+        """What `counts` says, a line each, and the notes."""
+        rows = [(f"{self.unit} read", len(self.fate))]
+        rows += [(f"  {name if name == KEPT else f'dropped, {name}'}", count) for name, count in self.counts().items()]
+        rows += [(f"  note: {name}", count) for name, count in sorted(self.notes.items()) if count]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}} {count:>11,}" for name, count in rows)
