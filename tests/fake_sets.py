@@ -8,13 +8,13 @@ import numpy as np
 from PIL import Image
 
 
-def film(path: Path, seed: int = 0, size: tuple[int, int] = (40, 50), bits: int = 8, suffix_format: str | None = None) -> None:
+def film(path: Path, seed: int = 0, size: tuple[int, int] = (40, 50), bits: int = 8) -> None:
     """A film of noise, (width, height), 8 or 16 bits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     top = 255 if bits == 8 else 4095
     pixels = np.random.default_rng(seed).integers(0, top + 1, size[::-1])
     pixels[0, :2] = 0, top
-    Image.fromarray(pixels.astype(np.uint8 if bits == 8 else np.uint16)).save(path, format=suffix_format)
+    Image.fromarray(pixels.astype(np.uint8 if bits == 8 else np.uint16)).save(path)
 
 
 def table(path: Path, header: list[str], rows: list[list]) -> None:

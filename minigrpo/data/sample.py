@@ -50,7 +50,8 @@ def load_image(path: str | os.PathLike) -> Image.Image:
         if not image.mode.startswith("I"):
             return image.convert("RGB")
         pixels = np.asarray(image).astype(np.float64)
-    full = 4095 if pixels.max() <= 4095 else 65535  # many detectors give 12 bits, stored in a 16-bit file
+    # Detectors give 12, 14 or 16 bits, all stored in a 16-bit file: the fewest that hold the film are its own.
+    full = next((full for full in (4095, 16383) if pixels.max() <= full), 65535)
     return Image.fromarray((pixels * (255 / full)).round().clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
