@@ -165,32 +165,33 @@ class Policy:
     def encode(self, samples: list[Sample]) -> Prompts:
         """Chat template, image slots, pixels and M-RoPE positions of B samples; images come before the question."""
         images = self._images(samples)
-        return self._prompts([self._chat(sample, slots) for sample, slots in zip(samples, images.slots)], images)
+        return self._prompts([self._chat(sample.question, slots) for sample, slots in zip(samples, images.slots)], images)
 
     def encode_turns(self, groups: list[list[Sample]]) -> tuple[Prompts, list[tuple]]:
         """Questions and answers about B images, for supervised training: prompts, and blocks of (tokens [B, T], mask [B, T],
         the B samples).
 
-        The samples of a group share their image, so the prompt ends behind it; a row is one question with its answer, and
-        the mask covers the answer and its end token. A block holds one row of every group, the longest first, since it is
-        padded to its longest; where a group has run out, the row is empty (sample None). Every block follows the same prompts.
+        The samples of a group share their image, so the prompt ends behind it; a row is one question with its answer, or a
+        whole conversation, and the mask covers each answer and its end token. A block holds one row of every group, the
+        longest first, since it is padded to its longest; where a group has run out, the row is empty (sample None). Every
+        block follows the same prompts.
         """
         for group in groups:
             if any(sample.images != group[0].images for sample in group):
                 raise ValueError(f"samples of one group must share their image: {', '.join(s.id for s in group)}")
         images, prompts, turns = self._images([group[0] for group in groups]), [], []
         for group, slots in zip(groups, images.slots):
-            chats = [self._chat(sample, slots) for sample in group]
+            talks = [sample.turns or [[sample.question, sample.answer]] for sample in group]
+            chats = [self._chat(talk[0][0], slots) for talk in talks]
             cut = len(chats[0]) - chats[0][::-1].index(self.vision_end_id) if slots else len(chats[0])
             prompts.append(chats[0][:cut])
-            answers = [ids + [self.end_id] for ids in self._tokens([sample.answer for sample in group])]
-            turns.append(sorted(((chat[cut:], answer, sample) for chat, answer, sample in zip(chats, answers, group)),
-                                key=lambda turn: -len(turn[0]) - len(turn[1])))
+            rows = [self._talk(chat[cut:], talk) for chat, talk in zip(chats, talks)]
+            turns.append(sorted(((*row, sample) for row, sample in zip(rows, group)), key=lambda turn: -len(turn[0])))
         blocks = []
         for number in range(max(map(len, turns))):
             chosen = [group[number] if number < len(group) else ([], [], None) for group in turns]
-            tokens, _ = pad_right([question + answer for question, answer, _ in chosen], self.tokenizer.pad_token_id)
-            mask, _ = pad_right([[0] * len(question) + [1] * len(answer) for question, answer, _ in chosen], 0)
+            tokens, _ = pad_right([row for row, _, _ in chosen], self.tokenizer.pad_token_id)
+            mask, _ = pad_right([answered for _, answered, _ in chosen], 0)
             blocks.append((tokens.to(self.device), mask.bool().to(self.device), [sample for *_, sample in chosen]))
         return self._prompts(prompts, images), blocks
 
@@ -203,8 +204,25 @@ class Policy:
         slots = iter((grids.prod(1) // self.image_processor.merge_size**2).tolist())
         return Images(pixels, grids, [[next(slots) for _ in sample.images] for sample in samples])
 
-    def _chat(self, sample: Sample, slots: list[int]) -> list[int]:
-        content = [{"type": "image"} for _ in slots] + [{"type": "text", "text": sample.question}]
+    def _talk(self, question: list[int], turns: list[list[str]]) -> tuple[list[int], list[int]]:
+        """The tokens of a row and 1 on those of its answers and end tokens. `question` is what the prompt holds of the first turn;
+        later questions are written by the chat template, which sees all that was said before them."""
+        tokens, mask = list(question), [0] * len(question)
+        end, messages = self.tokenizer.convert_ids_to_tokens(self.end_id), []
+        for number, (asked, answer) in enumerate(turns):
+            messages.append({"role": "user", "content": asked})
+            if number:
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                before = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False)
+                between = self._tokens([text[before.rindex(end) + len(end):]])[0]  # "\n", and the next question
+                tokens, mask = tokens + between, mask + [0] * len(between)
+            messages.append({"role": "assistant", "content": answer})
+            said = self._tokens([answer])[0] + [self.end_id]
+            tokens, mask = tokens + said, mask + [1] * len(said)
+        return tokens, mask
+
+    def _chat(self, question: str, slots: list[int]) -> list[int]:
+        content = [{"type": "image"} for _ in slots] + [{"type": "text", "text": question}]
         text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
                                                   add_generation_prompt=True)
         # The template writes one <|image_pad|> an image; each needs one for every merged patch.

@@ -141,8 +141,9 @@ def test_each_image_is_decoded_once(write, monkeypatch):
     assert len(opened) == 1
 
 
-@pytest.mark.parametrize("peak", [4095, 65535])
+@pytest.mark.parametrize("peak", [4095, 16383, 65535])
 def test_16_bit_films_are_scaled_not_clipped(tmp_path, peak):
+    """A 14-bit film read as one of 16 bits came out at a quarter of its brightness."""
     pixels = np.linspace(0, peak, 12).reshape(3, 4).astype(np.uint16)
     Image.fromarray(pixels).save(tmp_path / "film.png")
     image = load_image(tmp_path / "film.png")

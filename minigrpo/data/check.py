@@ -1,65 +1,212 @@
-"""What can be wrong with one line of a JSONL file, each error with its mend."""
+"""Look at data before a run does: everything that a run would read, all errors at once.
 
-import math
-from collections.abc import Iterator
-from typing import Any
+    python -m minigrpo.data.check data/phantom/train.jsonl data/phantom/test.jsonl --model models/tiny
 
-from .boxes import parse_boxes
+Prints for each file its counts, lengths, film sizes, boxes and labels, then every error as `file:line: what, and how to mend it`,
+and draws a contact sheet of films with their boxes. Each film is decoded once, in parallel. Exit status 1 if there is an error.
 
-TASKS = ("report", "grounding", "classification", "conversation")
-KINDS = ("anatomy", "abnormality", "phrase")
+Leakage is looked for between files of different names: the same id, patient, or film (by a hash of its pixels, whatever it is
+called) in train.jsonl and test.jsonl is an error; two files called train.jsonl, of two sets, are one side.
+"""
 
+import argparse
+import hashlib
+import os
+import statistics
+import sys
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
 
-def is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.strip() != ""
+from PIL import Image
+from tqdm import tqdm
 
-
-def _box_error(box: Any) -> str | None:
-    numbers = isinstance(box, list) and len(box) == 4 and all(type(value) in (int, float) for value in box)
-    if not numbers or not all(-math.inf < value < math.inf for value in box):
-        return f"box {box!r} is not four finite numbers: write [x1, y1, x2, y2]"
-    if not all(0 <= value <= 1 for value in box):
-        return f"box {box} leaves 0..1: divide x by the image's width and y by its height"
-    if box[0] >= box[2] or box[1] >= box[3]:
-        return f"box {box} has no area: write [x1, y1, x2, y2] with x1 < x2 and y1 < y2"
-    return None
-
-
-def image_names(record: dict) -> list[str]:
-    """The image paths as written, none where they are ill-formed."""
-    image = record.get("image")
-    names = image if isinstance(image, list) else [image]
-    return names if all(map(is_text, names)) else []
+from .sample import DataError, Sample, scan_jsonl
+from .sheet import draw_sheet
 
 
-def record_errors(record: dict) -> Iterator[str]:
-    """What is wrong with one line, apart from other lines and the image files."""
-    if not is_text(record.get("id")):
-        yield '"id" is missing or no text: give each line its own'
-    if "image" not in record or (record["image"] is not None and not image_names(record)):
-        yield '"image" is missing or ill-formed: write a path, a list of paths, or null for no image'
-    task = record.get("task")
-    if task not in TASKS:
-        yield f'unknown task {task!r}: set "task" to one of {", ".join(TASKS)}'
-    if task == "conversation":
-        turns = record.get("turns")
-        pairs = isinstance(turns, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in turns)
-        if not turns or not pairs or not all(is_text(text) for turn in turns for text in turn):
-            yield '"turns" is missing or ill-formed: write [[question, answer], ...], none of them empty'
-    for name in ("question", "answer"):  # a conversation may leave them to its first turn
-        if not is_text(record.get(name)) and not (task == "conversation" and record.get(name) is None):
-            yield f'"{name}" is missing, empty or no text: write it, or remove the line'
-    for name in ("label", "thinking", "source", "patient"):
-        if not isinstance(record.get(name), str | None):
-            yield f'"{name}" is {record[name]!r}, not text: put it in quotes, or leave it out'
-    if record.get("kind") not in (None, *KINDS):
-        yield f'unknown kind {record["kind"]!r}: set "kind" to one of {", ".join(KINDS)}, or leave it out'
-    boxes = record.get("boxes")
-    if not isinstance(boxes, list | None):
-        yield f'"boxes" is {boxes!r}: write a list of [x1, y1, x2, y2]'
-        return
-    yield from filter(None, map(_box_error, boxes or []))
-    if task == "grounding" and not boxes:
-        yield 'grounding without boxes: add "boxes": [[x1, y1, x2, y2]], or remove the line'
-    if task == "grounding" and isinstance(record.get("answer"), str) and not parse_boxes(record["answer"]):
-        yield 'grounding, but the answer holds no box: write its boxes as "[x1, y1, x2, y2]"'
+FAINT = 32  # grey levels of 256: a film with fewer looks blank
+
+
+@dataclass
+class Film:
+    """What one decoding of an image file tells."""
+
+    size: tuple[int, int] = (0, 0)  # width, height
+    digest: bytes = b""  # of size, mode and pixels
+    contrast: int = 255  # grey levels, of 256, from the darkest 5% of the pixels to the brightest 5%
+    error: str | None = None
+
+
+@dataclass
+class File:
+    """One JSONL file: what is right in it, and what is not."""
+
+    path: Path
+    samples: list[Sample]
+    errors: list[tuple[int, str]]  # (line, text)
+    users: dict[str, int]  # image path -> the first line that shows it
+    notes: list[str] = field(default_factory=list)
+
+
+def look(path: str) -> Film:
+    try:
+        with Image.open(path) as image:
+            image.load()  # open() reads the header only; a truncated file shows here
+            digest = hashlib.blake2b(f"{image.size} {image.mode}".encode(), digest_size=16)
+            digest.update(image.tobytes())
+            return Film(image.size, digest.digest(), contrast(image))
+    except Exception as error:  # PIL's decoders raise a dozen kinds, all of which mean the same
+        return Film(error=f"image {path} cannot be read ({error}): fetch it again, or remove the line")
+
+
+def contrast(image: Image.Image) -> int:
+    """Grey levels, 0..255, between the 5th and the 95th percentile of the pixels of an 8-bit image; 255 for other kinds."""
+    if image.mode not in ("L", "RGB", "RGBA", "P", "LA"):
+        return 255
+    passed = list(accumulate((image if image.mode == "L" else image.convert("L")).histogram()))  # pixels at most so bright
+    return bisect_left(passed, 0.95 * passed[-1]) - bisect_left(passed, 0.05 * passed[-1])
+
+
+def look_at_all(files: list[File], workers: int) -> dict[str, Film]:
+    """Each distinct image of all files, decoded once; decoding and hashing release the GIL."""
+    paths = [path for path in dict.fromkeys(path for file in files for path in file.users) if os.path.isfile(path)]
+    with ThreadPoolExecutor(workers) as pool:
+        found = tqdm(pool.map(look, paths, chunksize=16), total=len(paths), desc="films", unit="film")
+        films = dict(zip(paths, found))
+    for file in files:
+        file.errors += [(line, films[path].error) for path, line in file.users.items() if path in films and films[path].error]
+    return films
+
+
+def find_oddities(file: File, films: dict[str, Film]) -> None:
+    """What may be meant but should be known, as notes: samples and films that stand twice, films on which nothing is to be seen."""
+    said = Counter((tuple(s.images), s.question, s.answer) for s in file.samples)
+    if again := sum(said.values()) - len(said):
+        file.notes.append(f"{again:,} samples repeat another's film, question and answer")
+    shown = {path: films[path].digest for path in file.users if path in films and films[path].digest}
+    if again := len(shown) - len(set(shown.values())):
+        file.notes.append(f"{again:,} film files hold the pixels of another")
+    if faint := [path for path in shown if films[path].contrast < FAINT]:
+        names = ", ".join(f"{Path(path).name} (line {file.users[path]})" for path in faint[:10])
+        file.notes.append(f"{len(faint):,} films are nearly all of one grey: {names}{', ...' if len(faint) > 10 else ''}")
+
+
+def find_leaks(files: list[File], films: dict[str, Film]) -> None:
+    """Errors for ids, patients and films that stand in two files of different names; named once each, in the later file."""
+    seen: dict[tuple, tuple[File, int]] = {}
+    for file in files:
+        mine: dict[tuple, int] = {}
+        for sample in file.samples:
+            mine.setdefault(("id", sample.id), sample.line)
+            if sample.patient:
+                mine.setdefault(("patient", sample.patient), sample.line)
+            for path in sample.images:
+                if path in films and films[path].digest:
+                    mine.setdefault(("film", films[path].digest), sample.line)
+        for thing, line in mine.items():
+            other, first = seen.setdefault(thing, (file, line))
+            if other is not file and other.path.name != file.path.name:
+                kind, name = thing
+                name = "its pixels" if kind == "film" else repr(name)
+                file.errors.append((line, f"leak: {kind} {name} stands in {other.path}:{first} too: remove it from one of them"))
+
+
+def spread(values: Iterable[float], form: str = "{:,.0f}") -> str:
+    """"median 4, 1 to 9, 95% at most 8"; "none" for nothing."""
+    ordered = sorted(values)
+    if not ordered:
+        return "none"
+    figures = (statistics.median(ordered), ordered[0], ordered[-(-95 * len(ordered) // 100) - 1], ordered[-1])
+    middle, low, high, most = (form.format(value) for value in figures)
+    return f"median {middle}, {low} to {most}, 95% at most {high}"
+
+
+def texts_of(sample: Sample) -> list[list[str]]:
+    return sample.turns or [[sample.question, sample.answer]]
+
+
+def summary(file: File, films: dict[str, Film], tokenizer=None, processor=None) -> str:
+    """The figures of one file, a line each."""
+    samples = file.samples
+    unit = "tokens" if tokenizer else "words"
+
+    def lengths(texts: list[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if tokenizer and texts else \
+            [len(text.split()) for text in texts]
+    shown = [films[path] for path in file.users if path in films and not films[path].error]
+    boxes = [box for sample in samples for box in sample.boxes]
+    tasks, labels = Counter(s.task for s in samples), Counter(s.label for s in samples if s.label)
+    lines = [f"{file.path}", f"  samples    {len(samples):,}: " + ", ".join(f"{n:,} {task}" for task, n in tasks.most_common()),
+             f"  films      {len(shown):,} read; {len({s.patient for s in samples if s.patient}):,} patients named",
+             f"  width      {spread(film.size[0] for film in shown)} pixels",
+             f"  height     {spread(film.size[1] for film in shown)} pixels"]  # fmt: skip
+    if processor and shown:
+        patches = [processor.get_number_of_image_patches(film.size[1], film.size[0], {}) for film in shown]
+        lines.append(f"  film       {spread(n // processor.merge_size**2 for n in patches)} tokens")
+    for name, place in (("question", 0), ("answer", 1)):
+        lines.append(f"  {name:<10} {spread(lengths([turn[place] for s in samples for turn in texts_of(s)]))} {unit}")
+    lines += [f"  boxes      {len(boxes):,}; a grounding sample has {spread(len(s.boxes) for s in samples if s.task == 'grounding')}",
+              f"  box area   {spread(((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes), '{:.3f}')} of the film",
+              "  labels     " + (", ".join(f"{n:,} {label}" for label, n in labels.most_common(8)) or "none")
+              + (f", and {len(labels) - 8} more" if len(labels) > 8 else "")]  # fmt: skip
+    return "\n".join(lines + [f"  note       {note}" for note in file.notes])
+
+
+def check(paths: list[Path], *, model: str | None = None, workers: int | None = None) -> tuple[str, list[str], list[File]]:
+    """(summary of all files, all errors as "file:line: text" in order, the files)."""
+    tokenizer = processor = None
+    if model:
+        from transformers import AutoTokenizer
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+        tokenizer, processor = AutoTokenizer.from_pretrained(model), Qwen2VLImageProcessorPil.from_pretrained(model)
+    files = [File(path, *scan_jsonl(path)) for path in paths]
+    films = look_at_all(files, workers or os.cpu_count() or 1)
+    for file in files:
+        if not file.samples and not file.errors:
+            file.errors.append((1, "the file is empty: write one JSON object a line"))
+        find_oddities(file, films)
+    find_leaks(files, films)
+    errors = [f"{file.path}:{line}: {text}" for file in files for line, text in sorted(file.errors)]
+    return "\n".join(summary(file, films, tokenizer, processor) for file in files), errors, files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, help="JSONL files; name train and test together to find leaks")
+    parser.add_argument("--model", help="checkpoint whose tokenizer and image processor count; without it, words are counted")
+    parser.add_argument("--sheet", type=Path, help="PNG of films with their boxes; default: beside the first file, as NAME-check.png")
+    parser.add_argument("--workers", type=int, help="threads that decode films; default: one a core")
+    args = parser.parse_args()
+    if len(set(map(os.path.abspath, args.files))) < len(args.files):
+        parser.error("the same file is named twice")
+    began = time.process_time()
+    try:
+        text, errors, files = check(args.files, model=args.model, workers=args.workers)
+    except (DataError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    seconds, count = time.process_time() - began, sum(len(file.samples) for file in files)
+    print(f"{text}\nread {count:,} samples in {seconds:.1f} s of processor time, {count / max(seconds, 1e-9):,.0f} a second")
+    sheet = args.sheet or args.files[0].with_name(f"{args.files[0].stem}-check.png")
+    replaced = sheet.exists()
+    if draw_sheet(sheet, [sample for file in files for sample in file.samples], bad={line for file in files for line in bad_images(file)}):
+        print(f"{sheet}: films with their boxes{', replaced' if replaced else ''}; look at it")
+    if errors:
+        print(*errors, sep="\n")
+        sys.exit(f"{len(errors):,} errors")
+    print("no errors")
+
+
+def bad_images(file: File) -> list[str]:
+    """Images of the file that can't be drawn: those on a line with an error."""
+    lines = {line for line, _ in file.errors}
+    return [path for path, line in file.users.items() if line in lines]
+
+
+if __name__ == "__main__":
+    main()

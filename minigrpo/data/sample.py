@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .check import TASKS, image_names, is_text, record_errors
+from .schema import TASKS, image_names, is_text, record_errors
 
 SHOWN = 10  # errors told at once
 
@@ -50,7 +50,8 @@ def load_image(path: str | os.PathLike) -> Image.Image:
         if not image.mode.startswith("I"):
             return image.convert("RGB")
         pixels = np.asarray(image).astype(np.float64)
-    full = 4095 if pixels.max() <= 4095 else 65535  # many detectors give 12 bits, stored in a 16-bit file
+    # Detectors give 12, 14 or 16 bits, all stored in a 16-bit file: the fewest that hold the film are its own.
+    full = next((full for full in (4095, 16383) if pixels.max() <= full), 65535)
     return Image.fromarray((pixels * (255 / full)).round().clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
@@ -84,14 +85,11 @@ def _records(file: Path, errors: list[tuple[int, str]]) -> Iterator[tuple[int, d
                 errors.append((line, f"a JSON {type(record).__name__}: write one JSON object {{...}} a line"))
 
 
-def read_jsonl(path: str | os.PathLike, *, task: str = "all", verify_images: bool = True) -> list[Sample]:
-    """The samples of one JSONL file, all lines checked and, with `verify_images`, each distinct image decoded once.
+def scan_jsonl(path: str | os.PathLike) -> tuple[list[Sample], list[tuple[int, str]], dict[str, int]]:
+    """The samples of the lines that are right; (line, what is wrong and its mend) of all others; and each image's first line.
 
-    `task` keeps the samples of one task. A conversation without question and answer takes those of its first turn.
-    Image paths are absolute or relative to the file. DataError tells up to ten errors, each with file, line and mend.
+    Images must exist, but none is opened. A conversation without question and answer takes those of its first turn.
     """
-    if task not in ("all", *TASKS):
-        raise ValueError(f"unknown task {task!r}: choose one of all, {', '.join(TASKS)}")
     file = Path(path)
     if not file.is_file():
         raise DataError(f"{file}: no such file: check the path, or make the data first")
@@ -115,6 +113,19 @@ def read_jsonl(path: str | os.PathLike, *, task: str = "all", verify_images: boo
                 known = dict(zip(("question", "answer"), record["turns"][0])) | known
             known["image"] = images if isinstance(record["image"], list) else images[0] if images else None
             samples.append(Sample(**known | {"file": str(file), "line": line}))
+    return samples, errors, users
+
+
+def read_jsonl(path: str | os.PathLike, *, task: str = "all", verify_images: bool = True) -> list[Sample]:
+    """The samples of one JSONL file, all lines checked and, with `verify_images`, each distinct image decoded once.
+
+    `task` keeps the samples of one task. A conversation without question and answer takes those of its first turn.
+    Image paths are absolute or relative to the file. DataError tells up to ten errors, each with file, line and mend.
+    """
+    if task not in ("all", *TASKS):
+        raise ValueError(f"unknown task {task!r}: choose one of all, {', '.join(TASKS)}")
+    file = Path(path)
+    samples, errors, users = scan_jsonl(file)
     _raise(file, errors)
     if not samples:
         raise DataError(f"{file}:1: the file is empty: write one JSON object a line")

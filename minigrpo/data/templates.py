@@ -15,6 +15,13 @@ DETECTION_QUESTIONS = (
 )
 DETECTION_ANSWERS = ("I see {listed}.", "Seen: {listed}.", "On this film: {listed}.")
 
+CLASSIFICATION_QUESTIONS = (
+    "Which abnormalities does this chest X-ray show?",
+    "Name the abnormalities on this film.",
+    "List what is abnormal in this chest X-ray, without describing it.",
+    "Which findings would you tick for this film?",
+)
+
 REPORT_QUESTIONS = (
     "Write the findings of this chest X-ray.",
     "Describe the findings in this chest X-ray.",
@@ -113,6 +120,12 @@ def detection_turn(findings: list[tuple[str, str]], rng: np.random.Generator) ->
     items = [f"{name} at {box}" for name, box in findings]
     listed = " and ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
     return draw_template(DETECTION_QUESTIONS, rng), draw_template(DETECTION_ANSWERS, rng).format(listed=listed)
+
+
+def classification_turn(labels: list[str], rng: np.random.Generator) -> tuple[str, str]:
+    """(question, answer) for the names of what is present; the answer is the names alone, in the order given."""
+    listed = ", ".join(labels)
+    return draw_template(CLASSIFICATION_QUESTIONS, rng), listed[:1].upper() + listed[1:] + "."
 
 
 def report_question(rng: np.random.Generator) -> str:

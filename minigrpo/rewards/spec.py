@@ -5,7 +5,7 @@ import importlib
 import math
 from collections.abc import Callable
 
-from ..data.check import TASKS
+from ..data.schema import TASKS
 from .grounding import dice_reward, soft_f1_reward
 from .text import gleu_reward
 

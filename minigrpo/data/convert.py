@@ -1,0 +1,134 @@
+"""The program that every adapter is: read a set's own files, write `OUT/SPLIT.jsonl` and its films, say what became of each row.
+
+An adapter is a function (root, split, ledger) -> drafts; `convert` reads the films in parallel, writes what can be read, closes
+the ledger and prints it.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from .ledger import Ledger
+from .rows import Draft
+from .sample import load_image
+from .splits import SPLITS
+
+PIXELS = 1024 * 1024  # above what any run sees (the paper's largest is 451,584), far below what a detector writes
+Reader = Callable[[Path, str, Ledger], list[Draft]]
+
+
+def shrink(film: Image.Image, pixels: int) -> Image.Image:
+    """`film` in at most so many pixels, its aspect kept; a smaller one stays as it is."""
+    scale = math.sqrt(pixels / (film.width * film.height))
+    if scale >= 1:
+        return film
+    return film.resize((max(1, int(film.width * scale)), max(1, int(film.height * scale))), Image.Resampling.LANCZOS)
+
+
+def write_film(source: Path, stem: Path, pixels: int, load: Callable[[Path], Image.Image]) -> tuple[str, str | None]:
+    """(suffix of the film written as `stem` + suffix, None), or ("", the reason why there is none).
+
+    A fitting 8-bit PNG or JPEG is copied byte for byte; all else becomes an 8-bit grey PNG.
+    """
+    if not source.is_file():
+        return "", "film missing"
+    suffix = source.suffix.lower()
+    try:
+        film = load(source)  # decodes it whole: a truncated film must show here
+        small = shrink(film, pixels)
+        if small is not film or suffix not in (".png", ".jpg", ".jpeg") or is_16_bit(source):
+            suffix = ".png"
+            small.convert("L").save(f"{stem}.png", compress_level=3)
+        else:
+            shutil.copyfile(source, f"{stem}{suffix}")
+    except ImportError:  # a decoder that the user can install
+        raise
+    except Exception as error:  # decoders raise a dozen kinds, all of which mean the same
+        return "", f"film cannot be read ({type(error).__name__})"
+    return suffix, None
+
+
+def is_16_bit(path: Path) -> bool:
+    with Image.open(path) as image:
+        return image.mode.startswith("I")
+
+
+def convert(read: Reader, unit: str, root: Path, split: str, out: Path, *, pixels: int = PIXELS, load=load_image,
+            workers: int | None = None) -> Ledger:
+    """Write one split of one set; the ledger of its rows. A split or a film that is there already is never written over."""
+    target, films = out / f"{split}.jsonl", out / "films"
+    if not root.is_dir():
+        raise FileNotFoundError(f"--root {root} is no folder: give the one that holds the set's files (docs/data.md)")
+    if target.exists():
+        raise ValueError(f"{target} exists already: remove it, or give another --output_dir")
+    ledger = Ledger(unit)
+    drafts = read(root, split, ledger)
+    check_drafts(drafts)
+    films.mkdir(parents=True, exist_ok=True)
+    source = {draft.name: draft.film for draft in drafts}  # each film once, whatever is asked about it
+    taken = {path.stem for path in films.iterdir()}
+    if clash := [name for name in source if name in taken]:
+        raise ValueError(f"{films} already holds {clash[0]} and {len(clash) - 1} more films of this split, left by a run that did not "
+                         "finish or by another split: remove them, or give another --output_dir")
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:  # decoding releases the GIL
+        write = pool.map(lambda name: write_film(source[name], films / name, pixels, load), source)
+        written = dict(zip(source, tqdm(write, total=len(source), desc="films", unit="film")))
+    lines = []
+    for draft in drafts:
+        suffix, reason = written[draft.name]
+        if reason:
+            ledger.drop(draft.rows, reason)
+        else:
+            ledger.keep(draft.rows)
+            lines.append({"id": draft.sample["id"], "image": f"films/{draft.name}{suffix}"} | draft.sample)
+    ledger.samples = Counter(line["task"] for line in lines)
+    table = ledger.table()  # fails on a row that nobody closed, before anything is written
+    if not lines:
+        raise ValueError(f"no sample is left for {split}:\n{table}")
+    partial = target.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    partial.rename(target)  # a run that is killed leaves no half file under the final name
+    return ledger
+
+
+def check_drafts(drafts: list[Draft]) -> None:
+    """Ids and film names must be the adapter's own doing, each for one thing."""
+    twice = [name for name, n in Counter(draft.sample["id"] for draft in drafts).items() if n > 1]
+    if twice:
+        raise ValueError(f"id {twice[0]!r} and {len(twice) - 1} more would stand for two samples: the set's files name one film twice")
+    films: dict[str, Path] = {}
+    for draft in drafts:
+        if films.setdefault(draft.name, draft.film) != draft.film:
+            raise ValueError(f"two films are called {draft.name}: {films[draft.name]} and {draft.film}")
+
+
+def adapter_main(read: Reader, unit: str, doc: str, load=load_image, more: Callable | None = None) -> None:
+    """`python -m minigrpo.data.NAME --root DIR --split test --output_dir OUT`; `more` adds an adapter's own arguments."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True, help="folder of the set as it was downloaded")
+    parser.add_argument("--split", choices=SPLITS, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True, help="gets SPLIT.jsonl and films/; splits may share it")
+    parser.add_argument("--pixels", type=int, default=PIXELS, help=f"larger films are shrunk to this many, aspect kept (default {PIXELS:,})")
+    if more:
+        more(parser)
+    options = vars(parser.parse_args())
+    root, split, out, pixels = (options.pop(name) for name in ("root", "split", "output_dir", "pixels"))
+    if pixels < 32 * 32:
+        parser.error(f"--pixels {pixels} is less than one image token (1024)")
+    try:
+        ledger = convert(lambda *given: read(*given, **options), unit, root, split, out, pixels=pixels, load=load)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    print(ledger.table())
+    tasks = ", ".join(f"{n:,} {task}" for task, n in ledger.samples.items())
+    print(f"wrote {sum(ledger.samples.values()):,} samples ({tasks}) to {out / f'{split}.jsonl'}")

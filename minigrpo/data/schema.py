@@ -1,0 +1,65 @@
+"""What can be wrong with one line of a JSONL file, each error with its mend."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from .boxes import parse_boxes
+
+TASKS = ("report", "grounding", "classification", "conversation")
+KINDS = ("anatomy", "abnormality", "phrase")
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def _box_error(box: Any) -> str | None:
+    numbers = isinstance(box, list) and len(box) == 4 and all(type(value) in (int, float) for value in box)
+    if not numbers or not all(-math.inf < value < math.inf for value in box):
+        return f"box {box!r} is not four finite numbers: write [x1, y1, x2, y2]"
+    if not all(0 <= value <= 1 for value in box):
+        return f"box {box} leaves 0..1: divide x by the image's width and y by its height"
+    if box[0] >= box[2] or box[1] >= box[3]:
+        return f"box {box} has no area: write [x1, y1, x2, y2] with x1 < x2 and y1 < y2"
+    return None
+
+
+def image_names(record: dict) -> list[str]:
+    """The image paths as written, none where they are ill-formed."""
+    image = record.get("image")
+    names = image if isinstance(image, list) else [image]
+    return names if all(map(is_text, names)) else []
+
+
+def record_errors(record: dict) -> Iterator[str]:
+    """What is wrong with one line, apart from other lines and the image files."""
+    if not is_text(record.get("id")):
+        yield '"id" is missing or no text: give each line its own'
+    if "image" not in record or (record["image"] is not None and not image_names(record)):
+        yield '"image" is missing or ill-formed: write a path, a list of paths, or null for no image'
+    task = record.get("task")
+    if task not in TASKS:
+        yield f'unknown task {task!r}: set "task" to one of {", ".join(TASKS)}'
+    if task == "conversation":
+        turns = record.get("turns")
+        pairs = isinstance(turns, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in turns)
+        if not turns or not pairs or not all(is_text(text) for turn in turns for text in turn):
+            yield '"turns" is missing or ill-formed: write [[question, answer], ...], none of them empty'
+    for name in ("question", "answer"):  # a conversation may leave them to its first turn
+        if not is_text(record.get(name)) and not (task == "conversation" and record.get(name) is None):
+            yield f'"{name}" is missing, empty or no text: write it, or remove the line'
+    for name in ("label", "thinking", "source", "patient"):
+        if not isinstance(record.get(name), str | None):
+            yield f'"{name}" is {record[name]!r}, not text: put it in quotes, or leave it out'
+    if record.get("kind") not in (None, *KINDS):
+        yield f'unknown kind {record["kind"]!r}: set "kind" to one of {", ".join(KINDS)}, or leave it out'
+    boxes = record.get("boxes")
+    if not isinstance(boxes, list | None):
+        yield f'"boxes" is {boxes!r}: write a list of [x1, y1, x2, y2]'
+        return
+    yield from filter(None, map(_box_error, boxes or []))
+    if task == "grounding" and not boxes:
+        yield 'grounding without boxes: add "boxes": [[x1, y1, x2, y2]], or remove the line'
+    if task == "grounding" and isinstance(record.get("answer"), str) and not parse_boxes(record["answer"]):
+        yield 'grounding, but the answer holds no box: write its boxes as "[x1, y1, x2, y2]"'
