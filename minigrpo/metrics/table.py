@@ -15,7 +15,8 @@ def markdown_table(metrics: dict) -> str:
     for task, figures in metrics["tasks"].items():
         lines += task_lines(task, figures, metrics.get("difference", {}).get(task))
         for field, found in metrics.get("breakdown", {}).get(task, {}).items():
-            lines += breakdown_lines(task, field, found)
+            if len(found) > 1 or figures["n"] not in (group["n"] for group in found.values()):  # else it says the same again
+                lines += breakdown_lines(task, field, found)
     lines += [line for text in metrics.get("not_computed", []) for line in ("", f"Not computed: {text}")]
     return "\n".join([*lines, *paper_lines(metrics)]) + "\n"
 
@@ -55,17 +56,20 @@ def breakdown_lines(task: str, field: str, found: dict) -> list[str]:
 
 def paper_lines(metrics: dict) -> list[str]:
     """Tables 1, 2 and 3 as the paper lays them out, its rows marked as theirs, for the tasks that were evaluated."""
-    lines, tasks = [], metrics["tasks"]
-    note = "The rows marked *theirs* are published figures on their own test sets: they compare with ours on the same files only."
-    if "report" in tasks:
-        ours = {name: figure(tasks["report"].get(OURS.get(name)), name) for name in dict.fromkeys(REPORTS + REWARDS)}
-        for title, heads, published in (("Table 1, reports", REPORTS, TABLE_1), ("Table 3, what the report reward does", REWARDS, TABLE_3)):
-            lines += ["", f"As in the paper's {title}", *paper_grid(metrics["model"], heads, [ours[h] for h in heads], published)]
-    if "grounding" in tasks:
-        found = metrics.get("breakdown", {}).get("grounding", {})
-        cells = [figure(paper_set(found, name).get("map50"), name) for name in GROUNDING]
-        lines += ["", "As in the paper's Table 2, grounding, mAP@0.5", *paper_grid(metrics["model"], GROUNDING, cells, TABLE_2)]
-    return ["", note + " RadCliQ: lower is better. RadGraph F1: ours is the partial level.", *lines] if lines else []
+    lines, report = [], metrics["tasks"].get("report", {})
+    found = metrics.get("breakdown", {}).get("grounding", {})
+    for title, heads, published, task in (("Table 1, reports", REPORTS, TABLE_1, "report"),
+                                          ("Table 2, grounding, mAP@0.5", GROUNDING, TABLE_2, "grounding"),
+                                          ("Table 3, what the report reward does", REWARDS, TABLE_3, "report")):
+        if task in metrics["tasks"]:
+            ours = [paper_set(found, name).get("map50") if task == "grounding" else report.get(OURS.get(name)) for name in heads]
+            rows = [[f"**`{metrics['model']}`** (ours)", *(figure(value and value["mean"], name, 100) for name, value in zip(heads, ours))]]
+            rows += [[f"{model} (*theirs*)", *(figure(value, name) for name, value in zip(heads, values))]
+                     for model, values in published.items()]
+            lines += ["", f"As in the paper's {title}", *grid(["model", *heads], rows)]
+    note = ("The rows marked *theirs* are published figures on their own test sets: they compare with ours on the same files only. "
+            "RadCliQ: lower is better. RadGraph F1: ours is the partial level.")
+    return ["", note, *lines] if lines else []
 
 
 def paper_set(found: dict, name: str) -> dict:
@@ -75,13 +79,8 @@ def paper_set(found: dict, name: str) -> dict:
                  if plain(value).startswith(plain(name))), {})
 
 
-def figure(value: dict | None, name: str) -> str:
-    """As the paper prints it: percent with one decimal, RadCliQ with two, whole characters."""
-    if not value:
+def figure(value: float | None, name: str, percent: float = 1) -> str:
+    """As the paper prints it: percent with one decimal, RadCliQ with two, whole characters; `percent` 100 for a fraction."""
+    if value is None:
         return "-"
-    return f"{value['mean']:.2f}" if name == "RadCliQ" else f"{value['mean']:.0f}" if name == "characters" else f"{100 * value['mean']:.1f}"
-
-
-def paper_grid(model: str, heads, ours: list[str], published: dict) -> list[str]:
-    rows = [[f"{name} (*theirs*)", *("-" if value is None else value for value in values)] for name, values in published.items()]
-    return grid(["model", *heads], [[f"**`{model}`** (ours)", *ours], *rows])
+    return f"{value:.2f}" if name == "RadCliQ" else f"{value:.0f}" if name == "characters" else f"{percent * value:.1f}"

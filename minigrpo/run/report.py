@@ -7,6 +7,8 @@ Nothing is fetched: films are small JPEGs inside the file. Every text is escaped
 import base64
 import difflib
 import io
+import re
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from minigrpo.run.plots import spread
 
 SIDE, QUALITY = 448, 80  # of the films; about 30 kB each
 BUDGET = 18_000_000  # bytes of films: the file stays below 20 MB
+WORD = re.compile(r"\[[^\[\]]*\]\S*|\S+")  # a box is one word
 FILTERS = ("task", "kind", "label", "source")
 
 
@@ -96,12 +99,34 @@ def rectangle(box, width: int, height: int) -> dict:
 
 
 def differences(reference: str, prediction: str) -> tuple[list[dict], list[dict]]:
-    """Both texts in pieces {"text", "changed"}: changed are words that the other has not, in this order. Case and
-    punctuation don't count."""
-    a, b = reference.split(), prediction.split()
-    plain = lambda words: ["".join(filter(str.isalnum, word)).lower() for word in words]
-    left, right = [], []
-    for kind, i1, i2, j1, j2 in difflib.SequenceMatcher(None, plain(a), plain(b), autojunk=False).get_opcodes():
-        left += [{"text": " ".join(a[i1:i2]), "changed": kind != "equal"}] if i2 > i1 else []
-        right += [{"text": " ".join(b[j1:j2]), "changed": kind != "equal"}] if j2 > j1 else []
-    return left, right
+    """Both texts in pieces {"text", "changed"}: changed are words that the other has not. Case, punctuation and the numbers
+    of boxes don't count, and a sentence that only stands elsewhere is no difference."""
+    words = [WORD.findall(text) for text in (reference, prediction)]
+    changed = [[True] * len(side) for side in words]
+    spans = [sentence_spans(side) for side in words]
+    for key in spans[0].keys() & spans[1].keys():
+        for (start, end), (first, last) in zip(spans[0][key], spans[1][key]):
+            changed[0][start:end], changed[1][first:last] = [False] * (end - start), [False] * (last - first)
+    rest = [[i for i, flag in enumerate(flags) if flag] for flags in changed]
+    keys = [[plain(side[i]) for i in indices] for side, indices in zip(words, rest)]
+    for block in difflib.SequenceMatcher(None, *keys, autojunk=False).get_matching_blocks():
+        for i in range(block.size):
+            changed[0][rest[0][block.a + i]] = changed[1][rest[1][block.b + i]] = False
+    return tuple([{"text": " ".join(word for word, _ in group), "changed": flag}
+                  for flag, group in groupby(zip(side, flags), key=lambda pair: pair[1])]
+                 for side, flags in zip(words, changed))
+
+
+def plain(word: str) -> str:
+    return "[]" if word[0] == "[" else "".join(filter(str.isalnum, word)).lower()
+
+
+def sentence_spans(words: list[str]) -> dict[tuple, list[tuple[int, int]]]:
+    """{its plain words: [(first, last + 1), ...]} of the sentences."""
+    spans: dict[tuple, list[tuple[int, int]]] = {}
+    start = 0
+    for i, word in enumerate(words, 1):
+        if word[-1] in ".!?" or i == len(words):
+            spans.setdefault(tuple(map(plain, words[start:i])), []).append((start, i))
+            start = i
+    return spans
