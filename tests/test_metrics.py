@@ -158,6 +158,19 @@ def test_evaluate_answers():
         evaluate_answers(samples, ["a"])
 
 
+@pytest.mark.parametrize("answer, good", [("<think>a</think> b", 1), ("b", 0), ("<think></think> b", 0), ("<think>a</think>", 0),
+                                          ("<think>a", 0), ("x <think>a</think> b", 0), ("<think>a</think><think>b</think> c", 0)])
+def test_think_format(answer, good):
+    """It counts where thinking was asked for, and an answer that never thinks does not have the format."""
+    samples = [report(0, "b"), report(1, "b")]
+    samples[0].question += " /think"
+    results = evaluate_answers(samples, [answer, "b"])
+    assert results["items"][0]["think_format"] == good and "think_format" not in results["items"][1]
+    assert results["report"]["think_format"]["mean"] == good and results["report"]["think_format"]["n"] == 1
+    opened = evaluate_answers(samples, [answer.removeprefix("<think>")] * 2, opened=True)["items"]
+    assert opened[1]["think_format"] == (good if answer.startswith("<think>") else 0)
+
+
 TRICKY = ["[0.3, 0.4, 0.7, 0.8]", "[.3,.4,\n7e-1,0.8]", "[0.3 0.4 0.7 0.8]", "<think>[0.3, 0.4, 0.7, 0.8]",
           "[0.7, 0.8, 0.3, 0.4]", "</think>[0.3, 0.4, 0.7, 0.8]", "</think>[300, 4e2, 700, 800]</think>", "",
           "[[0.3, 0.4, 0.7, 0.8]]", "[300, 400, 700, 800]", "x</think>[300, 4e2, 700, 800]",

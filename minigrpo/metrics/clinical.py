@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")  # CheXpert's competition labels
-RADCLIQ_FLOOR = 3.0  # the reward's floor is -3, and no reading of an empty text by a language model means anything
+RADCLIQ_CUT = 2048  # characters; RadVLM-GRPO gives RadCliQ lower-cased texts cut here, in reward and table alike
+RADCLIQ_FLOOR = 3.0  # of an answer without text, as in RadVLM-GRPO: what a language model makes of an empty text means nothing
 # BERTScore as the paper reports it, and the one that RadCliQ was fitted with.
 REPORTED = {"model": "distilbert-base-uncased", "layer": 5, "baseline": 0.66620487}
 RADCLIQ = {"model": "distilroberta-base", "layer": 5, "baseline": 0.8473319}
@@ -32,21 +33,22 @@ class Clinical:
         A scorer that can't score one item (None or NaN) leaves its key out there."""
         filled = [i for i, text in enumerate(predictions) if text]
         hyps, refs = [predictions[i] for i in filled], [references[i] for i in filled]
+        low_hyps, low_refs = ([text.lower()[:RADCLIQ_CUT] for text in texts] for texts in (hyps, refs))
         floor: dict[str, Any] = {}
         found: dict[str, list] = {}
         if self.bertscore:
-            floor["bertscore"], found["bertscore"] = 0.0, list(self.bertscore.score(hyps, refs)) if hyps else []
+            floor["bertscore"], found["bertscore"] = 0.0, self.bertscore.score(hyps, refs) if hyps else []
         if self.radgraph:
-            graphs = radgraph_scores(self.radgraph, hyps, refs)
+            graphs = radgraph_scores(self.radgraph, hyps + low_hyps, refs + low_refs)
             for level in ("simple", "partial", "complete"):
-                floor[f"radgraph_{level}"], found[f"radgraph_{level}"] = 0.0, [graph[level] for graph in graphs]
+                floor[f"radgraph_{level}"], found[f"radgraph_{level}"] = 0.0, [g[level] for g in graphs[:len(hyps)]]
         if self.radgraph and self.chexbert and self.radcliq_bertscore:
             from ..rewards import radcliq_v1
 
-            bert = self.radcliq_bertscore.score(hyps, refs) if hyps else []
+            bert = self.radcliq_bertscore.score(low_hyps, low_refs) if hyps else []
+            parts = zip([g["radcliq"] for g in graphs[len(hyps):]], bert, cosines(self.chexbert, low_hyps, low_refs))
             floor["radcliq"] = RADCLIQ_FLOOR
-            found["radcliq"] = [None if None in (g["radcliq"], b, s) else float(radcliq_v1(g["radcliq"], b, s))
-                                for g, b, s in zip(graphs, bert, cosines(self.chexbert, hyps, refs))]
+            found["radcliq"] = [None if None in part else float(radcliq_v1(*part)) for part in parts]
         items = [dict(floor) for _ in predictions]
         for name, values in found.items():
             for i, value in zip(filled, values, strict=True):
@@ -85,6 +87,8 @@ def load_clinical(weights_dir: str, device: str = "cpu") -> tuple[Clinical, list
             scorers[name] = load()
         except (OSError, ImportError, ValueError) as error:
             missing.append(f"{name} is left out: {' '.join(str(error).split())}")
+    if not scorers:
+        raise ValueError(f"--reward_weights {weights_dir} holds none of the scorers' weights: " + "; ".join(missing))
     return Clinical(**scorers), missing
 
 
