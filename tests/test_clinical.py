@@ -19,7 +19,7 @@ WORDS = {name.lower().replace(" ", "_"): c for c, name in enumerate(CONDITIONS)}
 
 
 class FakeCheXbert:
-    """`edema` is positive, `edema?` uncertain, `-edema` negative."""
+    """`pneumonia` is positive, `pneumonia?` uncertain, `-pneumonia` negative."""
 
     def labels(self, texts):
         rows = np.zeros((len(texts), 14), dtype=int)
@@ -49,7 +49,7 @@ class FakeBertScore:
 
     def score(self, hyps, refs):
         assert all(hyps)
-        return [0.9 if self.model == REPORTED["model"] else 0.5 if hyp != "edema" else float("nan") for hyp in hyps]
+        return [0.9 if self.model == REPORTED["model"] else 0.5 if hyp != "pneumonia" else float("nan") for hyp in hyps]
 
 
 def fake_f1(hyp, ref):
@@ -115,16 +115,16 @@ def test_chexbert_f1_equals_loops_and_their_resamples(scorers):
 
 
 def test_clinical_scores_of_items(clinical):
-    samples = [report(0, "edema fracture"), report(1, "fracture"), report(2, "edema"), grounding(3, [0.1, 0.1, 0.2, 0.2])]
-    answers = ["edema edema?", "<think> fracture", "edema", "[0.1, 0.1, 0.2, 0.2]"]
+    samples = [report(0, "pneumonia fracture"), report(1, "fracture"), report(2, "pneumonia"), grounding(3, [0.1, 0.1, 0.2, 0.2])]
+    answers = ["pneumonia pneumonia?", "<think> fracture", "pneumonia", "[0.1, 0.1, 0.2, 0.2]"]
     results = evaluate_answers(samples, answers, clinical=clinical)
     first, empty, failed, boxes = results["items"]
     assert first["radgraph_simple"] == pytest.approx(2 / 4) and first["radgraph_partial"] == pytest.approx(1 / 4)
     assert first["bertscore"] == 0.9
-    a, b = np.array([1.0, 12]), np.array([1.0, 14])
+    a, b = np.array([1.0, 20]), np.array([1.0, 18])
     cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
     assert first["radcliq"] == pytest.approx(2.450143 - 1.245216 * 0.1 - 1.650845 * 0.5 - 0.994772 * cosine)
-    assert (empty["radgraph_simple"], empty["bertscore"], empty["radcliq"]) == (0, 0, 3)  # the floor, without a scorer
+    assert (empty["radgraph_simple"], empty["bertscore"], empty["radcliq"]) == (0, pytest.approx(-1.996, abs=1e-3), 3)  # without a scorer
     assert "radcliq" not in failed and failed["radgraph_simple"] == 1  # NaN: the scorer's failure masks the item
     assert "radcliq" not in boxes and "chexbert" not in boxes
     assert results["report"]["radcliq"]["n"] == 2 and results["report"]["n"] == 3
@@ -143,6 +143,14 @@ def test_radcliq_reads_lower_case_and_2048_characters_and_nothing_else_does(clin
     assert cut["radgraph_simple"] == pytest.approx(2 / 3) and cut["radcliq"] == pytest.approx(equal)
 
 
+def test_radcliq_has_the_floor_of_its_reward(clinical):
+    """The authors' reward gives at most five characters -3; nothing is worse than that."""
+    clinical.chexbert.labels = lambda texts: np.zeros((len(texts), 14), dtype=int)
+    clinical.radcliq_bertscore.score = lambda hyps, refs: [-2.0 if hyp == "nonsense" else 0.5 for hyp in hyps]
+    found = clinical.score(["no...", "no....", "nonsense"], ["no effusion"] * 3)
+    assert found[0]["radcliq"] == found[2]["radcliq"] == 3 and 0 < found[1]["radcliq"] < 3
+
+
 def test_missing_weights_are_said_in_a_line_each(scorers, tmp_path):
     for name in ("chexbert.pth", "distilroberta-base"):
         (tmp_path / name).touch()
@@ -150,7 +158,7 @@ def test_missing_weights_are_said_in_a_line_each(scorers, tmp_path):
     assert clinical.radgraph is None and clinical.bertscore is None and clinical.chexbert and clinical.radcliq_bertscore
     assert missing == ["radgraph is left out: radgraph-xl is missing fetch it (416 MB)",
                        "bertscore is left out: distilbert-base-uncased is missing fetch it (416 MB)"]
-    scores = clinical.score(["edema", ""], ["edema", "edema"])
+    scores = clinical.score(["pneumonia", ""], ["pneumonia", "pneumonia"])
     assert [set(s) for s in scores] == [{"chexbert"}] * 2  # RadCliQ needs all three
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="none of the scorers' weights.*radgraph-xl is missing"):
@@ -160,18 +168,18 @@ def test_missing_weights_are_said_in_a_line_each(scorers, tmp_path):
 
 
 def test_breakdown_by_condition(clinical):
-    samples = [report(i, "edema" if i % 2 else "fracture") for i in range(8)]
-    items = evaluate_answers(samples, ["edema"] * 8, clinical=clinical)["items"]
+    samples = [report(i, "pneumonia" if i % 2 else "fracture") for i in range(8)]
+    items = evaluate_answers(samples, ["pneumonia"] * 8, clinical=clinical)["items"]
     found = breakdown(samples, items)["report"]["finding"]
-    assert found["Edema"]["n"] == 4 and found["Edema"]["chexbert_f1"]["mean"] == pytest.approx(2 * 4 / (8 + 4))
+    assert found["Pneumonia"]["n"] == 4 and found["Pneumonia"]["chexbert_f1"]["mean"] == pytest.approx(2 * 4 / (8 + 4))
     assert found["Fracture"]["n"] == 4 and found["Fracture"]["chexbert_f1"]["mean"] == 0
-    assert found["Pneumonia"] == {"n": 0, "chexbert_f1": {"mean": 0, "low": 0, "high": 0, "n": 8}}
+    assert found["Edema"] == {"n": 0, "chexbert_f1": {"mean": 0, "low": 0, "high": 0, "n": 8}}
 
 
 def test_stored_predictions_get_clinical_metrics_without_a_model(scorers, tmp_path, monkeypatch):
-    rows = [{"id": str(i), "image": None, "task": "report", "question": "Report.", "answer": ["edema", "fracture"][i % 2]} for i in range(6)]
+    rows = [{"id": str(i), "image": None, "task": "report", "question": "Report.", "answer": ["pneumonia", "fracture"][i % 2]} for i in range(6)]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    stored = [{"id": str(i), "answer": "edema fracture"} for i in range(6)]
+    stored = [{"id": str(i), "answer": "pneumonia fracture"} for i in range(6)]
     (tmp_path / "predictions.jsonl").write_text("\n".join(map(json.dumps, stored)))
     (tmp_path / "weights").mkdir()
     for name in ("chexbert.pth", "distilroberta-base", "radgraph-xl", "distilbert-base-uncased"):
@@ -187,4 +195,4 @@ def test_stored_predictions_get_clinical_metrics_without_a_model(scorers, tmp_pa
     radcliq, f1 = (metrics["tasks"]["report"][name]["mean"] for name in ("radcliq", "radgraph_partial"))
     assert f"| 90.0 | 66.7 | {100 * 2 * 2 / 3 / 14:.1f} | {100 * f1:.1f} | - | {radcliq:.2f} |" in table  # Table 1's order
     page = (tmp_path / "out/report.html").read_text()
-    assert "agreed Edema" in page and "</mark> Fracture</p>" in page
+    assert "agreed Pneumonia" in page and "</mark> Fracture</p>" in page

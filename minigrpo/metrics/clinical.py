@@ -1,7 +1,7 @@
 """What a report says of the patient: RadGraph F1, CheXbert F1, BERTScore and RadCliQ, joined for evaluate.py.
 
-The scorers and their weights are those of the rewards (`minigrpo.rewards`). One whose weights are absent is left out,
-with a line that says so. An answer without text is not shown to a scorer: it gets the floor.
+The scorers and their weights are those of the rewards (`minigrpo.rewards`), and so are the floors: an answer without text is
+not shown to a scorer. A scorer whose weights are absent is left out, with a line that says so.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import numpy as np
 
 FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")  # CheXpert's competition labels
 RADCLIQ_CUT = 2048  # characters; RadVLM-GRPO gives RadCliQ lower-cased texts cut here, in reward and table alike
-RADCLIQ_FLOOR = 3.0  # of an answer without text, as in RadVLM-GRPO: what a language model makes of an empty text means nothing
+RADCLIQ_FLOOR, RADCLIQ_SHORTEST = 3.0, 5  # the worst, and that of answers of at most so many characters; theirs, too
 # BERTScore as the paper reports it, and the one that RadCliQ was fitted with.
 REPORTED = {"model": "distilbert-base-uncased", "layer": 5, "baseline": 0.66620487}
 RADCLIQ = {"model": "distilroberta-base", "layer": 5, "baseline": 0.8473319}
@@ -28,16 +28,17 @@ class Clinical:
     radcliq_bertscore: Any = None  # RADCLIQ
 
     def score(self, predictions: list[str], references: list[str]) -> list[dict]:
-        """Keys for each item, [N] dicts: "bertscore" (about 0..1), "radgraph_simple", "_partial", "_complete" (0..1),
-        "chexbert" (`chexbert_statistics`), "radcliq" (lower is better; needs the other three). Floor 0, of RadCliQ 3.
-        A scorer that can't score one item (None or NaN) leaves its key out there."""
+        """[N] dicts. "bertscore": about 0..1, floor -2 (F = 0); "radgraph_simple", "radgraph_partial", "radgraph_complete":
+        0..1; "chexbert": `chexbert_statistics`; "radcliq": -1.44..3, lower is better, needs the other scorers. What a scorer
+        can't score (None or NaN) is left out of its item."""
         filled = [i for i, text in enumerate(predictions) if text]
         hyps, refs = [predictions[i] for i in filled], [references[i] for i in filled]
         low_hyps, low_refs = ([text.lower()[:RADCLIQ_CUT] for text in texts] for texts in (hyps, refs))
         floor: dict[str, Any] = {}
         found: dict[str, list] = {}
         if self.bertscore:
-            floor["bertscore"], found["bertscore"] = 0.0, self.bertscore.score(hyps, refs) if hyps else []
+            floor["bertscore"] = -REPORTED["baseline"] / (1 - REPORTED["baseline"])
+            found["bertscore"] = self.bertscore.score(hyps, refs) if hyps else []
         if self.radgraph:
             graphs = radgraph_scores(self.radgraph, hyps + low_hyps, refs + low_refs)
             for level in ("simple", "partial", "complete"):
@@ -47,8 +48,10 @@ class Clinical:
 
             bert = self.radcliq_bertscore.score(low_hyps, low_refs) if hyps else []
             parts = zip([g["radcliq"] for g in graphs[len(hyps):]], bert, cosines(self.chexbert, low_hyps, low_refs))
+            values = [np.nan if None in part else radcliq_v1(*part) for part in parts]
             floor["radcliq"] = RADCLIQ_FLOOR
-            found["radcliq"] = [None if None in part else float(radcliq_v1(*part)) for part in parts]
+            found["radcliq"] = [RADCLIQ_FLOOR if len(text) <= RADCLIQ_SHORTEST or value > RADCLIQ_FLOOR else value
+                                for text, value in zip(hyps, values)]
         items = [dict(floor) for _ in predictions]
         for name, values in found.items():
             for i, value in zip(filled, values, strict=True):

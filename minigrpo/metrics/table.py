@@ -42,7 +42,8 @@ def task_lines(task: str, figures: dict, gains: dict | None) -> list[str]:
             continue
         gain = (gains or {}).get(name)
         found = [cell(gain | {"mean": gain["difference"]}, "+"), f"{gain['p']:.3f}"] if gain else ["", ""]
-        rows.append([name, cell(value), *(found if gains else [])])
+        some = f" ({value['n']} samples)" if value["n"] != figures["n"] else ""  # not asked of the others, or a scorer failed
+        rows.append([name, cell(value) + some, *(found if gains else [])])
     return ["", f"**{task}**, {figures['n']} samples", *grid(["metric", "value", *(["gain", "p"] if gains else [])], rows)]
 
 

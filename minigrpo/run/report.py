@@ -7,6 +7,7 @@ Nothing is fetched: films are small JPEGs inside the file. Every text is escaped
 import base64
 import difflib
 import io
+import random
 import re
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +18,6 @@ from markupsafe import Markup
 
 from minigrpo.data import Sample, load_image, parse_boxes, split_thinking
 from minigrpo.metrics.items import CORPUS
-from minigrpo.run.plots import spread
 
 SIDE, QUALITY = 448, 80  # of the films; about 30 kB each
 BUDGET = 18_000_000  # bytes of films: the file stays below 20 MB
@@ -29,8 +29,8 @@ def write_report(path: Path, samples: list[Sample], answers: list[str], items: l
                  opened: bool = False, box_scale: float = 1.0) -> Path:
     """At most `count` of the samples, always the same ones; fewer where their films would pass the budget."""
     films: dict[str, dict] = {}  # each film once, however many questions are asked of it
-    cards, size = [], 0
-    for i in spread(list(range(len(samples))), count):
+    cards, size = {}, 0
+    for i in random.Random(0).sample(range(len(samples)), min(count, len(samples))):
         name = samples[i].images[0] if samples[i].images else None
         if name and name not in films:
             film = small_film(name) | {"id": f"film{len(films)}"}
@@ -38,7 +38,8 @@ def write_report(path: Path, samples: list[Sample], answers: list[str], items: l
             if size > BUDGET:
                 break
             films[name] = film
-        cards.append(card(samples[i], answers[i], items[i], films.get(name), opened, box_scale))
+        cards[i] = card(samples[i], answers[i], items[i], films.get(name), opened, box_scale)
+    cards = [cards[i] for i in sorted(cards)]
     metrics = list(dict.fromkeys(name for c in cards for name in c["scores"]))
     choices = {field: sorted({c[field] for c in cards if c[field]}) for field in FILTERS}
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
