@@ -150,7 +150,7 @@ def test_a_browser_opens_sorts_and_filters_it(shown, tmp_path):
     const ids = () => [...document.querySelectorAll("article:not([hidden])")].map(a => a.querySelector(".about").textContent.split(" ")[0]).join();
     const out = {}; out.start = ids();
     set("sort", "length"); out.up = ids(); down.checked = true; set("sort", "length"); out.down = ids();
-    set("sort", "soft_f1"); out.f1 = ids(); set("sort", ""); down.checked = false; set("sort", "");
+    set("sort", "soft_f1"); out.f1 = ids(); set("sort", "gleu"); out.gleu = ids(); set("sort", ""); down.checked = false; set("sort", "");
     set("search", "THE LUNG"); out.search = ids(); set("search", "");
     const task = document.querySelector("select[data-field=task]"); task.value = "report"; task.dispatchEvent(new Event("input"));
     out.task = ids(); out.count = document.getElementById("shown").textContent; out.title = document.title;
@@ -166,7 +166,7 @@ def test_a_browser_opens_sorts_and_filters_it(shown, tmp_path):
     lengths = {item["id"]: item["length"] for item in shown[3]}
     assert out["start"] == "g1,g2,r1,c1" and out["up"].split(",") == sorted(lengths, key=lengths.get)
     assert out["down"].split(",") == sorted(lengths, key=lambda name: -lengths[name])
-    assert out["f1"].startswith("g1,g2,")  # those without a soft F1 come last, also upside down
+    assert out["f1"].startswith("g1,g2,") and out["gleu"] == "r1,c1,g1,g2"  # those without the score come last
     assert out["search"] == "g2" and out["task"] == "r1" and out["count"] == "1"
     assert out["title"] == ATTACK != "owned"
     assert out["film"] == [True, True] and out["large"] == 1 and out["hidden"] == "none"
