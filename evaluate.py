@@ -30,7 +30,8 @@ from minigrpo.run.report import write_report
 @dataclass
 class EvaluateArguments:
     data: str = field(metadata={"help": "JSONL file of test samples"})
-    output_dir: str = field(metadata={"help": "folder to make: predictions.jsonl, metrics.json, table.md, report.html, samples.png"})
+    output_dir: str = field(metadata={
+        "help": "folder to make: predictions.jsonl, metrics.json, table.md, report.html, samples.png"})
     model: str | None = field(default=None, metadata={"help": "checkpoint folder, hub name, or `constant`"})
     predictions: str | None = field(default=None, metadata={
         "help": "instead of a model: an evaluation's folder or its predictions.jsonl, whose answers are scored anew"})

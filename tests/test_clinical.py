@@ -176,7 +176,9 @@ def test_breakdown_by_condition(clinical):
     assert found["Edema"] == {"n": 0, "chexbert_f1": {"mean": 0, "low": 0, "high": 0, "n": 8}}
 
 
-def test_stored_predictions_get_clinical_metrics_without_a_model(scorers, tmp_path, monkeypatch):
+@pytest.fixture
+def stored(scorers, tmp_path, monkeypatch):
+    """Six stored answers, all weights, and the command line that scores them into `out`."""
     rows = [{"id": str(i), "image": None, "task": "report", "question": "Report.", "answer": ["pneumonia", "fracture"][i % 2]} for i in range(6)]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     stored = [{"id": str(i), "answer": "pneumonia fracture"} for i in range(6)]
@@ -187,6 +189,9 @@ def test_stored_predictions_get_clinical_metrics_without_a_model(scorers, tmp_pa
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--predictions", str(tmp_path / "predictions.jsonl"), "--data",
                                       str(tmp_path / "test.jsonl"), "--output_dir", str(tmp_path / "out"), "--reward_weights",
                                       str(tmp_path / "weights")])
+
+
+def test_stored_predictions_get_clinical_metrics_without_a_model(stored, tmp_path):
     evaluate.main()
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["not_computed"] == [] and metrics["tasks"]["report"]["radgraph_simple"]["mean"] == pytest.approx(2 / 3)
@@ -196,3 +201,13 @@ def test_stored_predictions_get_clinical_metrics_without_a_model(scorers, tmp_pa
     assert f"| 90.0 | 66.7 | {100 * 2 * 2 / 3 / 14:.1f} | {100 * f1:.1f} | - | {radcliq:.2f} |" in table  # Table 1's order
     page = (tmp_path / "out/report.html").read_text()
     assert "agreed Pneumonia" in page and "</mark> Fracture</p>" in page
+
+
+def test_answers_outlive_a_scorer_that_fails(stored, tmp_path, monkeypatch):
+    def fail(self, texts):
+        raise RuntimeError("out of memory")
+    monkeypatch.setattr(FakeRadGraph, "annotate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate.main()
+    rows = list(map(json.loads, (tmp_path / "out/predictions.jsonl").read_text().splitlines()))
+    assert [row["answer"] for row in rows] == ["pneumonia fracture"] * 6

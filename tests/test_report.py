@@ -59,7 +59,7 @@ def shown(tmp_path):
                Sample("g2", a, "grounding", "Where is the lung?", "At [0.5, 0.5, 1, 1].", boxes=[[0.5, 0.5, 1.0, 1.0]], label=ATTACK),
                Sample("r1", [b, a], "report", ATTACK, "No effusion. The heart is large.", source="x"),
                Sample("c1", None, "conversation", "What?", "Nothing.", turns=[["What?", "Nothing."]])]
-    answers = ["[0.1, 0.1, 0.5, 0.45]", "[1e300, 0.2, -5, 0.4] [0.6, 0.5, 0.5, 0.1]", f"<think>{ATTACK}</think>The heart is large. {ATTACK}",
+    answers = ["[0.1, 0.1, 0.5, 0.45] \ud800", "[1e300, 0.2, -5, 0.4] [0.6, 0.5, 0.5, 0.1]", f"<think>{ATTACK}</think>The heart is large. {ATTACK}",
                "<think>broken"]
     items = evaluate_answers(samples, answers)["items"]
     return write_report(tmp_path / "report.html", samples, answers, items, title=ATTACK), samples, answers, items

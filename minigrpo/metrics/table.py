@@ -64,7 +64,8 @@ def paper_lines(metrics: dict) -> list[str]:
                                           ("Table 3, what the report reward does", REWARDS, TABLE_3, "report")):
         if task in metrics["tasks"]:
             ours = [paper_set(found, name).get("map50") if task == "grounding" else report.get(OURS.get(name)) for name in heads]
-            rows = [[f"**`{metrics['model']}`** (ours)", *(figure(value and value["mean"], name, 100) for name, value in zip(heads, ours))]]
+            rows = [[f"**`{metrics['model']}`** (ours)",
+                     *(figure(value and value["mean"], name, 100) for name, value in zip(heads, ours))]]
             rows += [[f"{model} (*theirs*)", *(figure(value, name) for name, value in zip(heads, values))]
                      for model, values in published.items()]
             lines += ["", f"As in the paper's {title}", *grid(["model", *heads], rows)]

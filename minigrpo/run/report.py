@@ -43,8 +43,9 @@ def write_report(path: Path, samples: list[Sample], answers: list[str], items: l
     metrics = list(dict.fromkeys(name for c in cards for name in c["scores"]))
     choices = {field: sorted({c[field] for c in cards if c[field]}) for field in FILTERS}
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    path.write_text(page.get_template("report.html").render(
-        title=title, cards=cards, films=list(films.values()), total=len(samples), metrics=metrics, choices=choices), encoding="utf-8")
+    text = page.get_template("report.html").render(title=title, cards=cards, films=list(films.values()), total=len(samples),
+                                                   metrics=metrics, choices=choices)
+    path.write_text(text, encoding="utf-8", errors="replace")  # a sampler may write half a surrogate pair
     return path
 
 
