@@ -29,7 +29,8 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -q
 
-# Our loss against TRL's own code. TRL joins the same .venv; the constraints keep torch and transformers as they are.
+# Our loss against TRL's own code, CIDEr-D against pycocoevalcap's. They join the same .venv; the constraints keep torch and
+# transformers as they are.
 test-peers: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,peers]'
 	$(BIN)/python -m pytest -q -rP -m peers

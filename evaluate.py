@@ -2,10 +2,12 @@
 
     python evaluate.py --model runs/report/final --data data/phantom/test.jsonl --output_dir runs/report/test \
         --baseline runs/sft/test
+    python evaluate.py --predictions runs/report/test --data data/phantom/test.jsonl --output_dir runs/report/clinical \
+        --reward_weights weights        # stored answers scored anew: no model, no GPU
 
 `--baseline OTHER_EVALUATION` adds the paired difference to another model's answers to the same file. `--model constant`
 answers the same whatever the film shows, as well as one can: the best box of each label and the best report of
-`--train_data`. What does not beat it has not looked at the film.
+`--train_data`. What does not beat it has not looked at the film. Open report.html to look at single answers.
 """
 
 import json
@@ -17,29 +19,47 @@ from tqdm import tqdm
 
 from minigrpo.data import Sample, read_jsonl
 from minigrpo.generate import generate
-from minigrpo.metrics import compare, constant_boxes, constant_report, evaluate_answers
+from minigrpo.metrics import (breakdown, compare, constant_boxes, constant_report, evaluate_answers, load_clinical,
+                              markdown_table)
 from minigrpo.policy import Policy
 from minigrpo.run.args import at_least_one, input_errors, parse_args
 from minigrpo.run.plots import draw_samples
+from minigrpo.run.report import write_report
 
 
 @dataclass
 class EvaluateArguments:
-    model: str = field(metadata={"help": "checkpoint folder, hub name, or `constant`"})
     data: str = field(metadata={"help": "JSONL file of test samples"})
-    output_dir: str = field(metadata={"help": "folder to make: predictions.jsonl, metrics.json, table.md, samples.png"})
+    output_dir: str = field(metadata={
+        "help": "folder to make: predictions.jsonl, metrics.json, table.md, report.html, samples.png"})
+    model: str | None = field(default=None, metadata={"help": "checkpoint folder, hub name, or `constant`"})
+    predictions: str | None = field(default=None, metadata={
+        "help": "instead of a model: an evaluation's folder or its predictions.jsonl, whose answers are scored anew"})
     task: str = field(default="all", metadata={"help": "evaluate samples of this task only",
                                                "choices": ["report", "grounding", "classification", "conversation", "all"]})
     baseline: str | None = field(default=None, metadata={"help": "another evaluation's folder, to compare with item by item"})
     train_data: str | None = field(default=None, metadata={"help": "where `--model constant` takes its answers from"})
+    reward_weights: str | None = field(default=None, metadata={
+        "help": "folder with the weights of RadGraph, CheXbert and BERTScore; without it the clinical metrics are left out"})
     batch_size: int = field(default=64, metadata={"help": "answers generated at once"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
+    box_scale: float | None = field(default=None, metadata={
+        "help": "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL; default 1, or as --predictions had it"})
+    opened: bool = field(default=False, metadata={
+        "help": "the chat template writes the first <think> itself, as Qwen3-VL-Thinking's does"})
+    report_items: int = field(default=400, metadata={"help": "answers shown in report.html, drawn at random; 0 writes none"})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
     bf16: bool = field(default=False, metadata={"help": "compute in bfloat16"})
 
     def check(self) -> None:
         for name in ("batch_size", "max_new_tokens"):
             at_least_one(self, name)
+        if self.report_items < 0:
+            raise ValueError(f"--report_items must not be negative, got {self.report_items}")
+        if self.box_scale is not None and not 0 < self.box_scale < float("inf"):
+            raise ValueError(f"--box_scale must be above 0, got {self.box_scale}: 1 for fractions, 1000 for Qwen3-VL's own")
+        if (self.model is None) == (self.predictions is None):
+            raise ValueError("give either --model, to answer the questions, or --predictions, to score stored answers")
         if self.model == "constant" and not self.train_data:
             raise ValueError("--model constant needs --train_data, to choose its answers from")
         if self.device == "auto":
@@ -53,28 +73,39 @@ def main() -> None:
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty: give another --output_dir")
         samples = read_jsonl(args.data, task=args.task)
-        baseline = read_predictions(args.baseline, samples) if args.baseline else None
-        if args.model == "constant":
+        clinical, missing = load_clinical(args.reward_weights, args.device) if args.reward_weights else (None, [])
+        baseline, before = read_answers(args.baseline, samples, "--baseline") if args.baseline else (None, {})
+        stored: dict = {}
+        if args.predictions:
+            answers, stored = read_answers(args.predictions, samples, "--predictions")
+        elif args.model == "constant":
             answers = constant_answers(read_jsonl(args.train_data, task=args.task, verify_images=False), samples)
         else:
             policy = Policy.from_pretrained(args.model, device=args.device, autocast=args.bf16)
-    if args.model != "constant":
+    for line in missing:
+        print(line)
+    if args.model not in (None, "constant"):
         answers = greedy_answers(policy, samples, args.batch_size, args.max_new_tokens)
 
-    results = evaluate_answers(samples, answers)
-    items = results.pop("items")
-    metrics = {"model": args.model, "data": args.data, "tasks": results}
-    if baseline:
-        metrics["baseline"] = args.baseline
-        metrics["difference"] = compare(items, [row["scores"] for row in baseline])
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "predictions.jsonl").open("w") as file:
-        for sample, answer, item in zip(samples, answers, items):
-            file.write(json.dumps({"id": sample.id, "task": sample.task, "question": sample.question,
-                                   "reference": sample.answer, "answer": answer, "scores": item}) + "\n")
+    write_predictions(folder / "predictions.jsonl", samples, answers)  # hours of sampling outlive a scorer that fails
+    reading = {"opened": args.opened or stored.get("opened", False), "box_scale": args.box_scale or stored.get("box_scale", 1.0)}
+    results = evaluate_answers(samples, answers, **reading, clinical=clinical)
+    items = results.pop("items")
+    metrics = {"model": args.model or stored.get("model", args.predictions), "data": args.data, **reading, "tasks": results,
+               "breakdown": breakdown(samples, items), "not_computed": missing}
+    if baseline:
+        read_before = {name: before.get(name, default) for name, default in (("opened", False), ("box_scale", 1.0))}
+        others = evaluate_answers(samples, baseline, **read_before, clinical=clinical)["items"]
+        metrics["baseline"] = args.baseline
+        metrics["difference"] = compare(items, others)
+    write_predictions(folder / "predictions.jsonl", samples, answers, items)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     (folder / "table.md").write_text(table := markdown_table(metrics))
-    draw_samples(folder / "samples.png", samples, answers, [row["answer"] for row in baseline] if baseline else None)
+    draw_samples(folder / "samples.png", samples, answers, baseline, **reading)
+    if args.report_items:
+        write_report(folder / "report.html", samples, answers, items, title=f"{metrics['model']} on {args.data}",
+                     count=args.report_items, **reading)
     print(table)
 
 
@@ -103,37 +134,33 @@ def constant_answers(train: list[Sample], samples: list[Sample]) -> list[str]:
     return [answers[s.id] for s in samples]
 
 
-def read_predictions(folder: str, samples: list[Sample]) -> list[dict]:
-    """Another evaluation's rows for these samples, in their order."""
-    path = Path(folder) / "predictions.jsonl"
+def write_predictions(path: Path, samples: list[Sample], answers: list[str], items: list[dict] | None = None) -> None:
+    with path.open("w") as file:
+        for sample, answer, item in zip(samples, answers, items or [None] * len(samples)):
+            row = {"id": sample.id, "task": sample.task, "question": sample.question, "reference": sample.answer, "answer": answer}
+            file.write(json.dumps(row | ({"scores": item} if item else {})) + "\n")
+
+
+def read_answers(place: str, samples: list[Sample], argument: str) -> tuple[list[str], dict]:
+    """Another evaluation's answers to these samples, in their order, and its metrics.json ({} where there is none)."""
+    path = Path(place) / "predictions.jsonl" if Path(place).is_dir() else Path(place)
     if not path.is_file():
-        raise ValueError(f"--baseline {folder} is no evaluation: it holds no predictions.jsonl")
-    rows = {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
-    missing = [s.id for s in samples if s.id not in rows]
-    if missing:
-        raise ValueError(f"--baseline {folder} has no answer for {len(missing)} of the samples, such as {missing[0]}: "
+        raise ValueError(f"{argument} {place} is no evaluation: it holds no predictions.jsonl")
+    answers = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            answers[row["id"]] = row["answer"] + ""
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}:{number}: not a prediction: a line is an object with id and answer, two texts") from None
+    absent = [s.id for s in samples if s.id not in answers]
+    if absent:
+        raise ValueError(f"{argument} {place} has no answer for {len(absent)} of the samples, such as {absent[0]}: "
                          "evaluate both models on the same file")
-    return [rows[s.id] for s in samples]
-
-
-def markdown_table(metrics: dict) -> str:
-    """Mean [95% interval] of every metric, and beside it the paired difference to the baseline."""
-    lines = [f"Model `{metrics['model']}` on `{metrics['data']}`, greedy, 95% bootstrap intervals."]
-    if "baseline" in metrics:
-        lines[0] += f" Gain: paired difference to `{metrics['baseline']}`."
-    for task, figures in metrics["tasks"].items():
-        gains = metrics.get("difference", {}).get(task)
-        lines += ["", f"**{task}**, {figures['n']} samples", "", "| metric | value |" + (" gain | p |" if gains else ""),
-                  "|---|---|" + ("---|---|" if gains else "")]
-        for name, value in figures.items():
-            if name == "n":
-                continue
-            line = f"| {name} | {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] |"
-            if gains:
-                gain = gains[name]
-                line += f" {gain['difference']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] | {gain['p']:.3f} |"
-            lines.append(line)
-    return "\n".join(lines) + "\n"
+    about = path.parent / "metrics.json"
+    return [answers[s.id] for s in samples], json.loads(about.read_text()) if about.is_file() else {}
 
 
 if __name__ == "__main__":

@@ -147,16 +147,28 @@ def test_evaluate_answers():
     results = json.loads(json.dumps(evaluate_answers(samples, answers)))
     assert list(results) == ["report", "grounding", "items"]
     text, box = results["report"], results["grounding"]
-    assert set(text) == {"n", "length", "gleu", "rouge_l", "bleu4", "characters", "unparseable"}
-    assert set(box) == {"n", "length", "soft_f1", "map50", "boxes", "unparseable"}
-    assert {name: value["mean"] for name, value in text.items() if name not in ("n", "bleu4")} == {
-        "length": 1.5, "gleu": 0.5, "rouge_l": 0.5, "characters": 9.5, "unparseable": 0.5}
-    assert {name: value["mean"] for name, value in box.items() if name != "n"} == {
-        "length": 2.5, "soft_f1": 0.5, "map50": 0.5, "boxes": 0.5, "unparseable": 0.5}
+    mean = lambda figures: {name: value["mean"] for name, value in figures.items() if name not in ("n", "bleu4", "cider")}
+    assert mean(text) == {"length": 1.5, "gleu": 0.5, "rouge_1": 0.5, "rouge_2": 0.5, "rouge_l": 0.5, "characters": 9.5, "unparseable": 0.5}
+    assert mean(box) == {"length": 2.5, "soft_f1": 0.5, "map50": 0.5, "ap50": pytest.approx(51 / 101), "ap": pytest.approx(51 / 101),
+                         "matched_iou": 1, "boxes": 0.5, "unparseable": 0.5}
+    assert text["cider"]["mean"] == pytest.approx(10 * 3 / 4 / 2)  # three words hold no 4-gram
     assert text["n"] == box["n"] == 2 and set(text["gleu"]) == {"mean", "low", "high", "n"}
     assert [item["id"] for item in results["items"]] == ["0", "1", "2", "3"]
     with pytest.raises(ValueError, match="1 answers for 4 samples: give one answer for each"):
         evaluate_answers(samples, ["a"])
+
+
+@pytest.mark.parametrize("answer, good", [("<think>a</think> b", 1), ("b", 0), ("<think></think> b", 0), ("<think>a</think>", 0),
+                                          ("<think>a", 0), ("x <think>a</think> b", 0), ("<think>a</think><think>b</think> c", 0)])
+def test_think_format(answer, good):
+    """It counts where thinking was asked for, and an answer that never thinks does not have the format."""
+    samples = [report(0, "b"), report(1, "b")]
+    samples[0].question += " /think"
+    results = evaluate_answers(samples, [answer, "b"])
+    assert results["items"][0]["think_format"] == good and "think_format" not in results["items"][1]
+    assert results["report"]["think_format"]["mean"] == good and results["report"]["think_format"]["n"] == 1
+    opened = evaluate_answers(samples, [answer.removeprefix("<think>")] * 2, opened=True)["items"]
+    assert opened[1]["think_format"] == (good if answer.startswith("<think>") else 0)
 
 
 TRICKY = ["[0.3, 0.4, 0.7, 0.8]", "[.3,.4,\n7e-1,0.8]", "[0.3 0.4 0.7 0.8]", "<think>[0.3, 0.4, 0.7, 0.8]",

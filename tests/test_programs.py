@@ -95,14 +95,18 @@ def test_evaluation_and_paired_comparison(trained, phantom):
     run("evaluate.py", "--model", trained / "grpo/final", "--data", phantom / "test.jsonl", "--output_dir", trained / "evaluated",
         "--baseline", trained / "constant", "--max_new_tokens", 16)
     metrics = json.loads((trained / "evaluated/metrics.json").read_text())
-    assert set().union(*metrics["tasks"].values()) == documented("evaluate.py")
+    assert set().union(*metrics["tasks"].values()) == documented("evaluate.py", options=False)
     assert set(metrics["tasks"]["grounding"]) >= {"soft_f1", "map50", "unparseable", "length"}
     assert set(metrics["tasks"]["report"]) >= {"gleu", "rouge_l", "bleu4", "length", "unparseable"}
     gain = metrics["difference"]["grounding"]["soft_f1"]
     both = [json.loads((trained / name / "metrics.json").read_text())["tasks"]["grounding"]["soft_f1"]["mean"]
             for name in ("evaluated", "constant")]
     assert gain["difference"] == pytest.approx(both[0] - both[1])
-    assert {p.name for p in (trained / "evaluated").iterdir()} == {"predictions.jsonl", "metrics.json", "table.md", "samples.png"}
+    assert {p.name for p in (trained / "evaluated").iterdir()} == {"predictions.jsonl", "metrics.json", "table.md",
+                                                                    "samples.png", "report.html"}
+    run("evaluate.py", "--predictions", trained / "evaluated", "--data", phantom / "test.jsonl", "--output_dir", trained / "again")
+    again = json.loads((trained / "again/metrics.json").read_text())
+    assert again["tasks"] == metrics["tasks"] and again["model"] == metrics["model"]
 
 
 @pytest.mark.parametrize("program", ["sft", "grpo"])

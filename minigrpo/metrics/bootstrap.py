@@ -4,6 +4,7 @@ An item's value is a float, or a row of statistics of which a corpus metric is c
 """
 
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 
 import numpy as np
 
@@ -14,7 +15,9 @@ Score = Callable[[np.ndarray], np.ndarray]  # summed statistics [..., K] -> metr
 
 
 def _rows(values) -> np.ndarray:
-    """[N] or [N, K] -> float [N, K]; a NaN would poison every resample, so it is an error."""
+    """[N] or [N, K] -> float [N, K]; a NaN would poison every resample, so it is an error. Short rows end in zeros."""
+    if len(values) and isinstance(values[0], list):
+        values = list(zip(*zip_longest(*values, fillvalue=0.0)))
     rows = np.asarray(values, dtype=float)
     rows = rows[:, None] if rows.ndim == 1 else rows
     if not len(rows) or not np.isfinite(rows).all():
@@ -55,7 +58,7 @@ def paired(values_a, values_b, score: Score | None = None) -> dict[str, float]:
     p is two-sided: twice the smaller share of resamples on either side of 0, with one added so that it is never 0.
     """
     a, b = _rows(values_a), _rows(values_b)
-    if a.shape != b.shape:
+    if len(a) != len(b):  # their widths may differ: one answer held more boxes
         raise ValueError(f"paired bootstrap of {len(a)} and {len(b)} items: give both the same items in the same order")
     score, k = score or _mean_of(len(a)), a.shape[1]
     sums = np.concatenate([a, b], 1)  # drawn together: an item hard for a is hard for b

@@ -5,12 +5,19 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from ..rewards.text import ngrams
 
-_ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
+_ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+
+
+def rouge(prediction: str, reference: str) -> dict[str, float]:
+    """{"rouge_1", "rouge_2", "rouge_l"}: F of common words, of common bigrams and of the longest common subsequence, on
+    stemmed, lower-cased words. Range 0..1, floor 0. Source: Lin 2004; this is rouge-score's own figure."""
+    found = _ROUGE.score(reference, prediction)
+    return {name: float(found[key].fmeasure) for name, key in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL"))}
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """F of the longest common subsequence of stemmed, lower-cased words. Range 0..1. Source: Lin 2004, rouge-score."""
-    return float(_ROUGE.score(reference, prediction)["rougeL"].fmeasure)
+    """`rouge` of the longest common subsequence alone."""
+    return rouge(prediction, reference)["rouge_l"]
 
 
 def bleu_statistics(prediction: str, reference: str) -> list[int]:

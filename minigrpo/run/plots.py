@@ -63,12 +63,15 @@ TRUE, BEFORE, NOW = "#39d353", "#ffa657", "#ff4d4d"
 
 
 def draw_samples(path: Path, samples: list[Sample], answers: list[str], before: list[str] | None = None, *,
-                 count: int = 4) -> Path:
-    """Films with true and predicted boxes, then reports beside their reference; `before` is another model's answers."""
+                 count: int = 4, opened: bool = False, box_scale: float = 1.0) -> Path:
+    """Films with true and predicted boxes, then reports beside their reference; `before` is another model's answers,
+    whose boxes are taken to be fractions of the film. Nothing to show (boxes, but no film): no picture."""
     grounding = spread([i for i, s in enumerate(samples) if s.task == "grounding" and s.images], 2 * count)
     written = spread([i for i, s in enumerate(samples) if s.task != "grounding"], count)
     film_rows = -(-len(grounding) // count)
     heights = [3.3] * film_rows + [2.6] * len(written)
+    if not heights:
+        return path
     fig = plt.figure(figsize=(3.2 * count, sum(heights)), layout="constrained")
     grid = fig.add_gridspec(len(heights), count, height_ratios=heights)
     for number, i in enumerate(grounding):
@@ -77,7 +80,7 @@ def draw_samples(path: Path, samples: list[Sample], answers: list[str], before: 
         draw_boxes(axis, samples[i].boxes, TRUE, width=2.5)
         if before:
             draw_boxes(axis, parse_boxes(split_thinking(before[i])[1]), BEFORE, style="--")
-        draw_boxes(axis, parse_boxes(split_thinking(answers[i])[1]), NOW)
+        draw_boxes(axis, parse_boxes(split_thinking(answers[i], opened)[1], box_scale), NOW)
         axis.set_title("\n".join(textwrap.wrap(samples[i].question, 38)[:2]), fontsize=8)
     for row, i in enumerate(written, start=film_rows):
         show_film(fig.add_subplot(grid[row, 0]), samples[i])
