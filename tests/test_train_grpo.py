@@ -179,10 +179,10 @@ def test_activation_checkpointing_reaches_the_policy_and_changes_nothing(train, 
 def test_rollout_cap_scores_before_the_updates(train, calls):
     """The old log-probs are the trainer's, the same for all updates; the weight corrects for the sampler."""
     folder = train("--rollout_cap", 2, "--updates_per_rollout", 2, "--micro_tokens", 1, steps=1)
-    for (logprob, old, _, mask), settings in calls[1:2]:
+    for (logprob, old, _, mask), settings in calls[1:3]:
         assert torch.equal(logprob.detach(), old), "the first update is exactly on-policy"
         assert not torch.equal(old, settings["rollout_logprob"])
-    (logprob, old, _, _), settings = calls[2]
+    (logprob, old, _, _), settings = calls[3]
     assert not torch.equal(logprob.detach(), old) and (old - settings["rollout_logprob"]).abs().max() < 1e-4
     assert rows(folder)[0]["rollout_weight"] == pytest.approx(1, abs=1e-4)
 
