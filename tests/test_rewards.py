@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nltk.translate.gleu_score import sentence_gleu
 
 from minigrpo.data import Sample
-from minigrpo.rewards import Scores, dice, gleu, reward_fn, soft_f1
+from minigrpo.rewards import Scores, dice, gleu, length, reward_fn, soft_f1
 from minigrpo.rewards.grounding import iou_matrix, match
 
 HEART = [0.3, 0.4, 0.7, 0.8]
@@ -213,3 +213,45 @@ def test_rows_are_scored_alone():
     alone = [reward([answer], [sample]).values[0] for answer, sample in pairs]
     order = rng.sample(range(12), 12)
     assert reward(*map(list, zip(*(pairs[i] for i in order)))).values == [alone[i] for i in order]
+
+
+@pytest.mark.parametrize("answer, question, opened, task, value", [
+    ("No effusion.", "Report.", False, "report", 1),
+    ("", "Report.", False, "report", 0),
+    ("<think>a</think>No effusion.", "Report.", False, "report", 1),
+    ("<think>a</think>", "Report.", False, "report", 0),
+    ("<think>a</think><think>b</think>No effusion.", "Report.", False, "report", 0),
+    ("<think>a No effusion.", "Report.", False, "report", 0),
+    ("No effusion.", "Report. /think", False, "report", 0),  # asked to think, and did not
+    ("<think>a</think>No effusion.", "Report. /think", False, "report", 1),
+    ("a</think>No effusion.", "Report.", True, "report", 1),
+    ("No effusion.", "Report.", True, "report", 0),
+    ("[0.1, 0.1, 0.2, 0.2]", "Where?", False, "grounding", 1),
+    ("nowhere", "Where?", False, "grounding", 0),
+    ("[0.2, 0.2, 0.1, 0.1] [0, 0, 7, 7]", "Where?", False, "grounding", 0),  # boxes that overlap nothing
+    ("<think>[0.1, 0.1, 0.2, 0.2]</think>nowhere", "Where?", False, "grounding", 0),
+])
+def test_format(answer, question, opened, task, value):
+    sample = Sample("s", None, task, question, "x", boxes=[HEART] if task == "grounding" else [])
+    assert reward_fn("format", opened=opened)([answer], [sample]).values == [value]
+
+
+def test_length_is_the_share_of_words_in_either_direction():
+    assert [length(*pair) for pair in (("a b", "c d"), ("a", "c d"), ("a b c d", "e"), ("", "a"), ("a", ""))] == [1, 0.5, 0.25, 0, 0]
+    assert reward_fn("0.9*gleu+0.1*length")(["no pleural effusion"], [report()]).values == [pytest.approx(1.0)]
+    assert reward_fn("length")(["<think>some words</think>no pleural"], [report()]).values == [pytest.approx(2 / 3)]
+
+
+def test_step_of_4096_answers_takes_under_two_seconds():
+    """GLEU on reports and soft F1 on boxes. CPU seconds, so that a busy machine does not fail it."""
+    from benchmarks.rewards import light_step
+    assert light_step(4096)["seconds_step"] < 2
+
+
+@pytest.mark.parametrize("name", ["gleu", "length", "soft_f1", "dice", "format"])
+@given(st.text(max_size=60) | st.lists(st.sampled_from(["[", "0.5", ",", "]", "1e999", "<think>", "</think>", "\x00"]), max_size=30).map(" ".join))
+@settings(max_examples=60, deadline=None)
+def test_any_text_gets_a_finite_reward_in_range(name, answer):
+    sample = grounding(HEART) if name in ("soft_f1", "dice") else report()
+    scores = reward_fn(name)([answer], [sample])
+    assert scores.valid == [True] and 0 <= scores.values[0] <= 1

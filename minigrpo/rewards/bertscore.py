@@ -1,7 +1,5 @@
 """BERTScore (Zhang et al. 2020, arXiv 1904.09675): each token of one text matched to the most similar of the other."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -9,7 +7,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from .bert import encode
 from .cache import Cached
-from .weights import fingerprint, load_encoder
+from .weights import load_encoder
 
 SIZES = {"distilroberta-base": "331 MB", "distilbert-base-uncased": "268 MB"}
 PAIRS_IN_BATCH = 64
@@ -18,12 +16,12 @@ PAIRS_IN_BATCH = 64
 class BertScore:
     """F1 of BERTScore, without idf weights, rescaled by a baseline. Make it with `from_weights`."""
 
-    def __init__(self, model, tokenizer, *, layer: int, baseline: float, prefix: str, fingerprint: str, device: str):
+    def __init__(self, model, tokenizer, *, layer: int, baseline: float, prefix: str, device: str):
         self.device, self.model, self.tokenizer = torch.device(device), model.to(device).eval().requires_grad_(False), tokenizer
         self.layer, self.baseline, self.prefix = layer, baseline, prefix
         self.longest = min(tokenizer.model_max_length, 512)
         # Token vectors are large (about 0.2 MB a report) and cheap to make anew: kept in memory, not on disk.
-        self.references = Cached(self._embed, fingerprint, limit=1024)
+        self.references = Cached(self._embed, "", limit=1024)
 
     @classmethod
     def from_weights(cls, weights_dir: str | None, *, model: str = "distilroberta-base", layer: int = 5, baseline: float = 0.8473319,
@@ -35,16 +33,14 @@ class BertScore:
         def load(source):
             encoder = AutoModel.from_pretrained(source)
             tokenizer = AutoTokenizer.from_pretrained(source)
-            return encoder, tokenizer, source
-        encoder, tokenizer, source = load_encoder(weights_dir, model, load, SIZES.get(model, "config, tokenizer and weights"))
+            return encoder, tokenizer
+        encoder, tokenizer = load_encoder(weights_dir, model, load, SIZES.get(model, "config, tokenizer and weights"))
         layers = next((part for name, part in encoder.named_modules() if name.split(".")[-1] == "layer"), None)
         if layers is None or not 1 <= layer <= len(layers):
             raise ValueError(f"BERTScore: {model} has no layer {layer}" + (f": choose 1 to {len(layers)}" if layers else ""))
         del layers[layer:]  # those above are not looked at
-        files = sorted(Path(source).glob("*.safetensors")) + sorted(Path(source).glob("*.bin"))
         prefix = " " if getattr(encoder.config, "model_type", "") in ("roberta", "gpt2") else ""  # bert-score's add_prefix_space
-        return cls(encoder, tokenizer, layer=layer, baseline=baseline, prefix=prefix, device=device,
-                   fingerprint=fingerprint(*files, model, str(layer)))
+        return cls(encoder, tokenizer, layer=layer, baseline=baseline, prefix=prefix, device=device)
 
     def _embed(self, texts: list[str]) -> list[tuple[Tensor, Tensor]]:
         """Of each text the unit vectors of its tokens [T, d], and which of them count [T]: special tokens match, but weigh 0."""

@@ -38,7 +38,7 @@ class CheXbert(nn.Module):
             raise ValueError(f"{path} is not CheXbert's checkpoint ({str(error).splitlines()[0]}): fetch it again (1.31 GB)") from error
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         state.pop("bert.embeddings.position_ids", None)  # a buffer that older transformers saved
-        model = cls(config, tokenizer, fingerprint(path, "chexbert", tokenizer.get_vocab()))
+        model = cls(config, tokenizer, fingerprint(path, "chexbert", sorted(tokenizer.get_vocab().items())))
         try:
             model.load_state_dict(state)
         except RuntimeError as error:

@@ -10,8 +10,8 @@ INTERCEPT = 2.47e-10
 def radcliq_v1(radgraph: float, bertscore: float, s_emb: float, bleu: float = 0.0) -> float:
     """RadCliQ-v1 (Yu et al. 2023, Patterns 4:100802): 2.450143 - 1.245216 radgraph - 1.650845 bertscore - 0.994772 s_emb.
 
-    radgraph: `radgraph_f1`'s "radcliq"; bertscore: `BertScore`'s default; s_emb: cosine of CheXbert's vectors. Equal reports
-    give -1.440690, (0, 0, 0) gives 2.450143; above that only where bertscore or s_emb is negative.
+    radgraph: `radgraph_f1`'s "radcliq"; bertscore: `BertScore`'s default; s_emb: cosine of CheXbert's vectors. (1, 1, 1)
+    gives -1.440690, which equal reports reach if they hold a relation; (0, 0, 0) gives 2.450143.
     """
     parts = zip((radgraph, bertscore, s_emb, bleu), MEAN, SCALE, COEF)
     return sum(coef * (x - mean) / scale for x, mean, scale, coef in parts) + INTERCEPT

@@ -66,8 +66,9 @@ class RadGraph:
             model = package.RadGraph(model_type=name, model_cache_dir=scratch, cuda=-1)
         from radgraph.allennlp.common import cached_transformers
         cached_transformers._model_cache.clear()  # it keeps a second copy of the encoder
-        print_of_model = fingerprint(folder / "weights.th", (folder / "config.json").read_text(), metadata.version("radgraph"), name)
-        return cls(model, device, print_of_model)
+        vocabulary = sorted(model.reader._token_indexers["bert"]._tokenizer.get_vocab().items())
+        return cls(model, device, fingerprint(folder / "weights.th", (folder / "config.json").read_text(), vocabulary,
+                                              metadata.version("radgraph"), name))
 
     def annotate(self, texts: list[str]) -> list[Annotation]:
         """The package's annotation of each text, each distinct text once. A blank text has no entities."""

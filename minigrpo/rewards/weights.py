@@ -73,7 +73,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigrpo"
 
 
-def fingerprint(*parts: Path | str) -> str:
+def fingerprint(*parts: Path | str | list) -> str:
     """Changes with the content of each file and with each setting: what a cached score belongs to."""
     digest = hashlib.sha256()
     for part in parts:
