@@ -40,7 +40,8 @@ class GrpoArguments(RunArguments):
                 "my_module:my_reward; docs/rewards.md lists all"})
     reward_weights: str | None = field(default=None, metadata={
         "help": "folder with the files of the clinical rewards (docs/rewards.md); without it they come from the Hugging Face hub"})
-    reward_device: str | None = field(default=None, metadata={"help": "where the clinical rewards run: cpu, cuda:1, ...; default: --device"})
+    reward_device: str | None = field(default=None, metadata={
+        "help": "where the clinical rewards run: cpu, cuda:1, ...; without it beside the policy"})
     max_unscored: float = field(default=0.1, metadata={
         "help": "largest share of a step's answers that the reward may fail to score (they are masked); beyond it the run stops"})
     prompts_per_step: int = field(default=8, metadata={"help": "questions per rollout batch (512 in the paper)"})
@@ -108,6 +109,8 @@ class GrpoArguments(RunArguments):
         if self.soft_overlong > self.max_new_tokens:
             raise ValueError(f"--soft_overlong {self.soft_overlong} is longer than the longest answer, "
                              f"--max_new_tokens {self.max_new_tokens}")
+        if self.reward_device and self.reward_device.split(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"--reward_device {self.reward_device!r} is no device: write cpu, cuda, or cuda:1 for the second GPU")
         if not 0 <= self.max_unscored <= 1:
             raise ValueError(f"--max_unscored must lie in 0..1, got {self.max_unscored}: it is a share of the answers")
         if self.cispo_cap == 0:
@@ -241,10 +244,11 @@ def stop_if_unscored(scores: Scores, most: float, step: int) -> None:
     """Says which answers the reward failed on, and ends the run when they are more than a share `most`."""
     failed = len(scores.valid) - sum(scores.valid)
     if failed:
-        text = f"step {step}: the reward could not score {failed} of {len(scores.valid)} answers: " + "; ".join(scores.errors or ["NaN"])
+        reasons = "; ".join(scores.errors or ["NaN"])
+        text = f"step {step}: the reward could not score {failed} of {len(scores.valid)} answers: {reasons}"
         if failed > most * len(scores.valid):
-            sys.exit(f"train_grpo.py: error: {text}\nThis is more than --max_unscored {most}. Mend the reward, then --resume goes on "
-                     "from the last checkpoint")
+            sys.exit(f"train_grpo.py: error: {text}\nThis is more than --max_unscored {most}. Mend the reward, then --resume "
+                     "goes on from the last checkpoint")
         tqdm.write(text)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("radgraph", reason="pip install 'minigrpo[clinical]'")
+pytest.importorskip("radgraph", reason="pip install -e '.[clinical]'")
 from minigrpo.data import Sample
 from minigrpo.rewards import clinical, radcliq_v1, reward_fn
 from minigrpo.rewards.bertscore import BertScore

@@ -10,7 +10,7 @@ import tarfile
 import pytest
 import torch
 
-pytest.importorskip("radgraph", reason="pip install 'minigrpo[clinical]'")
+pytest.importorskip("radgraph", reason="pip install -e '.[clinical]'")
 from benchmarks.rewards import package_graph
 from minigrpo.rewards.radgraph import RadGraph, radgraph_f1
 from minigrpo.rewards.weights import unpack

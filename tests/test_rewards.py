@@ -1,10 +1,13 @@
 """Rewards against slow oracles, and the ways in which a policy would cheat them."""
 
+import doctest
 import itertools
 import math
 import random
+import re
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 from nltk.translate.gleu_score import sentence_gleu
 
 from minigrpo.data import Sample
-from minigrpo.rewards import Scores, dice, gleu, length, reward_fn, soft_f1
+from minigrpo.rewards import REWARDS, Scores, dice, gleu, length, reward_fn, soft_f1
 from minigrpo.rewards.grounding import iou_matrix, match
 
 HEART = [0.3, 0.4, 0.7, 0.8]
@@ -255,3 +258,28 @@ def test_any_text_gets_a_finite_reward_in_range(name, answer):
     sample = grounding(HEART) if name in ("soft_f1", "dice") else report()
     scores = reward_fn(name)([answer], [sample])
     assert scores.valid == [True] and 0 <= scores.values[0] <= 1
+
+
+PAGE = (Path(__file__).parent.parent / "docs/rewards.md").read_text()
+
+
+def test_page_lists_every_reward_with_its_tasks():
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if re.match(r"\| `\w+`", line)]
+    told = {name: row[1] for row in rows for name in re.findall(r"`(\w+)`", row[0]) if len(row) == 7}
+    short = {"text": {"report", "classification", "conversation"}, "all": {"report", "classification", "conversation", "grounding"}}
+    assert {name: short.get(tasks, {tasks}) for name, tasks in told.items()} == {name: tasks for name, (_, tasks) in REWARDS.items()}
+
+
+def test_every_reward_states_its_range_and_floor():
+    assert [name for name, (function, _) in REWARDS.items() if "floor" not in function.__doc__.lower()] == []
+
+
+def test_examples_of_the_page_run(monkeypatch):
+    example = doctest.DocTestParser().get_doctest(re.search(r"```pycon\n(.*?)```", PAGE, re.S)[1], {}, "rewards", None, 0)
+    assert doctest.DocTestRunner().run(example).failed == 0
+    module = types.ModuleType("my_rewards")
+    exec(re.search(r"```python\n(.*?)```", PAGE, re.S)[1], module.__dict__)
+    monkeypatch.setitem(sys.modules, "my_rewards", module)
+    samples = [report(label="Edema"), report(label="Edema"), report()]
+    scores = reward_fn("my_rewards:mentions_the_label")(["mild edema", "clear", "edema"], samples)
+    assert scores.values == [1, 0, 0] and scores.valid == [True, True, False]

@@ -24,8 +24,8 @@ class BertScore:
         self.references = Cached(self._embed, "", limit=1024)
 
     @classmethod
-    def from_weights(cls, weights_dir: str | None, *, model: str = "distilroberta-base", layer: int = 5, baseline: float = 0.8473319,
-                     device: str = "cpu") -> "BertScore":
+    def from_weights(cls, weights_dir: str | None, *, model: str = "distilroberta-base", layer: int = 5,
+                     baseline: float = 0.8473319, device: str = "cpu") -> "BertScore":
         """The default is RadCliQ's. The folder holds the model's own: DIR/distilroberta-base/ with config, tokenizer, weights.
 
         `layer`: whose output is compared. `baseline`: the F of unrelated sentences for that layer (bert-score's tables).
@@ -46,7 +46,8 @@ class BertScore:
         """Of each text the unit vectors of its tokens [T, d], and which of them count [T]: special tokens match, but weigh 0."""
         clean = [self.prefix + text.strip() if text.strip() else "" for text in texts]
         ids = self.tokenizer(clean, truncation=True, max_length=self.longest)["input_ids"]
-        rows = encode(lambda tokens, mask: self.model(tokens, attention_mask=mask)[0], ids, self.tokenizer.pad_token_id, self.device)
+        rows = encode(lambda tokens, mask: self.model(tokens, attention_mask=mask)[0], ids, self.tokenizer.pad_token_id,
+                      self.device)
         special = torch.tensor([self.tokenizer.cls_token_id, self.tokenizer.sep_token_id])
         weights = [(~torch.isin(torch.tensor(row), special)).float().to(self.device) for row in ids]
         return [(row / row.norm(dim=-1, keepdim=True), weight) for row, weight in zip(rows, weights)]
@@ -70,7 +71,8 @@ class BertScore:
 
         Padding can't be the best match, so a pair's score is its own; in bert-score it counts as a cosine of 0.
         """
-        (hyp, hyp_weight), (ref, ref_weight) = ([pad_sequence(part, batch_first=True) for part in zip(*side)] for side in zip(*pairs))
+        (hyp, hyp_weight), (ref, ref_weight) = ([pad_sequence(part, batch_first=True) for part in zip(*side)]
+                                                for side in zip(*pairs))
         padded = [pad_sequence([torch.zeros_like(weight) for _, weight in side], batch_first=True, padding_value=1.0).bool()
                   for side in zip(*pairs)]
         cosines = hyp @ ref.transpose(1, 2)  # (n, T_hyp, T_ref)

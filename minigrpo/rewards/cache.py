@@ -76,7 +76,8 @@ def _open(path: Path) -> sqlite3.Connection | None:
             disk.execute("CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID")
         return disk
     except (OSError, sqlite3.Error) as error:
-        warnings.warn(f"references are not kept on disk: {path} cannot be used ({error}); delete it, or point $MINIGRPO_CACHE elsewhere")
+        warnings.warn(f"references are not kept on disk: {path} cannot be used ({error}); delete it, or point $MINIGRPO_CACHE "
+                      "elsewhere")
         return None
 
 

@@ -35,7 +35,8 @@ class CheXbert(nn.Module):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]  # tensors, and no code
         except Exception as error:  # a pickle that is cut short or holds more than tensors fails in many ways
-            raise ValueError(f"{path} is not CheXbert's checkpoint ({str(error).splitlines()[0]}): fetch it again (1.31 GB)") from error
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} is not CheXbert's checkpoint ({reason}): fetch it again (1.31 GB)") from error
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         state.pop("bert.embeddings.position_ids", None)  # a buffer that older transformers saved
         model = cls(config, tokenizer, fingerprint(path, "chexbert", sorted(tokenizer.get_vocab().items())))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .radgraph import RadGraph
 
 RADCLIQ_FLOOR = -3.0
+PAPER_BASELINE = 0.66620487  # of distilbert-base-uncased's layer 5, the encoder of the paper's BERTScore reward
 SHORTEST, LONGEST = 5, 2048  # characters, of the authors' text mode
 
 
@@ -58,7 +59,8 @@ class Scorers:
     @cached_property
     def bertscore(self) -> "BertScore":
         from .bertscore import BertScore
-        return BertScore.from_weights(self.weights_dir, model="distilbert-base-uncased", layer=5, baseline=0.66620487, device=self.device)
+        return BertScore.from_weights(self.weights_dir, model="distilbert-base-uncased", layer=5, baseline=PAPER_BASELINE,
+                                      device=self.device)
 
 
 class Graphs:
@@ -66,7 +68,8 @@ class Graphs:
 
     def __init__(self, model: "RadGraph", disk: Path | None):
         self.model = model
-        self.references = Cached(model.annotate, model.fingerprint, disk, pack=lambda graph: json.dumps(graph).encode(), unpack=json.loads)
+        self.references = Cached(model.annotate, model.fingerprint, disk, pack=lambda graph: json.dumps(graph).encode(),
+                                 unpack=json.loads)
 
     def f1(self, hyps: list[str], refs: list[str]) -> list[dict[str, float]]:
         """`radgraph_f1` of each pair."""
@@ -82,7 +85,8 @@ class Findings:
         kept = partial(Cached, path=disk, pack=np.ndarray.tobytes)
         self.vectors = kept(lambda texts: list(model.vectors(texts)), model.fingerprint + "vector",
                             unpack=partial(_array, dtype=np.float32, size=model.bert.config.hidden_size))
-        self.labels = kept(lambda texts: list(model.labels(texts)), model.fingerprint + "labels", unpack=partial(_array, dtype=np.int64, size=14))
+        self.labels = kept(lambda texts: list(model.labels(texts)), model.fingerprint + "labels",
+                           unpack=partial(_array, dtype=np.int64, size=14))
 
     def s_emb(self, hyps: list[str], refs: list[str]) -> list[float]:
         """Cosine of the [CLS] vectors of each pair."""
@@ -151,10 +155,10 @@ def _radgraph(level: str) -> Callable:
     return with_floor(0.0)(reward)
 
 
-@with_floor(-0.66620487 / (1 - 0.66620487))
+@with_floor(-PAPER_BASELINE / (1 - PAPER_BASELINE))
 def bertscore(hyps: list[str], refs: list[str], scorers: Scorers) -> list[float]:
-    """BERTScore F1 of distilbert-base-uncased, layer 5, rescaled with its baseline 0.66620487. Range -2..1, about 0 for unrelated
-    reports; floor -1.996, which is F = 0. Source: Zhang et al. 2020 (arXiv 1904.09675).
+    """BERTScore F1 of distilbert-base-uncased, layer 5, rescaled with its baseline 0.66620487. Range -2..1, about 0 for
+    unrelated reports; floor -1.996, which is F = 0. Source: Zhang et al. 2020 (arXiv 1904.09675).
     """
     return scorers.bertscore.score(hyps, refs)
 

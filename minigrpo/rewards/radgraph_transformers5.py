@@ -16,7 +16,7 @@ def import_radgraph():
             import radgraph
             from radgraph.allennlp.common import cached_transformers
     except ImportError as error:
-        raise ValueError(f"RadGraph needs the radgraph package and requests ({error}): pip install 'minigrpo[clinical]'") from error
+        raise ValueError(f"RadGraph needs the radgraph package and requests ({error}): pip install -e '.[clinical]'") from error
     if not getattr(cached_transformers, "mended", False):
         made = cached_transformers.get_tokenizer
         cached_transformers.get_tokenizer = lambda name, **kwargs: mend(made(name, **kwargs))

@@ -21,7 +21,7 @@ from huggingface_hub import hf_hub_download
 T = TypeVar("T")
 
 REPO = "StanfordAIMI/RRG_scorers"  # holds the files of SIZES, tagged MIT
-SIZES = {"radgraph-xl.tar.gz": "416 MB", "radgraph.tar.gz": "about 400 MB", "chexbert.pth": "1.31 GB"}
+SIZES = {"radgraph-xl.tar.gz": "416 MB", "radgraph.tar.gz": "a BERT, hundreds of MB", "chexbert.pth": "1.31 GB"}
 
 
 def find_file(weights_dir: str | None, name: str) -> Path:
@@ -30,8 +30,8 @@ def find_file(weights_dir: str | None, name: str) -> Path:
         try:
             return Path(hf_hub_download(REPO, name))
         except Exception as error:  # offline, no such host, no space: the hub raises a dozen kinds, the mend is one
-            raise ValueError(f"{name} ({SIZES[name]}) could not be fetched from {REPO} on the Hugging Face hub ({type(error).__name__}): "
-                             f"fetch it elsewhere, put it into a folder DIR, and give --reward_weights DIR") from error
+            raise ValueError(f"{name} ({SIZES[name]}) could not be fetched from {REPO} on the Hugging Face hub "
+                             f"({type(error).__name__}): fetch it elsewhere, put it into a folder DIR, and give --reward_weights DIR") from error
     path = Path(weights_dir) / name
     if not path.is_file():
         raise ValueError(f"{path} is missing: fetch {name} ({SIZES[name]}) from {REPO} on the Hugging Face hub and put it there")
@@ -62,7 +62,8 @@ def unpack(archive: Path, folder: Path) -> Path:
             os.replace(scratch, folder)
         except (OSError, tarfile.TarError, EOFError) as error:
             if not folder.is_dir():  # else another process was first
-                raise ValueError(f"{archive} cannot be unpacked into {folder} ({error}): fetch it again, or unpack it by hand") from error
+                raise ValueError(f"{archive} cannot be unpacked into {folder} ({error}): fetch it again, or unpack it by "
+                                 "hand") from error
     return folder
 
 
