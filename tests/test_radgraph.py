@@ -43,7 +43,7 @@ def alone(package, text):
 def test_batches_equal_the_package_on_200_reports(graph, package):
     texts = reports(200)
     found = [annotation for start in range(0, 200, 32) for annotation in graph.annotate(texts[start:start + 32])]
-    assert found == [alone(package, text) for text in texts]
+    assert [text for text, annotation in zip(texts, found) if annotation != alone(package, text)] == []
     assert sum(len(a["entities"]) for a in found) > 500 and sum(len(e["relations"]) for a in found for e in a["entities"].values()) > 100
 
 
@@ -51,7 +51,7 @@ def test_report_longer_than_the_encoder_is_read_in_parts(graph, package):
     """Folded into rows of 512 tokens; beside short reports it would fold these too."""
     long = " ".join(random.Random(0).choices(WORDS, k=600))
     assert len(graph._row(graph._words(long))[0]) > 512
-    texts = [long, "No effusion.", "x"]
+    texts = [long, " ".join(long.split()[:505]), "No effusion.", "x"]  # the second fits, and has nearly the first's length
     assert graph.annotate(texts) == [alone(package, text) for text in texts]
 
 
@@ -142,7 +142,7 @@ def test_archive_writes_nothing_outside_its_folder(tmp_path):
         tar.addfile(info, io.BytesIO(b"evil"))
     with pytest.raises(ValueError, match="bad.tar.gz cannot be unpacked"):
         unpack(tmp_path / "bad.tar.gz", tmp_path / "here/model")
-    assert not list(tmp_path.rglob("evil.txt")) and not (tmp_path / "here/model").exists()
+    assert not list(tmp_path.rglob("evil.txt")) and not list((tmp_path / "here").iterdir())
 
 
 def test_archive_cut_short_leaves_no_folder_behind(tmp_path, folder):
@@ -151,7 +151,7 @@ def test_archive_cut_short_leaves_no_folder_behind(tmp_path, folder):
     (tmp_path / "radgraph-xl.tar.gz").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(ValueError, match="cannot be unpacked .* fetch it again"):
         RadGraph.from_weights(str(tmp_path))
-    assert not (tmp_path / "radgraph-xl").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["radgraph-xl.tar.gz"]
 
 
 class Runs:

@@ -110,6 +110,17 @@ def test_bertscore_of_a_pair_does_not_depend_on_its_batch(folder):
     np.testing.assert_allclose(together, [score.score([hyp], [ref])[0] for hyp, ref in zip(hyps, refs)], atol=1e-4)
 
 
+def test_padding_is_nobodys_best_match():
+    """Of the two tokens of hyp one has cosine 0.6, one -0.5: P = 0.05, R = 0.6. Padding as a cosine of 0 would make P 0.3."""
+    ref = torch.tensor([[1.0, 0.0]])
+    hyp = torch.tensor([[0.6, 0.8], [-0.5, 0.75**0.5]])
+    pair, longer = ((hyp, torch.ones(2)), (ref, torch.ones(1))), ((hyp.repeat(3, 1), torch.ones(6)), (hyp.repeat(3, 1), torch.ones(6)))
+    wanted = 2 * 0.05 * 0.6 / 0.65
+    assert BertScore._f1([pair])[0] == pytest.approx(wanted, abs=1e-6) and BertScore._f1([pair, longer]).tolist() == pytest.approx([wanted, 1], abs=1e-6)
+    other = (pair[1], pair[0])
+    assert BertScore._f1([other, longer])[0] == pytest.approx(wanted, abs=1e-6)
+
+
 def test_bertscore_of_equal_and_blank_texts(folder):
     score = BertScore.from_weights(str(folder))
     floor = -0.8473319 / (1 - 0.8473319)

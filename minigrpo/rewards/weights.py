@@ -10,8 +10,10 @@ The folder holds the files as they are published; each scorer asks for those it 
 
 import hashlib
 import os
+import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -46,21 +48,25 @@ def load_encoder(weights_dir: str | None, name: str, load: Callable[[str], T], s
     try:
         return load(source)
     except (OSError, ValueError) as error:
-        where = f"from the Hugging Face hub; put its files into DIR/{name.split('/')[-1]} and give --reward_weights DIR" \
-            if weights_dir is None else "; fetch its files again"
-        raise ValueError(f"{source} ({size}) could not be loaded {where} ({str(error).splitlines()[0]})") from error
+        mend = "fetch its files again" if weights_dir else \
+            f"put its files into a folder DIR/{name.split('/')[-1]}, and give --reward_weights DIR"
+        raise ValueError(f"{source} ({size}) could not be loaded ({str(error).splitlines()[0]}): {mend}") from error
 
 
 def unpack(archive: Path, folder: Path) -> Path:
     """`folder` with what `archive` holds. It appears whole or not at all, and nothing is written outside it."""
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = None
         try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
             scratch = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-")
             with tarfile.open(archive, "r:gz") as tar:
                 tar.extractall(scratch, filter="data")
+            os.chmod(scratch, 0o755)
             os.replace(scratch, folder)
-        except (OSError, tarfile.TarError, EOFError) as error:
+        except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
+            if scratch:
+                shutil.rmtree(scratch, ignore_errors=True)
             if not folder.is_dir():  # else another process was first
                 raise ValueError(f"{archive} cannot be unpacked into {folder} ({error}): fetch it again, or unpack it by "
                                  "hand") from error
