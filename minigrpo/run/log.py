@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from minigrpo.data import asks_to_think, split_thinking
+
 from .groups import Groups
 
 
