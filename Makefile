@@ -3,7 +3,7 @@ SEED ?= 0
 OUT ?= runs/demo
 BIN := .venv/bin
 
-.PHONY: install demo demo-real test test-slow test-peers bench
+.PHONY: install demo demo-real study study-smoke test test-slow test-peers bench
 
 install: .venv/installed
 
@@ -22,6 +22,13 @@ demo: install
 # The phantom-trained model on your films: DATA is a folder with train.jsonl and test.jsonl.
 demo-real: install
 	$(BIN)/python -m minigrpo.demo --output_dir $(OUT)-real --seed $(SEED) --data "$(DATA)" --model $(OUT)/sft/final
+
+# The study of docs/study.md: hours; stopped and run again, it goes on. From cache it renders in seconds.
+study: install
+	$(BIN)/python -m minigrpo.study
+
+study-smoke: install
+	$(BIN)/python -m minigrpo.study --smoke --output_dir runs/study-smoke --json runs/study-smoke/study.json --page ""
 
 test: install
 	$(BIN)/python -m pytest -q -m "not slow"

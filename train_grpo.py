@@ -40,8 +40,6 @@ class GrpoArguments(RunArguments):
         "help": "a reward, a mix (0.9*soft_f1+0.1*dice), either by task (report=gleu,grounding=soft_f1), or your own as "
                 "my_module:my_reward"})
     think: bool = field(default=False, metadata={"help": "put /think behind every question: thinking before the answer"})
-    opened: bool = field(default=False, metadata={
-        "help": "the chat template writes the first <think> itself, as Qwen3-VL-Thinking's does"})
     box_scale: float = field(default=1.0, metadata={
         "help": "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL"})
     prompts_per_step: int = field(default=8, metadata={"help": "questions per rollout batch (512 in the paper)"})
@@ -152,7 +150,7 @@ def main() -> None:
     with input_errors():
         args = parse_args(GrpoArguments, __doc__)
         checkpoint = last_checkpoint(args)
-        reward = reward_fn(args.reward, opened=args.opened, box_scale=args.box_scale)
+        reward = reward_fn(args.reward, box_scale=args.box_scale)
         found = read_jsonl(args.train_data, task=args.task)
         train = [sample for sample in found if sample.task in reward.tasks]
         if not train:
@@ -243,7 +241,7 @@ def main() -> None:
                     optimizer.step()
                     optimizer.zero_grad()
 
-            row = {"step": step, **rollout_stats(groups, args.opened), "groups_replaced": replaced, **means.row(), **timer.row(),
+            row = {"step": step, **rollout_stats(groups, reward.opened), "groups_replaced": replaced, **means.row(), **timer.row(),
                    **efficiency(policy, prompts, rollout, timer.seconds, padding_share(prompts, mask, parts), limits)}
             metrics.write(row)
             rollouts.write({"step": step, "groups": group_rows(groups, advantage, count=2)})

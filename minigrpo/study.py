@@ -158,9 +158,9 @@ def start(run: Run, where: dict[str, Path], threads: int) -> multiprocessing.Pro
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def child() -> None:
-        log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        sys.stdout = sys.stderr = log = open(f"{out}.log", "w", buffering=1)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
         torch.set_num_threads(threads)
         print("$ python", *line, flush=True)
         python(line)

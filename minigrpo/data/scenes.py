@@ -43,6 +43,7 @@ THINGS = {
 CAPTIONS = ("Describe this picture.", "What does this picture show?", "What can be seen here?", "Write a caption for this image.")
 ALL = ("Box every thing in this picture.", "Find all things and give their boxes.", "Where are the things in this picture?")
 ONE = ("Where is the {label}?", "Locate the {label}.", "Draw a box around the {label}.", "Show the {label} on this image.")
+ANSWERS = tuple(answer for answer in REGION_ANSWERS if "film" not in answer)
 READING = ("Quote a report of a chest X-ray.", "What does a radiology report read like?", "Give an example of a findings paragraph.")
 
 
@@ -109,7 +110,7 @@ def scene_samples(things: list[dict], name: str, image: str, rng) -> list[dict]:
         {"id": f"{name}-all", "label": "all things", "question": draw_template(ALL, rng), "answer": answer,
          "boxes": [thing["box"] for thing in things]} | grounding,
         {"id": f"{name}-one", "label": one["label"], "question": draw_template(ONE, rng).format(label=one["label"]), "boxes": [one["box"]],
-         "answer": draw_template(REGION_ANSWERS, rng).format(label=one["label"], boxes=format_boxes([one["box"]]))} | grounding,
+         "answer": draw_template(ANSWERS, rng).format(label=one["label"], boxes=format_boxes([one["box"]]))} | grounding,
     ]
 
 
