@@ -4,7 +4,7 @@ OUT ?= runs/demo
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: install demo demo-real test test-slow test-peers bench
+.PHONY: install demo demo-real study study-smoke test test-slow test-peers bench
 
 install: .venv/installed
 
@@ -23,6 +23,13 @@ demo: install
 # The phantom-trained model on your films: DATA is a folder with train.jsonl and test.jsonl.
 demo-real: install
 	$(BIN)/python -m minigrpo.demo --output_dir $(OUT)-real --seed $(SEED) --data "$(DATA)" --model $(OUT)/sft/final
+
+# The study of docs/study.md: hours; stopped and run again, it goes on. From cache it renders in seconds.
+study: install
+	$(BIN)/python -m minigrpo.study
+
+study-smoke: install
+	$(BIN)/python -m minigrpo.study --smoke --output_dir runs/study-smoke --json runs/study-smoke/study.json --page ""
 
 # WORKERS processes of one thread each take whole files in turn: faster than one process with as many threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minigrpo.data import Sample, read_jsonl
+from minigrpo.data import Sample, ask_to_think, read_jsonl
 from minigrpo.generate import generate
 from minigrpo.metrics import (breakdown, compare, constant_boxes, constant_report, evaluate_answers, load_clinical,
                               markdown_table)
@@ -45,6 +45,7 @@ class EvaluateArguments:
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
     box_scale: float | None = field(default=None, metadata={
         "help": "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL; default 1, or as --predictions had it"})
+    think: bool = field(default=False, metadata={"help": "put /think behind every question: thinking before the answer"})
     opened: bool = field(default=False, metadata={
         "help": "the chat template writes the first <think> itself, as Qwen3-VL-Thinking's does"})
     report_items: int = field(default=400, metadata={"help": "answers shown in report.html, drawn at random; 0 writes none"})
@@ -73,11 +74,12 @@ def main() -> None:
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty: give another --output_dir")
         samples = read_jsonl(args.data, task=args.task)
+        samples = ask_to_think(samples) if args.think else samples
         clinical, missing = load_clinical(args.reward_weights, args.device) if args.reward_weights else (None, [])
-        baseline, before = read_answers(args.baseline, samples, "--baseline") if args.baseline else (None, {})
-        stored: dict = {}
+        baseline, _, before = read_answers(args.baseline, samples, "--baseline") if args.baseline else (None, None, {})
+        stored, cut_off = {}, None
         if args.predictions:
-            answers, stored = read_answers(args.predictions, samples, "--predictions")
+            answers, cut_off, stored = read_answers(args.predictions, samples, "--predictions")
         elif args.model == "constant":
             answers = constant_answers(read_jsonl(args.train_data, task=args.task, verify_images=False), samples)
         else:
@@ -85,12 +87,12 @@ def main() -> None:
     for line in missing:
         print(line)
     if args.model not in (None, "constant"):
-        answers = greedy_answers(policy, samples, args.batch_size, args.max_new_tokens)
+        answers, cut_off = greedy_answers(policy, samples, args.batch_size, args.max_new_tokens)
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_predictions(folder / "predictions.jsonl", samples, answers)  # hours of sampling outlive a scorer that fails
+    write_predictions(folder / "predictions.jsonl", samples, answers, cut_off)  # hours of sampling outlive a scorer that fails
     reading = {"opened": args.opened or stored.get("opened", False), "box_scale": args.box_scale or stored.get("box_scale", 1.0)}
-    results = evaluate_answers(samples, answers, **reading, clinical=clinical)
+    results = evaluate_answers(samples, answers, **reading, clinical=clinical, cut_off=cut_off)
     items = results.pop("items")
     metrics = {"model": args.model or stored.get("model", args.predictions), "data": args.data, **reading, "tasks": results,
                "breakdown": breakdown(samples, items), "not_computed": missing}
@@ -99,7 +101,7 @@ def main() -> None:
         others = evaluate_answers(samples, baseline, **read_before, clinical=clinical)["items"]
         metrics["baseline"] = args.baseline
         metrics["difference"] = compare(items, others)
-    write_predictions(folder / "predictions.jsonl", samples, answers, items)
+    write_predictions(folder / "predictions.jsonl", samples, answers, cut_off, items)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     (folder / "table.md").write_text(table := markdown_table(metrics))
     draw_samples(folder / "samples.png", samples, answers, baseline, **reading)
@@ -109,16 +111,16 @@ def main() -> None:
     print(table)
 
 
-def greedy_answers(policy: Policy, samples: list[Sample], batch_size: int, max_new_tokens: int) -> list[str]:
-    """Answers in the order of the samples; those of like length of question and task are generated together."""
+def greedy_answers(policy: Policy, samples: list[Sample], batch_size: int, max_new_tokens: int) -> tuple[list[str], list[bool]]:
+    """Answers in the order of the samples, and which of them `max_new_tokens` cut off; those of like length of question and task are generated together."""
     order = sorted(range(len(samples)), key=lambda i: (samples[i].task, len(samples[i].question)))
-    answers = [""] * len(samples)
+    answers, cut_off = [""] * len(samples), [False] * len(samples)
     for first in tqdm(range(0, len(order), batch_size), desc="evaluate", unit="batch"):
         chosen = order[first:first + batch_size]
         rollout = generate(policy, policy.encode([samples[i] for i in chosen]), max_new_tokens=max_new_tokens, temperature=0)
-        for i, text in zip(chosen, rollout.texts):
-            answers[i] = text
-    return answers
+        for i, text, finished in zip(chosen, rollout.texts, rollout.finished.tolist()):
+            answers[i], cut_off[i] = text, not finished
+    return answers, cut_off
 
 
 def constant_answers(train: list[Sample], samples: list[Sample]) -> list[str]:
@@ -134,25 +136,29 @@ def constant_answers(train: list[Sample], samples: list[Sample]) -> list[str]:
     return [answers[s.id] for s in samples]
 
 
-def write_predictions(path: Path, samples: list[Sample], answers: list[str], items: list[dict] | None = None) -> None:
+def write_predictions(path: Path, samples: list[Sample], answers: list[str], cut_off: list[bool] | None,
+                      items: list[dict] | None = None) -> None:
+    nothing = [None] * len(samples)
     with path.open("w") as file:
-        for sample, answer, item in zip(samples, answers, items or [None] * len(samples)):
+        for sample, answer, cut, item in zip(samples, answers, cut_off or nothing, items or nothing):
             row = {"id": sample.id, "task": sample.task, "question": sample.question, "reference": sample.answer, "answer": answer}
+            row |= {} if cut is None else {"cut_off": cut}
             file.write(json.dumps(row | ({"scores": item} if item else {})) + "\n")
 
 
-def read_answers(place: str, samples: list[Sample], argument: str) -> tuple[list[str], dict]:
-    """Another evaluation's answers to these samples, in their order, and its metrics.json ({} where there is none)."""
+def read_answers(place: str, samples: list[Sample], argument: str) -> tuple[list[str], list[bool] | None, dict]:
+    """Another evaluation's answers to these samples, in their order, which were cut off (None where that is not known of all),
+    and its metrics.json ({} where there is none)."""
     path = Path(place) / "predictions.jsonl" if Path(place).is_dir() else Path(place)
     if not path.is_file():
         raise ValueError(f"{argument} {place} is no evaluation: it holds no predictions.jsonl")
-    answers = {}
+    answers, cut_off = {}, {}
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            answers[row["id"]] = row["answer"] + ""
+            answers[row["id"]], cut_off[row["id"]] = row["answer"] + "", row.get("cut_off")
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}:{number}: not a prediction: a line is an object with id and answer, two texts") from None
     absent = [s.id for s in samples if s.id not in answers]
@@ -160,7 +166,8 @@ def read_answers(place: str, samples: list[Sample], argument: str) -> tuple[list
         raise ValueError(f"{argument} {place} has no answer for {len(absent)} of the samples, such as {absent[0]}: "
                          "evaluate both models on the same file")
     about = path.parent / "metrics.json"
-    return [answers[s.id] for s in samples], json.loads(about.read_text()) if about.is_file() else {}
+    cuts = [cut_off[s.id] for s in samples]
+    return [answers[s.id] for s in samples], None if None in cuts else cuts, json.loads(about.read_text()) if about.is_file() else {}
 
 
 if __name__ == "__main__":

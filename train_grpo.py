@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minigrpo.data import batch_at, read_jsonl
+from minigrpo.data import ask_to_think, batch_at, read_jsonl
 from minigrpo.generate import Rollout, generate
 from minigrpo.lora import adapters_off, add_adapters
 from minigrpo.loss import (AGGREGATIONS, ESTIMATORS, KINDS, LEVELS, SCALES, denominator_of, group_advantages, grpo_loss,
@@ -47,6 +47,9 @@ class GrpoArguments(RunArguments):
         "help": "where the clinical rewards run: cpu, cuda:1, ...; without it beside the policy"})
     max_unscored: float = field(default=0.1, metadata={
         "help": "largest share of a step's answers that the reward may fail to score (they are masked); beyond it the run stops"})
+    think: bool = field(default=False, metadata={"help": "put /think behind every question: thinking before the answer"})
+    box_scale: float = field(default=1.0, metadata={
+        "help": "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL"})
     prompts_per_step: int = field(default=8, metadata={"help": "questions per rollout batch (512 in the paper)"})
     group_size: int = field(default=8, metadata={"help": "answers sampled to each question, G"})
     updates_per_rollout: int = field(default=4, metadata={"help": "optimiser steps on each rollout batch, each on its own prompts"})
@@ -110,6 +113,8 @@ class GrpoArguments(RunArguments):
                              f"--updates_per_rollout {self.updates_per_rollout}, so that every update has as many prompts")
         if self.group_size < 2:
             raise ValueError("--group_size must be at least 2: an answer alone has no group to be better than")
+        if not 0 < self.box_scale < float("inf"):
+            raise ValueError(f"--box_scale must be above 0, got {self.box_scale}: 1 for fractions, 1000 for Qwen3-VL's own")
         if self.temperature <= 0:
             raise ValueError(f"--temperature must be above 0, got {self.temperature}: greedy answers of a group are all equal")
         for name in ("dynamic_sampling", "soft_overlong", "dual_clip", "cispo_cap", "rollout_cap", "kl_coef"):
@@ -157,7 +162,7 @@ def main() -> None:
     with input_errors():
         args = parse_args(GrpoArguments, __doc__)
         checkpoint = last_checkpoint(args)
-        reward = reward_fn(args.reward, weights_dir=args.reward_weights, device=args.reward_device or args.device,
+        reward = reward_fn(args.reward, box_scale=args.box_scale, weights_dir=args.reward_weights, device=args.reward_device or args.device,
                            cache=cache_dir() / "references.sqlite")
         found = read_jsonl(args.train_data, task=args.task)
         train = [sample for sample in found if sample.task in reward.tasks]
@@ -165,6 +170,7 @@ def main() -> None:
             raise ValueError(f"--reward {args.reward} covers {', '.join(sorted(reward.tasks))}: no sample of "
                              f"{args.train_data} is left (--task {args.task})")
         load = partial(Policy.from_pretrained, device=args.device, autocast=args.bf16)
+        train = ask_to_think(train) if args.think else train
         if args.lora_rank:
             policy = reference = add_adapters(load(args.model), args, checkpoint)
         else:
@@ -249,7 +255,7 @@ def main() -> None:
                     optimizer.step()
                     optimizer.zero_grad()
 
-            row = {"step": step, **rollout_stats(groups), "groups_replaced": replaced, **means.row(), **timer.row(),
+            row = {"step": step, **rollout_stats(groups, reward.opened), "groups_replaced": replaced, **means.row(), **timer.row(),
                    **efficiency(policy, prompts, rollout, timer.seconds, padding_share(prompts, mask, parts), limits)}
             metrics.write(row)
             rollouts.write({"step": step, "groups": group_rows(groups, advantage, count=2)})

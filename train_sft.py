@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from minigrpo.data import TASKS, Sample, batch_at, group_by_image, prefetch, read_jsonl
+from minigrpo.data import TASKS, Sample, batch_at, group_by_image, prefetch, read_jsonl, with_traces
 from minigrpo.lora import add_adapters
 from minigrpo.loss import aggregate
 from minigrpo.policy import Policy
@@ -98,7 +98,7 @@ def main() -> None:
     with input_errors():
         args = parse_args(SftArguments, __doc__)
         checkpoint = last_checkpoint(args)
-        train = read_jsonl(args.train_data, task=args.task)
+        train = with_traces(read_jsonl(args.train_data, task=args.task))  # a sample with a trace is asked to think
         if args.lora_rank:
             policy = add_adapters(Policy.from_pretrained(args.model, device=args.device, autocast=args.bf16), args, checkpoint)
         elif checkpoint or args.model != "tiny":

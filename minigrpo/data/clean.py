@@ -13,10 +13,9 @@ import json
 import os
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 
-from .rewrite import OPEN_SETS, Endpoint, is_loopback, rewrite_all
+from .rewrite import Endpoint, check_address, rewrite_all
 from .rows import one_paragraph
 from .sample import read_jsonl
 
@@ -81,20 +80,6 @@ def lines_of(path: Path, target: Path) -> list[dict]:
     return records
 
 
-def check_address(args, records: list[dict]) -> None:
-    """Reports leave this machine only if they may, or if the user says so."""
-    if is_loopback(args.endpoint) or args.allow_sending_reports:
-        return
-    closed = Counter(record.get("source") or "no source" for record in records
-                     if record["task"] == "report" and record.get("source") not in OPEN_SETS)
-    if closed:
-        sets = ", ".join(f"{n:,} of {name}" for name, n in closed.most_common())
-        raise ValueError(f"--endpoint {args.endpoint} is not this machine (127.0.0.1, ::1, localhost), and the file holds reports that may "
-                         f"not be sent to others ({sets}): the data use agreements of credentialed sets forbid to share them with a third "
-                         "party, such as an online model, and reports of unknown source may name patients. Serve the model on this "
-                         "machine, or, if you have the right to send them there, say so with --allow_sending_reports")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="JSONL file whose reports are cleaned")
@@ -116,7 +101,7 @@ def main() -> None:
         records = lines_of(args.file, args.output_file)
         reports = [record for record in records if record["task"] == "report"]
         if args.endpoint:
-            check_address(args, records)
+            check_address(args.endpoint, [r.get("source") for r in reports], "reports", args.allow_sending_reports)
             args.output_file.parent.mkdir(parents=True, exist_ok=True)
             endpoint = Endpoint(args.endpoint, args.model, key=os.environ.get("OPENAI_API_KEY"))
             cache = args.cache or args.output_file.with_suffix(".cache.jsonl")

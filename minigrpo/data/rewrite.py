@@ -1,4 +1,4 @@
-"""Ask a language model to rewrite reports, through any OpenAI-compatible endpoint; answers are kept, so that a run can stop and go on."""
+"""Ask a model at any OpenAI-compatible endpoint, to rewrite reports or what else; answers are kept, so that a run can stop and go on."""
 
 import hashlib
 import ipaddress
@@ -6,7 +6,8 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 # Sets that anyone may download, and the drawn one. Reports of all others, also of files that name no source, stay on this machine.
-OPEN_SETS = ("openi", "nih", "jsrt", "phantom")
+OPEN_SETS = ("openi", "nih", "jsrt", "phantom", "scenes")
 
 PROMPT = """You edit the findings section of a chest X-ray report so that it holds only what can be seen on this one film.
 Remove every mention of earlier films, comparison, change or stability over time ("unchanged", "new", "improved"), of other studies, of
@@ -49,20 +50,23 @@ class Endpoint:
 
     def rewrite(self, text: str) -> str:
         """The model's version of one report, "" where it found nothing to keep."""
-        body = {"model": self.model, "temperature": 0,
-                "messages": [{"role": "system", "content": PROMPT}, {"role": "user", "content": text}]}
+        said, whole = self.chat([{"role": "system", "content": PROMPT}, {"role": "user", "content": text}])
+        if not whole:
+            raise ValueError(f"{self.model} was cut off at its longest answer: raise the server's limit, or half reports would be kept")
+        said = said.rpartition("</think>")[2].strip()
+        return "" if said.rstrip(".") == NOTHING else " ".join(said.split())
+
+    def chat(self, messages: list[dict], **settings) -> tuple[str, bool]:
+        """(what the model says, whether it came to its end)."""
+        body = {"model": self.model, "temperature": 0, "messages": messages} | settings
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(f"{self.address.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
         answer = self._send(request)
         try:
-            said = answer["choices"][0]["message"]["content"].strip()
-            finish = answer["choices"][0].get("finish_reason")
+            choice = answer["choices"][0]
+            return choice["message"]["content"].strip(), choice.get("finish_reason") != "length"
         except (KeyError, IndexError, TypeError, AttributeError):
             raise ValueError(f"{self.address} answered without choices[0].message.content: is it an OpenAI-compatible server?") from None
-        if finish == "length":
-            raise ValueError(f"{self.model} was cut off at its longest answer: raise the server's limit, or half reports would be kept")
-        said = said.rpartition("</think>")[2].strip()
-        return "" if said.rstrip(".") == NOTHING else " ".join(said.split())
 
     def _send(self, request: urllib.request.Request) -> dict:
         for attempt in range(RETRIES):
@@ -91,27 +95,49 @@ def is_loopback(address: str) -> bool:
         return host == "localhost"
 
 
+def check_address(address: str, sources: Sequence[str | None], what: str, allowed: bool) -> None:
+    """Reports and films leave this machine only if they may, or if the user says so; `sources`: the set of each sample sent."""
+    if is_loopback(address) or allowed:
+        return
+    closed = Counter(source or "no source" for source in sources if source not in OPEN_SETS)
+    if closed:
+        sets = ", ".join(f"{n:,} of {name}" for name, n in closed.most_common())
+        raise ValueError(f"--endpoint {address} is not this machine (127.0.0.1, ::1, localhost), and the file holds {what} that may "
+                         f"not be sent to others ({sets}): the data use agreements of credentialed sets forbid to share them with a third "
+                         "party, such as an online model, and reports of unknown source may name patients. Serve the model on this "
+                         "machine, or, if you have the right to send them there, say so with --allow_sending_reports")
+
+
 def rewrite_all(endpoint: Endpoint, texts: Sequence[str], cache: Path, workers: int = 8) -> list[str]:
     """A rewritten text for each, in order. Each distinct text is asked once; `cache` gains a line with every answer."""
-    def key(text: str) -> str:
-        return hashlib.sha256(json.dumps([endpoint.model, PROMPT, text]).encode()).hexdigest()
+    keys = [key_of(endpoint.model, PROMPT, text) for text in texts]
+    return ask_all(endpoint.rewrite, texts, keys, cache, workers, "rewrite")
+
+
+def key_of(*parts) -> str:
+    """What an answer depends on, as the name under which it is kept."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def ask_all(ask: Callable, questions: Sequence, keys: Sequence[str], cache: Path, workers: int, what: str) -> list:
+    """`ask(question)` for each, in order, a JSON value. Each key is asked once; `cache` gains a line with every answer."""
     known = read_cache(cache)
-    ask = [text for text in dict.fromkeys(texts) if key(text) not in known]
+    new = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
     with cache.open("a", encoding="utf-8") as file, ThreadPoolExecutor(workers) as pool:
         if file.tell() and not cache.read_bytes().endswith(b"\n"):
             file.write("\n")  # a run that was killed within a line
         try:
-            for text, answer in zip(ask, tqdm(pool.map(endpoint.rewrite, ask), total=len(ask), desc="rewrite", unit="report")):
-                known[key(text)] = answer
-                file.write(json.dumps({"key": key(text), "answer": answer}, ensure_ascii=False) + "\n")
+            for key, answer in zip(new, tqdm(pool.map(ask, new.values()), total=len(new), desc=what)):
+                known[key] = answer
+                file.write(json.dumps({"key": key, "answer": answer}, ensure_ascii=False) + "\n")
                 file.flush()
         except BaseException:
             pool.shutdown(cancel_futures=True)  # an error or Ctrl-C: ask no more
             raise
-    return [known[key(text)] for text in texts]
+    return [known[key] for key in keys]
 
 
-def read_cache(cache: Path) -> dict[str, str]:
+def read_cache(cache: Path) -> dict:
     """Answers of earlier runs; a line that a killed run left half written is asked again."""
     known = {}
     for line in cache.read_text(encoding="utf-8", errors="replace").split("\n") if cache.is_file() else []:

@@ -2,6 +2,7 @@
 
 from ..data.boxes import parse_boxes, split_thinking
 from ..data.sample import Sample
+from ..data.thinking import asks_to_think
 from ..rewards import gleu, soft_f1
 from .cider import cider_d
 from .clinical import CHEXBERT, Clinical
@@ -17,13 +18,14 @@ def score_item(sample: Sample, answer: str, *, opened: bool = False, box_scale: 
     """{"id", "task", metric: value, ...} of one answer as the model wrote it; all but text lengths and boxes in 0..1.
 
     As for the rewards, an answer whose think block is broken counts as empty. Where thinking was asked for (`opened`, or
-    the question ends in /think), "think_format" is 1 for one closed block with something in it and after it.
+    the question ends in /think), "think_format" is 1 for one closed block with something in it and after it,
+    and "thinking_length" its words.
     """
     thinking, text, ok = split_thinking(answer, opened)
     text = text if ok else ""
     item = {"id": sample.id, "task": sample.task, "length": len(text.split())}
-    if opened or sample.question.rstrip().endswith("/think"):
-        item["think_format"] = float(bool(thinking and text))
+    if opened or asks_to_think(sample.question):
+        item |= {"think_format": float(bool(thinking and text)), "thinking_length": len(thinking.split())}
     if sample.task == "grounding":
         boxes = parse_boxes(text, box_scale)
         return item | {"soft_f1": soft_f1(boxes, sample.boxes), "map50": average_precision(boxes, sample.boxes),
@@ -36,9 +38,12 @@ def score_item(sample: Sample, answer: str, *, opened: bool = False, box_scale: 
 
 
 def score_items(samples: list[Sample], answers: list[str], *, opened: bool = False, box_scale: float = 1.0,
-                clinical: Clinical | None = None) -> list[dict]:
-    """`score_item` of each, and what needs the whole set: "cider" of each text task, the `clinical` scores of reports."""
+                clinical: Clinical | None = None, cut_off: list[bool] | None = None) -> list[dict]:
+    """`score_item` of each, and what needs the whole set: "cider" of each text task, the `clinical` scores of reports.
+    `cut_off` says of each answer whether it reached the longest length, where that is known."""
     items = [score_item(sample, answer, opened=opened, box_scale=box_scale) for sample, answer in zip(samples, answers)]
+    for item, cut in zip(items, cut_off or ()):
+        item["cut_off"] = float(cut)
     for task in {sample.task for sample in samples} - {"grounding"}:
         rows = [i for i, sample in enumerate(samples) if sample.task == task]
         texts = [text if ok else "" for _, text, ok in (split_thinking(answers[i], opened) for i in rows)]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from minigrpo.data import asks_to_think, split_thinking
+
 from .groups import Groups
 
 
@@ -65,8 +67,8 @@ class Means:
         return {name: total / max(weight, 1e-12) for name, (total, weight) in self.sums.items()}
 
 
-def rollout_stats(groups: Groups) -> dict[str, float]:
-    """What a step's answers and rewards looked like. docs/metrics.md says what each figure means."""
+def rollout_stats(groups: Groups, opened: bool = False) -> dict[str, float]:
+    """What a step's answers and rewards looked like; thinking and answer apart where thinking was asked for. docs/metrics.md says what each figure means."""
     rewards, valid, rollout = groups.rewards, groups.valid, groups.rollout
     counted = rewards[valid]
     spread = torch.tensor([row[ok].std().item() if ok.sum() > 1 else 0.0 for row, ok in zip(rewards, valid)])
@@ -78,6 +80,11 @@ def rollout_stats(groups: Groups) -> dict[str, float]:
         "answer_tokens": rollout.mask.sum(1).float().mean().item(),
         "cut_off": 1 - rollout.finished.float().mean().item(),
     }
+    if opened or any(asks_to_think(sample.question) for sample in groups.samples):
+        read = [split_thinking(text, opened) for text in rollout.texts]
+        stats |= {"think_format": sum(bool(ok and thinking and answer) for thinking, answer, ok in read) / len(read),
+                  "thinking_words": sum(len(thinking.split()) for thinking, _, _ in read) / len(read),
+                  "answer_words": sum(len(answer.split()) for _, answer, _ in read) / len(read)}
     for name, values in groups.parts.items():
         known = [v for v in values if v is not None and v == v]
         stats[f"reward_{name}"] = sum(known) / max(1, len(known))

@@ -22,6 +22,8 @@ PANELS = {
     "entropy (nats per token)": ["entropy"],
     "share of tokens clipped": ["clip_high", "clip_low"],
     "answer length (tokens)": ["answer_tokens"],
+    "thinking and answer (words)": ["thinking_words", "answer_words"],
+    "share of closed think blocks, and cut off": ["think_format", "cut_off"],
     "gradient norm": ["grad_norm"],
     "learning rate": ["learning_rate"],
 }

@@ -1,0 +1,61 @@
+"""Several JSONL files as one, some of them more than once.
+
+    python -m minigrpo.data.join data/mimic/train.jsonl data/vindr/train.jsonl=3 --output_file data/sft/train.jsonl
+
+`FILE=3` takes each of its lines three times: a small set that an epoch should meet more often. Image paths are rewritten for where
+the output lies; a line's second copy is named ID-2, and an id that two files share is an error.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from .clean import lines_of
+
+
+def parse_file(text: str) -> tuple[Path, int]:
+    """"data/train.jsonl=3" -> (its path, 3)."""
+    name, equals, times = text.rpartition("=")
+    if not equals:
+        return Path(text), 1
+    if not times.isascii() or not times.isdigit() or int(times) < 1:
+        raise ValueError(f"{text!r}: behind = stands how often each line is taken, 1 or more")
+    return Path(name), int(times)
+
+
+def join(files: list[tuple[Path, int]], target: Path) -> list[dict]:
+    """All records, repeated, in the order of the files."""
+    joined, owner = [], {}
+    for path, times in files:
+        records = lines_of(path, target)
+        for number in range(1, times + 1):
+            for record in records:
+                name = record["id"] if number == 1 else f"{record['id']}-{number}"
+                if owner.setdefault(name, path) != path:
+                    raise ValueError(f"id {name!r} stands in {owner[name]} and in {path}: rename it in one of them")
+                joined.append(record | {"id": name})
+    return joined
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", help="JSONL files, FILE or FILE=TIMES")
+    parser.add_argument("--output_file", type=Path, required=True, help="JSONL file to write")
+    args = parser.parse_args()
+    try:
+        if args.output_file.exists():
+            raise ValueError(f"{args.output_file} exists already: remove it, or give another --output_file")
+        records = join([parse_file(text) for text in args.files], args.output_file)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    args.output_file.parent.mkdir(parents=True, exist_ok=True)
+    part = args.output_file.with_suffix(".part")
+    part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    os.replace(part, args.output_file)
+    print(f"{args.output_file}: {len(records):,} lines of {len(args.files)} files")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""The study on phantoms: does RL add to SFT, does thinking help, what does the reward do? One command, resumable.
+
+    python -m minigrpo.study                  # make study: everything that is not done yet, then docs/study.json, study.md, figures
+    python -m minigrpo.study --smoke --output_dir runs/study-smoke --json runs/study-smoke/study.json --page ""  # make study-smoke
+    python -m minigrpo.study --table          # tables and figures from docs/study.json alone
+
+{general, domain} start x {direct, thinking} x {report, grounding}: each evaluated before and after GRPO, over several seeds. `general`
+learned to see and answer on drawn scenes and never saw a film; `domain` is the same model after SFT on films. Both learned to think
+when asked. Arms differ in what their name says and in nothing else: the same steps, prompts, longest answer and seeds.
+
+A run's folder is named by a hash of its command and of the runs that it stands on, so that a change of a setting reruns what
+depends on it, and that alone. A change of the code does not: remove output_dir then.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import minigrpo.policy  # noqa: F401  loaded once: a run is a fork of this process
+import minigrpo.run.plots  # noqa: F401
+import torch
+from minigrpo.demo import python
+from minigrpo.run.args import input_errors, parse_args
+from minigrpo.study_results import collect
+from minigrpo.study_table import draw_figures, tables, write_page
+
+STARTS, MODES, TASKS = ("general", "domain"), ("direct", "thinking"), ("report", "grounding")
+ENTITIES = "minigrpo.rewards.phantom_entities:complete"
+# The domain-direct report run under each reward; "gleu" is the arm itself.
+ABLATION = {"radgraph": f"report={ENTITIES}", "mix": f"report=0.5*gleu+0.5*{ENTITIES}"}
+
+
+@dataclass
+class Size:
+    """How large a study is; GRPO's other settings are the demo's."""
+
+    films: int
+    test: int
+    pixels: int  # of a film's side
+    scenes: int
+    reading: int  # reports as text
+    traces: int  # of thought, for each start
+    general_steps: int
+    domain_steps: int
+    grpo_steps: dict[str, int]
+    prompts: int
+    group: int
+    longest: int  # answer in tokens, thinking included
+    seeds: int
+
+
+FULL = Size(films=2400, test=300, pixels=224, scenes=1500, reading=400, traces=2000, general_steps=500, domain_steps=700,
+            grpo_steps={"report": 80, "grounding": 110}, prompts=16, group=8, longest=224, seeds=3)
+SMOKE = Size(films=12, test=4, pixels=64, scenes=12, reading=4, traces=10, general_steps=4, domain_steps=4,
+             grpo_steps={"report": 1, "grounding": 1}, prompts=4, group=2, longest=24, seeds=1)
+
+
+@dataclass
+class StudyArguments:
+    output_dir: str = field(default="runs/study", metadata={"help": "where the runs go, each in a folder of its own"})
+    json: str = field(default="docs/study.json", metadata={"help": "results to write, or with --table to read"})
+    page: str = field(default="docs/study.md", metadata={"help": "page whose results are rendered; figures go to images/ beside it; "
+                                                                "empty: none"})
+    table: bool = field(default=False, metadata={"help": "run nothing: render tables and figures from --json"})
+    smoke: bool = field(default=False, metadata={"help": "every step of the study, each as small as can be: shows that it runs"})
+    seeds: int | None = field(default=None, metadata={"help": "seeds of GRPO; default 3"})
+    jobs: int = field(default=os.cpu_count() or 1, metadata={"help": "runs at once; each gets its share of the cores"})
+    reward_weights: str | None = field(default=None, metadata={
+        "help": "folder with BERTScore's weights: adds it to the rewards that are compared"})
+
+    def check(self) -> None:
+        if self.jobs < 1 or (self.seeds is not None and self.seeds < 1):
+            raise ValueError("--jobs and --seeds must be at least 1")
+
+
+@dataclass
+class Run:
+    name: str
+    command: list  # what follows `python`; {out} is its own folder, {NAME} that of another run
+
+    @property
+    def needs(self) -> list[str]:
+        return [name for word in self.command for name in re.findall(r"\{([\w-]+)\}", str(word)) if name != "out"]
+
+
+def plan(size: Size, reward_weights: str | None = None) -> list[Run]:
+    """All runs, each after those that it needs."""
+    runs: list[Run] = []
+
+    def add(name: str, *command) -> None:
+        runs.append(Run(name, list(command)))
+
+    add("films", "-m", "minigrpo.data.phantom", "--output_dir", "{out}", "--train", size.films, "--test", size.test, "--seed", 0,
+        "--size", size.pixels)
+    add("scenes", "-m", "minigrpo.data.scenes", "--output_dir", "{out}", "--train", size.scenes, "--reading", size.reading, "--seed", 0,
+        "--size", size.pixels)
+    sft = ["--batch_size", 10, "--micro_batch", 10, "--optimizer", "muon", "--beta2", 0.98, "--learning_rate", 4e-3]
+    for start, data, model, steps in (("general", "scenes", "tiny", size.general_steps),
+                                      ("domain", "films", "{general}/final", size.domain_steps)):
+        add(f"{data}-think", "-m", "minigrpo.cold_start", f"{{{data}}}/train.jsonl", "--teacher", "drawing", "--limit", size.traces,
+            "--output_file", "{out}/think.jsonl")
+        weights = ["--task_weights", "report=2"] if data == "films" else []
+        add(start, "train_sft.py", "--model", model, "--train_data", f"{{{data}-think}}/think.jsonl", "--max_steps", steps,
+            "--output_dir", "{out}", *sft, *weights)
+    think = {"direct": [], "thinking": ["--think"]}
+    evaluate = ["evaluate.py", "--data", "{films}/test.jsonl", "--max_new_tokens", size.longest, "--report_items", 0, "--output_dir", "{out}"]
+    for start in STARTS:
+        for mode in MODES:
+            add(f"{start}-{mode}-sft", *evaluate, "--model", f"{{{start}}}/final", *think[mode])
+
+    def grpo(name: str, start: str, mode: str, task: str, seed: int, *reward) -> None:
+        add(name, "train_grpo.py", "--model", f"{{{start}}}/final", "--train_data", "{films}/train.jsonl", "--task", task,
+            "--max_steps", size.grpo_steps[task], "--output_dir", "{out}", "--seed", seed, "--learning_rate", 5e-5, "--prompts_per_step",
+            size.prompts, "--group_size", size.group, "--micro_tokens", 1200, "--freeze", "vision", "projector", "--max_new_tokens",
+            size.longest, *think[mode], *reward)
+        add(f"{name}-test", *evaluate, "--model", f"{{{name}}}/final", "--task", task, *think[mode])
+
+    for seed in range(size.seeds):
+        for start in STARTS:
+            for mode in MODES:
+                for task in TASKS:
+                    grpo(f"{start}-{mode}-{task}-{seed}", start, mode, task, seed)
+        for name, reward in rewards_compared(reward_weights).items():
+            extra = ["--reward_weights", reward_weights] if name == "bertscore" else []
+            grpo(f"reward-{name}-{seed}", "domain", "direct", "report", seed, "--reward", reward, *extra)
+    return runs
+
+
+def rewards_compared(reward_weights: str | None) -> dict[str, str]:
+    return ABLATION | ({"bertscore": "report=bertscore"} if reward_weights else {})
+
+
+def folders(runs: list[Run], output_dir: Path) -> dict[str, Path]:
+    """{run: its folder}, named by the hash of all that it depends on."""
+    keys: dict[str, str] = {}
+    for run in runs:
+        whole = json.dumps([run.command, [keys[name] for name in run.needs]])
+        keys[run.name] = hashlib.sha256(whole.encode()).hexdigest()[:10]
+    return {name: output_dir / f"{name}-{key}" for name, key in keys.items()}
+
+
+def start(run: Run, where: dict[str, Path], threads: int) -> multiprocessing.Process:
+    """The run as a process that writes to FOLDER.log. Training goes on from its checkpoint, all else starts anew."""
+    out = where[run.name]
+    line = [str(word).format(out=out, **where) for word in run.command]
+    if line[0].startswith("train_"):
+        line.append("--resume")
+    elif out.exists():
+        shutil.rmtree(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    def child() -> None:
+        sys.stdout = sys.stderr = log = open(f"{out}.log", "w", buffering=1)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        torch.set_num_threads(threads)
+        print("$ python", *line, flush=True)
+        python(line)
+    process = multiprocessing.get_context("fork").Process(target=child, name=run.name)
+    process.start()
+    return process
+
+
+def run_all(runs: list[Run], where: dict[str, Path], jobs: int) -> None:
+    """Every run that is not done, `jobs` at once, each once what it needs is there."""
+    done = {run.name for run in runs if (where[run.name] / "done.json").exists()}
+    print(f"{len(runs)} runs, {len(done)} of them done already", flush=True)
+    waiting, going, threads = [run for run in runs if run.name not in done], {}, max(1, (os.cpu_count() or 1) // jobs)
+    while waiting or going:
+        for run in [run for run in waiting if done.issuperset(run.needs)][:jobs - len(going)]:
+            process = start(run, where, threads)
+            going[process.sentinel] = (process, run, time.perf_counter())
+            waiting.remove(run)
+        for sentinel in wait(list(going)):
+            process, run, began = going.pop(sentinel)
+            process.join()
+            seconds = round(time.perf_counter() - began, 1)
+            if process.exitcode:
+                for other, _, _ in going.values():
+                    other.terminate()
+                tail = Path(f"{where[run.name]}.log").read_text(errors="replace")[-1500:]
+                sys.exit(f"study: {run.name} failed ({where[run.name]}.log); what is done stays done\n{tail}")
+            (where[run.name] / "done.json").write_text(json.dumps({"seconds": seconds, "threads": threads, "command": run.command}) + "\n")
+            done.add(run.name)
+            print(f"{len(done):3d}/{len(runs)}  {run.name}  {seconds:.0f} s", flush=True)
+
+
+def main() -> None:
+    with input_errors():
+        args = parse_args(StudyArguments, __doc__)
+        target, page = Path(args.json), Path(args.page) if args.page else None
+        if args.table and not target.is_file():
+            raise ValueError(f"--table: {target} does not exist; run the study first, or name its --json")
+    if not args.table:
+        size = SMOKE if args.smoke else FULL
+        size.seeds = args.seeds or size.seeds
+        runs = plan(size, args.reward_weights)
+        where = folders(runs, Path(args.output_dir))
+        run_all(runs, where, args.jobs)
+        names = ["gleu", *rewards_compared(args.reward_weights)]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(collect(where, size, names, smoke=args.smoke), indent=1) + "\n")
+    results = json.loads(target.read_text())
+    print(tables(results))
+    images = (page or target).parent / "images"
+    if results["runs"]:
+        draw_figures(results, images)
+    if page:
+        write_page(page, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The study's tables and figures, from study.json alone; the paper's published figures stand beside ours."""
+
+import re
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  the backend must be set first
+
+from minigrpo.metrics.published import REWARDS, TABLE_1, TABLE_2, TABLE_3  # noqa: E402
+from minigrpo.metrics.table import cell, figure, grid  # noqa: E402
+
+ARMS = [f"{start}-{mode}" for start in ("general", "domain") for mode in ("direct", "thinking")]
+THEIRS = {"general-direct": ("Qwen3-VL", "Qwen3-VL+RL"), "general-thinking": ("Qwen3-VL-Thinking", "Qwen3-VL-Thinking+RL"),
+          "domain-direct": ("RadVLM (SFT)", "RadVLM+RL"), "domain-thinking": (None, "RadVLM-Thinking+RL")}
+MAIN = {"report": "gleu", "grounding": "soft_f1"}
+TITLES = {"report": "GLEU", "grounding": "soft F1"}
+THEIR_REWARD = {"none": "none (SFT)", "gleu": "GLEU", "radgraph": "RadGraph complete", "bertscore": "BERTScore"}
+NOTHING = "Not run yet: `make study` fills this part in."
+
+
+def tables(results: dict) -> str:
+    """All tables as Markdown; in a result without runs, a line that says so."""
+    runs = results["runs"]
+    if not runs:
+        return NOTHING
+    size = results["size"]
+    seeds = len(next(iter(runs.values()))["seeds"])
+    lines = [f"{size['films']} films to learn from, {size['test']} to test on; {seeds} seed{'s' * (seeds > 1)} of GRPO over one SFT a "
+             f"start; greedy answers; 95% bootstrap intervals over test samples, each with its mean over the seeds. All runs took "
+             f"{results['seconds_of_all_runs'] / 3600:.2f} hours of process time on {results['cores']} cores."]
+    if results["smoke"]:
+        lines += ["", "**A smoke run: models of a few steps, whose figures mean nothing.**"]
+    lines += ["", "### What RL adds", *gains(runs), "", "### Thinking against direct", *contrast(results["thinking_over_direct"]),
+              "", "### How much more the general start gains", *general(results["general_gains_more"]),
+              "", "### Table 1: reports", *table_1(runs), "", "### Table 2: grounding, mAP@0.5", *table_2(runs),
+              "", "### Table 3: what the reward does to reports", *table_3(results["ablation"]), "", "### One answer of each arm", *examples(runs)]
+    return "\n".join(lines)
+
+
+def gains(runs: dict) -> list[str]:
+    rows = []
+    for name, run in runs.items():
+        arm, task = name.rsplit("-", 1)
+        metric = MAIN[task]
+        rows.append([arm, f"{task}, {TITLES[task]}", cell(run["sft"][metric]), cell(run["rl"][metric]), cell(run["gain"], "+"),
+                     ", ".join(f"{seed['gain']['mean']:+.3f}" for seed in run["seeds"]), their_gain(arm, task)])
+    return grid(["arm", "task", "SFT", "SFT + RL", "gain", "by seed", "theirs"], rows)
+
+
+def their_gain(arm: str, task: str) -> str:
+    """RadGraph F1 of reports, mean mAP@0.5 of grounding, in points."""
+    before, after = THEIRS[arm]
+    if before is None:
+        return "-"
+    if task == "report":
+        return f"{TABLE_1[after][4] - TABLE_1[before][4]:+.1f} RadGraph F1"
+    return f"{(sum(TABLE_2[after]) - sum(TABLE_2[before])) / len(TABLE_2[after]):+.1f} mAP@0.5"
+
+
+def contrast(found: dict) -> list[str]:
+    rows = [[*name.split("-"), cell(both["sft"], "+"), cell(both["rl"], "+")] for name, both in found.items()]
+    return grid(["start", "task", "thinking - direct, SFT", "thinking - direct, SFT + RL"], rows)
+
+
+def general(found: dict) -> list[str]:
+    return grid(["mode", "task", "gain of general - gain of domain"], [[*name.split("-"), cell(value, "+")] for name, value in found.items()])
+
+
+def table_1(runs: dict) -> list[str]:
+    rows = []
+    for arm in ARMS:
+        for stage, theirs in zip(("sft", "rl"), THEIRS[arm]):
+            found = runs[f"{arm}-report"][stage]
+            paper = TABLE_1.get(theirs)
+            rows.append([f"{arm}, {'SFT + RL' if stage == 'rl' else 'SFT'}", *(f"{100 * found[m]['mean']:.1f}" for m in (
+                "gleu", "rouge_l", "entities_simple", "entities_partial", "entities_complete")), f"{found['cider']['mean']:.2f}",
+                f"{found['length']['mean']:.1f}", *thinking(found), theirs or "-",
+                *((figure(paper[0], "ROUGE-L"), figure(paper[4], "RadGraph F1"), figure(paper[6], "RadCliQ")) if paper else ("-",) * 3)])
+    heads = ["arm", "GLEU", "ROUGE-L", "entities, simple", "partial", "complete", "CIDEr", "words", "thinking words", "closed", "cut off",
+             "*theirs*", "ROUGE-L", "RadGraph F1", "RadCliQ"]
+    return grid(heads, rows)
+
+
+def thinking(found: dict) -> tuple[str, str, str]:
+    """Words of thinking, share of closed blocks, share cut off, as percent."""
+    words = f"{found['thinking_length']['mean']:.1f}" if "thinking_length" in found else "-"
+    closed = f"{100 * found['think_format']['mean']:.0f}" if "think_format" in found else "-"
+    return words, closed, f"{100 * found['cut_off']['mean']:.0f}"
+
+
+def table_2(runs: dict) -> list[str]:
+    kinds, rows = ("anatomy", "abnormality", "phrase", "all findings"), []
+    for arm in ARMS:
+        for stage, theirs in zip(("sft", "rl"), THEIRS[arm]):
+            found = runs[f"{arm}-grounding"][stage]
+            ours = [f"{100 * found[f'map50 {kind}']['mean']:.1f}" if f"map50 {kind}" in found else "-" for kind in kinds]
+            rows.append([f"{arm}, {'SFT + RL' if stage == 'rl' else 'SFT'}", *ours, f"{100 * found['map50']['mean']:.1f}",
+                         f"{found['boxes']['mean']:.2f}", *thinking(found), theirs or "-",
+                         *([f"{value:.1f}" for value in TABLE_2[theirs]] if theirs else ["-"] * 4)])
+    return grid(["arm", *kinds, "all", "boxes", "thinking words", "closed", "cut off", "*theirs*", "anatomy", "abnormality", "MS-CXR",
+                 "PadChest-GR"], rows)
+
+
+def table_3(ablation: dict) -> list[str]:
+    rows = []
+    for reward, found in ablation.items():
+        theirs = TABLE_3.get(THEIR_REWARD.get(reward))
+        rows.append([reward, *(cell(found[m]) for m in ("gleu", "rouge_l", "entities_complete")), cell(found["gain"], "+") if "gain" in found
+                     else "", f"{found['characters']['mean']:.0f}", *([figure(theirs[k], REWARDS[k]) for k in (0, 2, 4, 5)] if theirs else ["-"] * 4)])
+    return grid(["reward", "GLEU", "ROUGE-L", "entities, complete", "gain in GLEU", "characters", "*theirs*: ROUGE-L", "RadGraph F1",
+                 "RadCliQ", "characters"], rows)
+
+
+def examples(runs: dict) -> list[str]:
+    lines = []
+    for name, run in runs.items():
+        found = {key: " ".join(text.split()).replace("<", "&lt;") for key, text in run["example"].items()}
+        lines += ["", f"**{name}**: {found['question']}", "", f"- reference: {found['reference']}", f"- SFT: {found['sft']}",
+                  f"- SFT + RL: {found['rl']}"]
+    return lines
+
+
+def write_page(page: Path, results: dict) -> None:
+    """Renders the part of the page between its markers anew; the prose around it stays."""
+    text = page.read_text()
+    if not re.search(r"<!-- results -->\n.*<!-- end -->", text, re.S):
+        raise SystemExit(f"{page} has no `<!-- results -->` ... `<!-- end -->` to render into")
+    body = tables(results)
+    if results["runs"]:
+        body = "\n\n".join(f"![{title}](images/study-{name}.png)" for name, title in FIGURES.items()) + "\n\n" + body
+    page.write_text(re.sub(r"(?<=<!-- results -->\n).*(?=<!-- end -->)", lambda _: body + "\n", text, flags=re.S))
+
+
+FIGURES = {"gains": "Before and after RL, with 95% intervals", "rewards": "Sampled reward over the runs, mean over the seeds",
+           "lengths": "Length of answers over the runs", "ablation": "Length under each reward"}
+
+
+def draw_figures(results: dict, folder: Path) -> list[Path]:
+    """before/after, reward curves, length curves, and lengths under each reward, as study-NAME.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runs, ablation = results["runs"], {k: v for k, v in results["ablation"].items() if "curves" in v}
+    drawn = {"gains": before_after(runs),
+             "rewards": curve_figure(runs, ("report", "grounding"), "reward", "sampled reward"),
+             "lengths": curve_figure(runs, ("report", "grounding"), "answer_tokens", "tokens, thinking included"),
+             "ablation": curve_figure({f"{name}-report": v for name, v in ablation.items()}, ("report",), "answer_tokens", "tokens")}
+    paths = []
+    for name, fig in drawn.items():
+        fig.suptitle(FIGURES[name] + (" (smoke run)" if results["smoke"] else ""), fontsize=10)
+        fig.savefig(path := folder / f"study-{name}.png", dpi=100)
+        plt.close(fig)
+        paths.append(path)
+    return paths
+
+
+def before_after(runs: dict):
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    for axis, (task, metric) in zip(axes, MAIN.items()):
+        for row, arm in enumerate(ARMS):
+            for stage, color in (("sft", "#9a6700"), ("rl", "#cf222e")):
+                value = runs[f"{arm}-{task}"][stage][metric]
+                axis.plot([value["low"], value["high"]], [row, row], color=color, alpha=0.5, linewidth=3)
+                axis.plot(value["mean"], row, "o", color=color, label={"sft": "SFT", "rl": "SFT + RL"}[stage] if row == 0 else None)
+        axis.set_yticks(range(len(ARMS)), ARMS, fontsize=8)
+        axis.invert_yaxis()
+        axis.set_title(f"{task}: {TITLES[task]}", fontsize=9)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=7)
+    return fig
+
+
+def curve_figure(runs: dict, tasks: tuple[str, ...], key: str, label: str):
+    """One panel a task, one line a run whose name ends in it."""
+    fig, axes = plt.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 3), squeeze=False, layout="constrained")
+    for axis, task in zip(axes[0], tasks):
+        for name, run in runs.items():
+            if name.endswith(task):
+                points = run["curves"][key]
+                axis.plot([(k + 0.5) / len(points) for k in range(len(points))], points, label=name.removesuffix(f"-{task}"))
+        axis.set_title(task, fontsize=9)
+        axis.set_xlabel("share of the run's steps", fontsize=8)
+        axis.set_ylabel(label, fontsize=8)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=7)
+    return fig
