@@ -22,8 +22,8 @@ from minigrpo.generate import generate
 from minigrpo.logprob import linear_logprob
 from minigrpo.loss import group_advantages, grpo_loss, kl_penalty
 from minigrpo.policy import Policy
+from minigrpo.run.groups import by_token_budget
 from tests.test_policy import copy_of, peer_logprob
-from train_grpo import batches_of
 
 
 def test_scoring_sees_a_pad_token_inside_the_prompt(policy, samples):
@@ -130,9 +130,8 @@ def test_prompts_are_never_cut(policy, mixed):
 @pytest.mark.parametrize("size", range(1, 12))
 def test_no_rollout_is_lost(size):
     """tiny-grpo, nanochat: drop_last or an integer division lost the answers that did not fill a batch."""
-    parts = batches_of(range(3, 10), size, 4)
-    assert [b for prompts, _ in parts for b in range(prompts.start, prompts.stop)] == list(range(3, 10))
-    assert [r for _, rows in parts for r in range(rows.start, rows.stop)] == list(range(12, 40))
+    parts = by_token_budget([6] * 10, [1] * 10, 4, 10 * size, range(3, 10))  # a prompt and its group take 10 tokens
+    assert sorted(b for part in parts for b in part) == list(range(3, 10)) and len(parts) == -(-7 // size)
     seen = [sample for step in range(7) for sample in batch_at(list(range(7)), step, size, seed=0)]
     assert sorted(seen) == sorted(list(range(7)) * size)
 
