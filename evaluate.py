@@ -11,6 +11,7 @@ answers the same whatever the film shows, as well as one can: the best box of ea
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,6 +64,8 @@ class EvaluateArguments:
             raise ValueError("give either --model, to answer the questions, or --predictions, to score stored answers")
         if self.model == "constant" and not self.train_data:
             raise ValueError("--model constant needs --train_data, to choose its answers from")
+        if self.model == "constant" and (self.opened or self.box_scale not in (None, 1)):
+            raise ValueError("--model constant writes boxes in 0..1 and never thinks: leave out --opened and --box_scale")
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -71,7 +74,7 @@ def main() -> None:
     with input_errors():
         args = parse_args(EvaluateArguments, __doc__)
         folder = Path(args.output_dir)
-        if folder.exists() and any(folder.iterdir()):
+        if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty: give another --output_dir")
         samples = read_jsonl(args.data, task=args.task)
         samples = ask_to_think(samples) if args.think else samples
@@ -84,12 +87,12 @@ def main() -> None:
             answers = constant_answers(read_jsonl(args.train_data, task=args.task, verify_images=False), samples)
         else:
             policy = Policy.from_pretrained(args.model, device=args.device, autocast=args.bf16)
+        make_folder(folder)  # before hours of sampling, and after all that can be wrong with the input
     for line in missing:
         print(line)
     if args.model not in (None, "constant"):
         answers, cut_off = greedy_answers(policy, samples, args.batch_size, args.max_new_tokens)
 
-    folder.mkdir(parents=True, exist_ok=True)
     write_predictions(folder / "predictions.jsonl", samples, answers, cut_off)  # hours of sampling outlive a scorer that fails
     reading = {"opened": args.opened or stored.get("opened", False), "box_scale": args.box_scale or stored.get("box_scale", 1.0)}
     results = evaluate_answers(samples, answers, **reading, clinical=clinical, cut_off=cut_off)
@@ -111,8 +114,21 @@ def main() -> None:
     print(table)
 
 
+def make_folder(folder: Path) -> None:
+    """The output folder; ValueError where none can be made or nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be made ({error.strerror}): give another") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output_dir {folder} cannot be written into: give another, or change its permissions")
+
+
 def greedy_answers(policy: Policy, samples: list[Sample], batch_size: int, max_new_tokens: int) -> tuple[list[str], list[bool]]:
-    """Answers in the order of the samples, and which of them `max_new_tokens` cut off; those of like length of question and task are generated together."""
+    """Answers in the order of the samples, and which of them `max_new_tokens` cut off.
+
+    Those of like length of question and task are generated together.
+    """
     order = sorted(range(len(samples)), key=lambda i: (samples[i].task, len(samples[i].question)))
     answers, cut_off = [""] * len(samples), [False] * len(samples)
     for first in tqdm(range(0, len(order), batch_size), desc="evaluate", unit="batch"):
@@ -152,22 +168,45 @@ def read_answers(place: str, samples: list[Sample], argument: str) -> tuple[list
     path = Path(place) / "predictions.jsonl" if Path(place).is_dir() else Path(place)
     if not path.is_file():
         raise ValueError(f"{argument} {place} is no evaluation: it holds no predictions.jsonl")
-    answers, cut_off = {}, {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    answers, rows = {}, {}
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            answers[row["id"]], cut_off[row["id"]] = row["answer"] + "", row.get("cut_off")
+            answers[row["id"]] = row["answer"] + ""
+            rows[row["id"]] = row
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}:{number}: not a prediction: a line is an object with id and answer, two texts") from None
     absent = [s.id for s in samples if s.id not in answers]
     if absent:
         raise ValueError(f"{argument} {place} has no answer for {len(absent)} of the samples, such as {absent[0]}: "
                          "evaluate both models on the same file")
-    about = path.parent / "metrics.json"
-    cuts = [cut_off[s.id] for s in samples]
-    return [answers[s.id] for s in samples], None if None in cuts else cuts, json.loads(about.read_text()) if about.is_file() else {}
+    check_same_questions(rows, samples, f"{argument} {place}")
+    cuts = [rows[s.id].get("cut_off") for s in samples]
+    return [answers[s.id] for s in samples], None if None in cuts else cuts, read_about(path.parent / "metrics.json")
+
+
+def check_same_questions(rows: dict[str, dict], samples: list[Sample], what: str) -> None:
+    """Ids such as 1, 2, 3 fit any file: the answers must be to the samples' own questions, whether they asked to think or not."""
+    plain = lambda question: question.rstrip().removesuffix("/think").rstrip()
+    other = [s.id for s in samples if plain(str(rows[s.id].get("question", s.question))) != plain(s.question)]
+    if other:
+        raise ValueError(f"{what} answers other questions: {len(other)} of the samples have an id of it and another question, "
+                         f"such as {other[0]}: evaluate both models on the same file")
+    if changed := sum(rows[s.id].get("reference", s.answer) != s.answer for s in samples):
+        print(f"note: {changed} references are not those that {what} was scored with; these here count")
+
+
+def read_about(path: Path) -> dict:
+    """An evaluation's metrics.json, {} where there is none."""
+    try:
+        about = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): remove it, and name --opened and --box_scale if they were used") from None
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} holds no object, so it is no evaluation's: remove it")
+    return about
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ The defaults are the paper's. Other papers' settings are files: configs/dapo.yam
     python train_grpo.py configs/dapo.yaml --model runs/sft/final --train_data ...
 """
 
+import math
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -111,6 +112,11 @@ class GrpoArguments(RunArguments):
         if self.prompts_per_step % self.updates_per_rollout:
             raise ValueError(f"--prompts_per_step {self.prompts_per_step} must be a multiple of "
                              f"--updates_per_rollout {self.updates_per_rollout}, so that every update has as many prompts")
+        for name in ("learning_rate", "grad_clip"):  # a clip at 0 would zero every gradient
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} must be a number above 0, got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"--weight_decay must be 0 or more, got {self.weight_decay}")
         if self.group_size < 2:
             raise ValueError("--group_size must be at least 2: an answer alone has no group to be better than")
         if not 0 < self.box_scale < float("inf"):

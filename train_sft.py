@@ -46,6 +46,15 @@ class SftArguments(RunArguments):
         super().check()
         for name in ("batch_size", "questions_per_image", "micro_batch"):
             at_least_one(self, name)
+        for name in ("learning_rate", "grad_clip"):  # a clip at 0 would zero every gradient
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} must be a number above 0, got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"--weight_decay must be 0 or more, got {self.weight_decay}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"--warmup must lie in 0..1, got {self.warmup}: it is a share of the steps")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"--beta2 must lie in 0..1, 1 left out, got {self.beta2}")
         parse_weights(self.task_weights)
         if self.lora_rank and self.model == "tiny":
             raise ValueError("--lora_rank with --model tiny: adapters beside random weights learn nothing; train it whole first")

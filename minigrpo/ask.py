@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from minigrpo.data import Sample, load_image, parse_boxes, split_thinking
 from minigrpo.generate import generate
 from minigrpo.policy import Policy
-from minigrpo.run.args import input_errors, parse_args
+from minigrpo.run.args import at_least_one, input_errors, parse_args
 
 
 @dataclass
@@ -26,6 +26,11 @@ class AskArguments:
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
 
+    def check(self) -> None:
+        at_least_one(self, "max_new_tokens")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"--temperature must be 0 (greedy) or more, got {self.temperature}")
+
 
 def main() -> None:
     with input_errors():
@@ -37,6 +42,8 @@ def main() -> None:
         drawn = Path(args.output or Path(args.image).with_name(f"{Path(args.image).stem}-boxes.png"))
         if drawn.exists():
             raise ValueError(f"{drawn} exists already: give another --output")
+        if drawn.suffix.lower() not in (".png", ".jpg", ".jpeg") or not drawn.parent.is_dir():
+            raise ValueError(f"--output {drawn} can't be written: name a .png or .jpg in a folder that exists")
         policy = Policy.from_pretrained(args.model)
     sample = Sample("asked", args.image, "conversation", args.question, "")
     answer = generate(policy, policy.encode([sample]), max_new_tokens=args.max_new_tokens, temperature=args.temperature).texts[0]

@@ -194,8 +194,11 @@ def main() -> None:
     print(f"{text}\nread {count:,} samples in {seconds:.1f} s of processor time, {count / max(seconds, 1e-9):,.0f} a second")
     sheet = args.sheet or args.files[0].with_name(f"{args.files[0].stem}-check.png")
     replaced = sheet.exists()
-    if draw_sheet(sheet, [sample for file in files for sample in file.samples], bad={line for file in files for line in bad_images(file)}):
-        print(f"{sheet}: films with their boxes{', replaced' if replaced else ''}; look at it")
+    try:
+        if draw_sheet(sheet, [sample for file in files for sample in file.samples], bad={line for file in files for line in bad_images(file)}):
+            print(f"{sheet}: films with their boxes{', replaced' if replaced else ''}; look at it")
+    except (OSError, ValueError) as error:
+        errors.append(f"--sheet {sheet} cannot be written ({error}): name a .png in a folder that exists")
     if errors:
         print(*errors, sep="\n")
         sys.exit(f"{len(errors):,} errors")

@@ -114,8 +114,13 @@ def main() -> None:
     for record, answer in zip(reports, answers):
         record["answer"] = answer
     kept = [record for record in records if record["task"] != "report" or record["answer"]]
-    args.output_file.parent.mkdir(parents=True, exist_ok=True)
-    args.output_file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
+    if not kept:
+        sys.exit(f"error: nothing is left of the {len(reports):,} reports of {args.file}, so nothing is written")
+    try:
+        args.output_file.parent.mkdir(parents=True, exist_ok=True)
+        args.output_file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
+    except OSError as error:
+        sys.exit(f"error: --output_file {args.output_file} cannot be written ({error.strerror}): give another")
     print(f"{args.output_file}: {len(records):,} samples read, {len(kept):,} kept, {len(records) - len(kept):,} dropped (nothing left of the "
           f"report); {len(reports):,} reports, {changed:,} changed")
 

@@ -127,7 +127,7 @@ def adapter_main(read: Reader, unit: str, doc: str, load=load_image, more: Calla
         parser.error(f"--pixels {pixels} is less than one image token (1024)")
     try:
         ledger = convert(lambda *given: read(*given, **options), unit, root, split, out, pixels=pixels, load=load)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     print(ledger.table())
     tasks = ", ".join(f"{n:,} {task}" for task, n in ledger.samples.items())

@@ -802,6 +802,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=320, help="pixels a side")
     options = vars(parser.parse_args())
     output_dir = options.pop("output_dir")
+    for name, least in (("train", 0), ("test", 0), ("seed", 0), ("size", 32)):
+        if options[name] < least:
+            parser.error(f"--{name} must be at least {least}, got {options[name]}")
+    if any(place.exists() and not place.is_dir() for place in (Path(output_dir), *Path(output_dir).parents)):
+        parser.error(f"--output_dir {output_dir} is, or lies under, a file: give another")
     if write_phantom(output_dir, Arguments(**options)):
         print(f"wrote {options['train']} + {options['test']} films to {output_dir}")
     else:

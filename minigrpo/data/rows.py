@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from .boxes import format_boxes
 from .ledger import Ledger
 
 csv.field_size_limit(2**27)  # one report in a cell may be longer than csv's 128 KiB
+UNREADABLE = (csv.Error, UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile)  # what a bad or half CSV file raises
 
 
 @dataclass
@@ -46,7 +48,10 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[tuple[str, in
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
-        header = [name.strip() for name in reader.fieldnames or []]
+        try:
+            header = [name.strip() for name in reader.fieldnames or []]
+        except UNREADABLE as error:
+            raise ValueError(f"{path}:1: not a readable CSV file ({error}): fetch the file again, in UTF-8") from None
         reader.fieldnames = header
         if missing := [name for name in columns if name not in header]:
             raise ValueError(f"{path}:1: no column {', '.join(missing)}; the header has {', '.join(header) or 'nothing'}: is it the right "
@@ -55,7 +60,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[tuple[str, in
             for number, row in enumerate(reader, 1):
                 row.pop(None, None)  # cells beyond the header
                 yield (path.name, number), {name: (value or "").strip() for name, value in row.items()}
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{path}:{reader.line_num}: not a readable CSV line ({error}): fetch the file again") from None
 
 

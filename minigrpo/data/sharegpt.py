@@ -79,6 +79,8 @@ def read_sharegpt(path: Path, image_root: Path, folder: Path, task: str) -> Iter
         raise DataError(f"{path}: not JSON ({error}): this format is one list of objects") from None
     if not isinstance(items, list):
         raise DataError(f"{path}: a JSON {type(items).__name__}, not a list of objects")
+    if not items:
+        raise DataError(f"{path}: the list is empty: write at least one object")
     lines, errors, ids = [], [], {}
     for number, item in enumerate(items, 1):
         place = f"{path}: item {number}" + (f" ({item['id']})" if isinstance(item, dict) and item.get("id") else "")

@@ -1,0 +1,193 @@
+"""What a user gets wrong ends in one message that names it, before anything costs time, and never in a traceback."""
+
+import gzip
+import json
+import shutil
+import sys
+
+import pytest
+
+import evaluate
+import train_grpo
+import train_sft
+from minigrpo import ask
+from minigrpo.data import check, clean, openi, phantom as phantom_films, sharegpt
+from minigrpo.data.convert import adapter_main
+from tests import fake_sets
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """Runs a program's main with these arguments, expects it to end with an error, and returns all that it said."""
+    def run(main, *arguments, name="program.py"):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:  # any other exception would be a traceback
+            main()
+        assert ended.value.code not in (0, None)
+        out = capsys.readouterr()
+        return f"{out.out}{out.err}{ended.value.code}"
+    return run
+
+
+@pytest.fixture
+def stored(phantom, tmp_path):
+    """An evaluation of the phantom test films: answers alone, as a stopped one leaves them."""
+    lines = [json.loads(line) for line in (phantom / "test.jsonl").read_text().splitlines()]
+    rows = [{"id": line["id"], "question": line["question"], "reference": line["answer"], "answer": line["answer"]} for line in lines]
+    (tmp_path / "stored").mkdir()
+    write_rows(tmp_path / "stored", rows)
+    return tmp_path / "stored", rows
+
+
+def write_rows(folder, rows):
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_an_output_folder_that_cannot_be_made_stops_before_sampling(fails, phantom, policy, tmp_path, monkeypatch):
+    """Bug: the folder was made after all answers were sampled, so a bad path cost hours and ended in a NotADirectoryError."""
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(evaluate.Policy, "from_pretrained", lambda *args, **more: policy)
+    monkeypatch.setattr(evaluate, "generate", None)  # sampling would be a TypeError
+    for place in (tmp_path / "file", tmp_path / "file/below/it"):
+        said = fails(evaluate.main, "--model", "x", "--data", phantom / "test.jsonl", "--output_dir", place)
+        assert f"--output_dir {place} cannot be made" in said
+    monkeypatch.setattr(evaluate.os, "access", lambda *given: False)  # root may write anywhere
+    said = fails(evaluate.main, "--model", "x", "--data", phantom / "test.jsonl", "--output_dir", tmp_path / "read-only")
+    assert "cannot be written into" in said
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("argument", ["--predictions", "--baseline"])
+def test_answers_to_other_questions_are_not_scored(fails, phantom, stored, tmp_path, argument):
+    """Bug: two files whose ids are 1, 2, 3 passed for one, and answers were scored against another file's references."""
+    folder, rows = stored
+    write_rows(folder, [row | {"question": "Is there a fracture?"} for row in rows[:1]] + rows[1:])
+    model = [] if argument == "--predictions" else ["--model", "constant", "--train_data", phantom / "train.jsonl"]
+    said = fails(evaluate.main, argument, folder, *model, "--data", phantom / "test.jsonl", "--output_dir", tmp_path / "out")
+    assert f"{argument} {folder} answers other questions: 1 of" in said and rows[0]["id"] in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_cleaned_references_and_asking_to_think_are_the_same_questions(phantom, stored, capsys):
+    folder, rows = stored
+    samples = evaluate.read_jsonl(phantom / "test.jsonl")
+    write_rows(folder, [row | {"question": row["question"] + " /think"} for row in rows])
+    assert evaluate.read_answers(folder, samples, "--baseline") == ([row["answer"] for row in rows], {})
+    assert not capsys.readouterr().out
+    write_rows(folder, [row | {"reference": "Unchanged."} for row in rows])
+    evaluate.read_answers(folder, samples, "--baseline")
+    assert f"note: {len(rows)} references are not those" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("predictions.jsonl", '{"id": "café"}'.encode("latin-1"), "predictions.jsonl:1: not a prediction"),
+    ("metrics.json", b'{"model": ', "metrics.json is not JSON"), ("metrics.json", b"\xff\xfe\xff", "metrics.json is not JSON"),
+    ("metrics.json", b"[]", "metrics.json holds no object")])
+def test_a_broken_evaluation_is_named(fails, phantom, stored, tmp_path, name, content, message):
+    """Bug: the message was "'utf-8' codec can't decode byte", or a traceback, and no file was named."""
+    (stored[0] / name).write_bytes(content)
+    said = fails(evaluate.main, "--predictions", stored[0], "--data", phantom / "test.jsonl", "--output_dir", tmp_path / "out")
+    assert f"{stored[0]}/{message}" in said
+
+
+@pytest.mark.parametrize("extra", [["--opened"], ["--box_scale", 1000]])
+def test_the_constant_answer_is_read_as_it_is_written(fails, phantom, tmp_path, extra):
+    """Bug: with --opened every constant answer was an unclosed thought and scored 0, a baseline that anything beats."""
+    said = fails(evaluate.main, "--model", "constant", "--train_data", phantom / "train.jsonl", "--data", phantom / "test.jsonl",
+                 "--output_dir", tmp_path / "out", *extra)
+    assert "leave out --opened and --box_scale" in said
+
+
+@pytest.mark.parametrize("program", [train_sft, train_grpo])
+@pytest.mark.parametrize("extra, message", [
+    (["--learning_rate", "-1"], "--learning_rate must be a number above 0"), (["--learning_rate", "nan"], "--learning_rate"),
+    (["--grad_clip", "0"], "--grad_clip must be a number above 0"), (["--weight_decay", "-1"], "--weight_decay must be 0 or more")])
+def test_bad_optimizer_settings_leave_no_run_folder(fails, phantom, tmp_path, program, extra, message):
+    """Bug: --grad_clip 0 zeroed every gradient in silence; a bad learning rate was a traceback that left a run folder behind."""
+    said = fails(program.main, "--model", "tiny", "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run", *extra)
+    assert message in said and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("extra", [["--warmup", "-1"], ["--warmup", "nan"], ["--beta2", "1"]])
+def test_bad_sft_settings(fails, phantom, tmp_path, extra):
+    said = fails(train_sft.main, "--model", "tiny", "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run", *extra)
+    assert f"{extra[0]} must lie in 0..1" in said
+
+
+@pytest.mark.parametrize("extra, message", [
+    (["--max_new_tokens", 0], "--max_new_tokens"), (["--temperature", -1], "--temperature"), (["--temperature", "nan"], "--temperature"),
+    (["--output", "{}/drawn.foo"], "name a .png or .jpg"), (["--output", "{}/nowhere/drawn.png"], "in a folder that exists")])
+def test_ask_looks_at_its_arguments_before_it_loads_the_model(fails, phantom, tmp_path, extra, message):
+    """Bug: a traceback out of `generate`, or after the answer out of PIL."""
+    film = next((phantom / "films").glob("*.png"))
+    extra = [str(word).format(tmp_path) for word in extra]
+    assert message in fails(ask.main, "--model", "/nowhere", "--image", film, "--output", tmp_path / "drawn.png", *extra)
+
+
+def convert_openi(fails, root, out):
+    return fails(lambda: adapter_main(openi.read, "films", "doc"), "--root", root, "--split", "train", "--output_dir", out)
+
+
+def test_an_adapter_s_output_folder_that_is_a_file(fails, tmp_path):
+    """Bug: a NotADirectoryError's traceback."""
+    fake_sets.openi(tmp_path / "set")
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file/below"):
+        assert "error: " in convert_openi(fails, tmp_path / "set", place) and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name, change", [
+    ("indiana_reports.csv", lambda text: text.decode().replace("clear", "caf\xe9").encode("latin-1")),
+    ("indiana_reports.csv.gz", lambda text: b"not gzip"), ("indiana_reports.csv.gz", lambda text: gzip.compress(text)[:-60]),
+    ("indiana_reports.csv.gz", lambda text: gzip.compress(text)[:40] + b"\0\1\2" * 99)])
+def test_a_csv_file_that_cannot_be_read_is_named(fails, tmp_path, name, change):
+    """Bug: bytes that are no UTF-8 near the start were an error without a file's name; a half .gz was a traceback."""
+    fake_sets.openi(tmp_path / "set")
+    plain = tmp_path / "set/indiana_reports.csv"
+    text = plain.read_bytes()
+    plain.unlink()
+    (tmp_path / "set" / name).write_bytes(change(text))
+    said = convert_openi(fails, tmp_path / "set", tmp_path / "out")
+    assert f"{tmp_path}/set/{name}:" in said and "not a readable CSV" in said and not (tmp_path / "out/train.jsonl").exists()
+
+
+def test_a_cleaned_file_that_cannot_be_written(fails, phantom, tmp_path):
+    """Bug: a traceback; with --endpoint, after hours of rewriting."""
+    (tmp_path / "file").write_text("mine")
+    said = fails(clean.main, phantom / "train.jsonl", "--output_file", tmp_path / "file/clean.jsonl")
+    assert "cannot be written" in said and (tmp_path / "file").read_text() == "mine"
+
+
+def test_nothing_left_after_cleaning_is_an_error(fails, tmp_path):
+    """Bug: an empty file was written, which no program can read."""
+    line = {"id": "a", "image": None, "task": "report", "question": "Write the findings.", "answer": "Unchanged."}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    assert "nothing is left" in fails(clean.main, tmp_path / "a.jsonl", "--output_file", tmp_path / "b.jsonl")
+    assert not (tmp_path / "b.jsonl").exists()
+
+
+def test_an_empty_llava_file_is_an_error(fails, tmp_path):
+    """Bug: an empty file was written, which no program can read."""
+    (tmp_path / "a.json").write_text("[]")
+    assert "the list is empty" in fails(sharegpt.main, tmp_path / "a.json", "--output_file", tmp_path / "a.jsonl")
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize("sheet", ["nowhere/sheet.png", "sheet.foo"])
+def test_a_sheet_that_cannot_be_written_hides_no_error(fails, phantom, tmp_path, sheet):
+    """Bug: a traceback in the place of the errors that had been found."""
+    shutil.copytree(phantom, tmp_path / "data")
+    with (tmp_path / "data/test.jsonl").open("a") as file:
+        file.write("{not json\n")
+    said = fails(check.main, tmp_path / "data/test.jsonl", "--sheet", tmp_path / sheet)
+    assert "not JSON" in said and f"--sheet {tmp_path / sheet} cannot be written" in said and "2 errors" in said
+
+
+@pytest.mark.parametrize("extra, message", [(["--train", -1], "--train must be"), (["--seed", -1], "--seed must be"), (["--size", 0], "--size must be"),
+                                            (["--output_dir", "{}/file/below"], "lies under, a file")])
+def test_phantom_arguments(fails, tmp_path, extra, message):
+    """Bug: `wrote -1 + 0 films`; other values were a traceback out of a process pool."""
+    (tmp_path / "file").write_text("mine")
+    extra = [str(word).format(tmp_path) for word in extra]
+    assert message in fails(phantom_films.main, "--output_dir", tmp_path / "films", "--train", 1, "--test", 1, "--seed", 0, *extra)
+    assert not (tmp_path / "films").exists()
