@@ -1,6 +1,7 @@
 PYTHON ?= python3
 SEED ?= 0
 OUT ?= runs/demo
+WORKERS ?= 2
 BIN := .venv/bin
 
 .PHONY: install demo demo-real study study-smoke test test-slow test-peers bench
@@ -30,11 +31,14 @@ study: install
 study-smoke: install
 	$(BIN)/python -m minigrpo.study --smoke --output_dir runs/study-smoke --json runs/study-smoke/study.json --page ""
 
+# WORKERS processes of one thread each take whole files in turn: faster than one process with as many threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
 test: install
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: install
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 # Our loss against TRL's own code, CIDEr-D against pycocoevalcap's. They join the same .venv; the constraints keep torch and
 # transformers as they are.

@@ -12,6 +12,7 @@ The defaults are the paper's. Other papers' settings are files: configs/dapo.yam
     python train_grpo.py configs/dapo.yaml --model runs/sft/final --train_data ...
 """
 
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,7 +26,8 @@ from minigrpo.lora import adapters_off, add_adapters
 from minigrpo.loss import (AGGREGATIONS, ESTIMATORS, KINDS, LEVELS, SCALES, denominator_of, group_advantages, grpo_loss,
                            overlong_filter, soft_overlong_penalty)
 from minigrpo.policy import Policy, Prompts
-from minigrpo.rewards import reward_fn
+from minigrpo.rewards import Scores, reward_fn
+from minigrpo.rewards.weights import cache_dir
 from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
 from minigrpo.run.folder import graceful_stop, last_checkpoint, load_optimizers, open_run, save_checkpoint, save_final, stop_early
 from minigrpo.run.groups import Groups, micro_batches, padding_share
@@ -38,7 +40,13 @@ from minigrpo.run.roofline import efficiency, measure_roofline
 class GrpoArguments(RunArguments):
     reward: str = field(default="report=gleu,grounding=soft_f1", metadata={
         "help": "a reward, a mix (0.9*soft_f1+0.1*dice), either by task (report=gleu,grounding=soft_f1), or your own as "
-                "my_module:my_reward"})
+                "my_module:my_reward; docs/rewards.md lists all"})
+    reward_weights: str | None = field(default=None, metadata={
+        "help": "folder with the files of the clinical rewards (docs/rewards.md); without it they come from the Hugging Face hub"})
+    reward_device: str | None = field(default=None, metadata={
+        "help": "where the clinical rewards run: cpu, cuda:1, ...; without it beside the policy"})
+    max_unscored: float = field(default=0.1, metadata={
+        "help": "largest share of a step's answers that the reward may fail to score (they are masked); beyond it the run stops"})
     think: bool = field(default=False, metadata={"help": "put /think behind every question: thinking before the answer"})
     box_scale: float = field(default=1.0, metadata={
         "help": "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL"})
@@ -115,6 +123,10 @@ class GrpoArguments(RunArguments):
         if self.soft_overlong > self.max_new_tokens:
             raise ValueError(f"--soft_overlong {self.soft_overlong} is longer than the longest answer, "
                              f"--max_new_tokens {self.max_new_tokens}")
+        if self.reward_device and self.reward_device.split(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"--reward_device {self.reward_device!r} is no device: write cpu, cuda, or cuda:1 for the second GPU")
+        if not 0 <= self.max_unscored <= 1:
+            raise ValueError(f"--max_unscored must lie in 0..1, got {self.max_unscored}: it is a share of the answers")
         if self.cispo_cap == 0:
             raise ValueError("--cispo_cap must be above 0: it is the largest weight of a token")
         one = torch.zeros(1, 1)
@@ -150,7 +162,8 @@ def main() -> None:
     with input_errors():
         args = parse_args(GrpoArguments, __doc__)
         checkpoint = last_checkpoint(args)
-        reward = reward_fn(args.reward, box_scale=args.box_scale)
+        reward = reward_fn(args.reward, box_scale=args.box_scale, weights_dir=args.reward_weights, device=args.reward_device or args.device,
+                           cache=cache_dir() / "references.sqlite")
         found = read_jsonl(args.train_data, task=args.task)
         train = [sample for sample in found if sample.task in reward.tasks]
         if not train:
@@ -193,6 +206,7 @@ def main() -> None:
                                        rows_at_once=args.rollout_rows)  # R = B G answers
                 with timer.phase("reward"):
                     scores = reward(rollout.texts, [s for s in samples for _ in range(G)])
+                    stop_if_unscored(scores, args.max_unscored, step)
                     rewards, valid = torch.tensor(scores.values).view(-1, G), torch.tensor(scores.valid).view(-1, G)
                     if args.soft_overlong:
                         penalty = soft_overlong_penalty(rollout.mask.sum(1).cpu(), args.max_new_tokens, args.soft_overlong)
@@ -255,6 +269,18 @@ def main() -> None:
     save_final(folder, policy)
     draw_curves(folder)
     print(f"saved {folder / 'final'}")
+
+
+def stop_if_unscored(scores: Scores, most: float, step: int) -> None:
+    """Says which answers the reward failed on, and ends the run when they are more than a share `most`."""
+    failed = len(scores.valid) - sum(scores.valid)
+    if failed:
+        reasons = "; ".join(scores.errors or ["NaN"])
+        text = f"step {step}: the reward could not score {failed} of {len(scores.valid)} answers: {reasons}"
+        if failed > most * len(scores.valid):
+            sys.exit(f"train_grpo.py: error: {text}\nThis is more than --max_unscored {most}. Mend the reward, then --resume "
+                     "goes on from the last checkpoint")
+        tqdm.write(text)
 
 
 def score_all(policy: Policy, prompts: Prompts, rollout: Rollout, args: GrpoArguments) -> Tensor:

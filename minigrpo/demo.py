@@ -50,7 +50,7 @@ def main() -> None:
     data = Path(args.data) if real else out / "films"
     # The tiny model wants larger steps than a real one (paper: SFT 1e-5, GRPO 1e-6); the loss constants are the paper's.
     sft = ["--batch_size", 10, "--questions_per_image", 8, "--micro_batch", 10, "--task_weights", "report=2", "--optimizer", "muon", "--beta2", 0.98]
-    sft += ["--max_steps", 150, "--learning_rate", 2e-3] if real else ["--max_steps", 820, "--learning_rate", 4e-3]
+    sft += ["--max_steps", 150, "--learning_rate", 2e-3] if real else ["--max_steps", 880, "--learning_rate", 4e-3]
     grpo = ["--learning_rate", 5e-5, "--prompts_per_step", 16, "--micro_tokens", 1200, "--freeze", "vision", "projector", "--max_new_tokens", 192]
     grpo_steps = {"report": 20 if real else 85, "grounding": 20 if real else 140}
 

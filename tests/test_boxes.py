@@ -1,6 +1,8 @@
 """The parsers meet whatever a model samples: they may never raise, hang, or hand on a number that is none."""
 
+import itertools
 import math
+import random
 import time
 
 import pytest
@@ -91,3 +93,24 @@ def test_parsers_are_linear_in_a_huge_text(piece):
         parse_boxes(text)
         split_thinking(text)
     assert time.perf_counter() - start < 2  # a quadratic pattern needs minutes
+
+
+def million_strings(seed):
+    """A thousand random strings: shards of boxes and think blocks, digits, and characters from all of Unicode."""
+    draw = random.Random(seed)
+    for _ in range(1000):
+        parts = [draw.choice(SHARDS) if draw.random() < 0.7 else chr(draw.randrange(0x110000)) if draw.random() < 0.5 else str(draw.random())
+                 for _ in range(draw.randrange(25))]
+        yield draw.choice(["", " ", ","]).join(parts)
+
+
+@pytest.mark.slow
+@given(st.integers(0, 2**64))
+@settings(max_examples=1000, deadline=None, derandomize=True)
+def test_a_million_strings(seed):
+    """Neither parser raises, no number is other than finite, no tag is left in an answer that counts."""
+    for text in million_strings(seed):
+        assert all(map(math.isfinite, itertools.chain(*parse_boxes(text, scale=1000))))
+        for opened in (False, True):
+            thinking, answer, ok = split_thinking(text, opened)
+            assert not ok or "think>" not in answer or "<think>" not in answer and "</think>" not in answer

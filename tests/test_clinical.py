@@ -1,213 +1,208 @@
-"""Clinical metrics joined from scorers, on small fakes of them: words stand for conditions and entities."""
+"""The clinical rewards end to end on tiny checkpoints, and what happens when a scorer fails."""
 
 import json
+import math
+import random
 import sys
 import types
 
 import numpy as np
 import pytest
+import torch
 
-import evaluate
-import minigrpo.rewards
-from minigrpo.metrics import Clinical, breakdown, compare, evaluate_answers, interval, load_clinical, markdown_table
-from minigrpo.metrics.clinical import CHEXBERT, REPORTED, chexbert_statistics
-from tests.test_metrics import grounding, report
+pytest.importorskip("radgraph", reason="pip install -e '.[clinical]'")
+from minigrpo.data import Sample
+from minigrpo.rewards import clinical, radcliq_v1, reward_fn
+from minigrpo.rewards.bertscore import BertScore
+from minigrpo.rewards.chexbert import CheXbert, cosine
+from minigrpo.rewards.radgraph import RadGraph, radgraph_f1
+from tests.scorer_weights import reports, write_chexbert, write_encoders, write_radgraph
+from tests.test_programs import grpo, rows, run, trained  # noqa: F401 (a fixture)
 
-CONDITIONS = ("Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia",
-              "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices", "No Finding")
-WORDS = {name.lower().replace(" ", "_"): c for c, name in enumerate(CONDITIONS)}
-
-
-class FakeCheXbert:
-    """`pneumonia` is positive, `pneumonia?` uncertain, `-pneumonia` negative."""
-
-    def labels(self, texts):
-        rows = np.zeros((len(texts), 14), dtype=int)
-        for row, text in zip(rows, texts):
-            assert text, "an empty text reached the scorer"
-            for word in text.split():
-                row[WORDS[word.strip("-?")]] = 2 if word[0] == "-" else 3 if word[-1] == "?" else 1
-        return rows
-
-    def vectors(self, texts):
-        return np.array([[1.0, len(text)] for text in texts])
+ALL = list(clinical.CLINICAL)
 
 
-class FakeRadGraph:
-    def __init__(self):
-        self.seen = []
-
-    def annotate(self, texts):
-        assert all(texts)
-        self.seen += texts
-        return [{"entities": set(text.split())} for text in texts]
-
-
-class FakeBertScore:
-    def __init__(self, model):
-        self.model = model
-
-    def score(self, hyps, refs):
-        assert all(hyps)
-        return [0.9 if self.model == REPORTED["model"] else 0.5 if hyp != "pneumonia" else float("nan") for hyp in hyps]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    write_encoders(folder)
+    write_chexbert(folder)
+    write_radgraph(folder)
+    write_radgraph(folder, "radgraph", seed=3)
+    return folder
 
 
-def fake_f1(hyp, ref):
-    f1 = 2 * len(hyp["entities"] & ref["entities"]) / (len(hyp["entities"]) + len(ref["entities"]))
-    return {"simple": f1, "partial": f1 / 2, "complete": f1 / 4, "radcliq": f1 / 5}
+@pytest.fixture(scope="module")
+def every(folder):
+    return reward_fn("+".join(ALL), weights_dir=str(folder))
 
 
-@pytest.fixture
-def scorers(monkeypatch):
-    """minigrpo.rewards with fakes whose weights are a file each."""
-    def loader(make, name):
-        def from_weights(folder, *, device="cpu", model=name, layer=5, baseline=0.0):
-            from pathlib import Path
-            if not (Path(folder) / model).exists():
-                raise ValueError(f"{model} is missing\nfetch it (416 MB)")
-            return make(model)
-        return types.SimpleNamespace(from_weights=from_weights)
-
-    modules = {"radgraph": {"RadGraph": loader(lambda _: FakeRadGraph(), "radgraph-xl"), "radgraph_f1": fake_f1},
-               "chexbert": {"CheXbert": loader(lambda _: FakeCheXbert(), "chexbert.pth"), "CONDITIONS": CONDITIONS},
-               "bertscore": {"BertScore": loader(FakeBertScore, "distilroberta-base")}}
-    for name, contents in modules.items():
-        module = types.ModuleType(f"minigrpo.rewards.{name}")
-        vars(module).update(contents)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(minigrpo.rewards, "radcliq_v1", lambda radgraph, bertscore, s_emb, bleu=0.0:
-                        2.450143 - 1.245216 * radgraph - 1.650845 * bertscore - 0.994772 * s_emb, raising=False)
+def report(answer):
+    return Sample("r", None, "report", "Report.", answer)
 
 
-@pytest.fixture
-def clinical(scorers):
-    return Clinical(FakeRadGraph(), FakeCheXbert(), FakeBertScore(REPORTED["model"]), FakeBertScore("distilroberta-base"))
+@pytest.mark.parametrize("three, value", [((1, 1, 1), -1.440690), ((0.5, 1, 1), -0.818082), ((0, 0, 0), 2.450143)])
+def test_radcliq_arithmetic(three, value):
+    assert radcliq_v1(*three) == pytest.approx(value, abs=1e-6)
+    assert radcliq_v1(*three, bleu=1.0) == pytest.approx(value, abs=1e-6)  # whose weight is nil
+    radgraph, bertscore, s_emb = three
+    assert radcliq_v1(*three) == pytest.approx(2.450143 - 1.245216 * radgraph - 1.650845 * bertscore - 0.994772 * s_emb, abs=3e-6)
 
 
-def slow_f1(pairs, columns, macro):
-    """F1 from lists of decisions, condition by condition."""
-    def one(cs):
-        both = [(c in a, c in b) for a, b in pairs for c in cs]
-        hit, extra, missed = both.count((True, True)), both.count((True, False)), both.count((False, True))
-        return 2 * hit / (2 * hit + extra + missed) if hit + extra + missed else 0.0
-    return np.mean([one([c]) for c in columns]) if macro else one(columns)
+def test_all_clinical_rewards_in_their_ranges(every):
+    texts = reports(24)
+    graphs = every.scorers.radgraph_xl.model.annotate(texts), every.scorers.radgraph.model.annotate(texts)
+    related = [all(any(entity["relations"] for entity in graph["entities"].values()) for graph in pair) for pair in zip(*graphs)]
+    texts.append(texts[related.index(True)])  # the last answer equals its reference
+    scores = every(texts, [report(f"{text} Heart is small.") for text in texts[:-1]] + [report(texts[-1])])
+    assert all(scores.valid) and set(scores.parts) == set(ALL) and every.tasks == {"report"} and not scores.errors
+    low = {"radcliq": -3, "radcliq_published": -3, "bertscore": -2}
+    for name, values in scores.parts.items():
+        assert low.get(name, 0) <= min(values) and max(values) <= 1.4407, name
+        assert values[-1] == pytest.approx({"radcliq": 1.440690, "radcliq_published": 1.440690}.get(name, 1), abs=1e-5), name
+        assert len(set(values)) > 1, name  # not a constant
+    assert scores.parts["radgraph"] == scores.parts["radgraph_complete"] != scores.parts["radgraph_simple"]
 
 
-def test_chexbert_f1_equals_loops_and_their_resamples(scorers):
-    rng = np.random.default_rng(0)
-    names = list(WORDS)
-    text = lambda: " ".join(str(rng.choice(["", "-"])) + str(name) + str(rng.choice(["", "?"]))
-                            for name in rng.choice(names[:13], rng.integers(1, 5), replace=False))
-    refs = [text() for _ in range(40)]
-    hyps = [ref if rng.random() < 0.4 else text() if rng.random() < 0.9 else "" for ref in refs]
-    there = lambda t: {WORDS[w.strip("?")] for w in t.split() if w[0] != "-"}  # uncertain counts as present
-    pairs = [(there(a), there(b)) for a, b in zip(hyps, refs)]
-    rows = chexbert_statistics(FakeCheXbert(), hyps, refs)
-    five = [CONDITIONS.index(c) for c in ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")]
-    drawn = np.random.default_rng(0).integers(0, 40, (2000, 40))[:50]
-    for name, columns, macro in (("chexbert_micro14", range(14), False), ("chexbert_macro14", range(14), True),
-                                 ("chexbert_micro5", five, False), ("chexbert_macro5", five, True)):
-        wanted = slow_f1(pairs, columns, macro)
-        assert interval(rows, CHEXBERT[name])["mean"] == pytest.approx(wanted) and 0.1 < wanted < 0.9
-        for pick in drawn:
-            sums = np.array(rows)[pick].sum(0)
-            assert float(CHEXBERT[name](sums)) == pytest.approx(slow_f1([pairs[i] for i in pick], columns, macro))
+@pytest.mark.parametrize("name, xl, text", [("radcliq", True, lambda t: t.lower()[:2048]), ("radcliq_published", False, lambda t: t)])
+def test_radcliq_modes_by_hand(folder, every, name, xl, text):
+    """As RadVLM-GRPO (RadGraph-XL, lower case, 2,048 characters), and as published (RadGraph 1.0, the text as it is)."""
+    hyp = "Mild CARDIOMEGALY, no Effusion. " * 80
+    ref = hyp[:2000] + "Small nodule in the left lung. " * 5
+    assert min(len(hyp), len(ref)) > 2048
+    other = RadGraph.from_weights(str(folder), xl=not xl)
+    graph, bert, chexbert = RadGraph.from_weights(str(folder), xl=xl), BertScore.from_weights(str(folder)), CheXbert.from_weights(str(folder))
+    f1 = radgraph_f1(*graph.annotate([text(hyp), text(ref)]))["radcliq"]
+    assert f1 != radgraph_f1(*other.annotate([text(hyp), text(ref)]))["radcliq"]
+    s_emb = cosine(*(chexbert.vectors([text(x)]) for x in (hyp, ref)))[0]
+    wanted = -radcliq_v1(f1, bert.score([text(hyp)], [text(ref)])[0], s_emb)
+    assert every([hyp.strip()], [report(ref)]).parts[name][0] == pytest.approx(wanted, abs=1e-4) and wanted > -3
 
 
-def test_clinical_scores_of_items(clinical):
-    samples = [report(0, "pneumonia fracture"), report(1, "fracture"), report(2, "pneumonia"), grounding(3, [0.1, 0.1, 0.2, 0.2])]
-    answers = ["pneumonia pneumonia?", "<think> fracture", "pneumonia", "[0.1, 0.1, 0.2, 0.2]"]
-    results = evaluate_answers(samples, answers, clinical=clinical)
-    first, empty, failed, boxes = results["items"]
-    assert first["radgraph_simple"] == pytest.approx(2 / 4) and first["radgraph_partial"] == pytest.approx(1 / 4)
-    assert first["bertscore"] == 0.9
-    a, b = np.array([1.0, 20]), np.array([1.0, 18])
-    cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-    assert first["radcliq"] == pytest.approx(2.450143 - 1.245216 * 0.1 - 1.650845 * 0.5 - 0.994772 * cosine)
-    assert (empty["radgraph_simple"], empty["bertscore"], empty["radcliq"]) == (0, pytest.approx(-1.996, abs=1e-3), 3)  # without a scorer
-    assert "radcliq" not in failed and failed["radgraph_simple"] == 1  # NaN: the scorer's failure masks the item
-    assert "radcliq" not in boxes and "chexbert" not in boxes
-    assert results["report"]["radcliq"]["n"] == 2 and results["report"]["n"] == 3
-    assert len(clinical.radgraph.seen) == len(set(clinical.radgraph.seen))  # each distinct text once
-    gains = compare(results["items"], evaluate_answers(samples, ["fracture"] * 4, clinical=clinical)["items"])["report"]
-    assert gains["radcliq"]["n"] == 2 and gains["chexbert_micro14"]["n"] == 3
+def test_bad_output_gets_the_floor_and_meets_no_scorer(folder, every, monkeypatch):
+    reward = reward_fn("+".join(ALL), weights_dir=str(folder))
+    for name in ("radgraph_xl", "radgraph", "chexbert", "bertscore", "bertscore_radcliq"):
+        monkeypatch.setattr(reward.scorers, name, None)  # touching one is an error
+    scores = reward(["", " \n", "<think>Heart is large.", "x</think></think>No effusion."], [report("No effusion.")] * 4)
+    floor = {"radcliq": -3, "radcliq_published": -3, "bertscore": -0.66620487 / (1 - 0.66620487)}
+    assert all(scores.valid) and not scores.errors
+    for name, values in scores.parts.items():
+        assert values == [floor.get(name, 0)] * 4, name
+    words = ["Clear", "Edema", "Heart", "Small", "Lungs"]  # 5 characters are too few in the authors' mode, 6 are not
+    five, six = (every([word + end for word in words], [report("Small heart.")] * 5).parts for end in ("", "."))
+    assert max(five["radcliq"]) == -3 < max(six["radcliq"]) and max(five["radcliq_published"]) > -3
 
 
-def test_radcliq_reads_lower_case_and_2048_characters_and_nothing_else_does(clinical):
-    clinical.chexbert.labels = lambda texts: np.zeros((len(texts), 14), dtype=int)
-    pad = "x " * 1023 + "yz"  # 2,048 characters
-    equal = 2.450143 - 1.245216 / 5 - 1.650845 / 2 - 0.994772  # of two texts that are the same to it
-    shouted, = clinical.score(["FRACTURE"], ["fracture"])
-    assert shouted["radgraph_simple"] == 0 and shouted["radcliq"] == pytest.approx(equal)
-    cut, = clinical.score([pad + " tail"], [pad + " end"])
-    assert cut["radgraph_simple"] == pytest.approx(2 / 3) and cut["radcliq"] == pytest.approx(equal)
+def test_references_are_scored_once_and_outlive_the_run(folder, tmp_path):
+    """get_vocab() has another order in each run: a fingerprint of it as it came found nothing in the cache."""
+    samples = [report(text) for text in reports(4, seed=1) for _ in range(8)]
+    first = reward_fn("radcliq", weights_dir=str(folder), cache=tmp_path / "c.sqlite")
+    values = [first(reports(32, seed=seed), samples).values for seed in (5, 6)]
+    assert first.scorers.radgraph_xl.references.scored == first.scorers.chexbert.vectors.scored == 4
+    second = reward_fn("radcliq+chexbert", weights_dir=str(folder), cache=tmp_path / "c.sqlite")
+    assert second(reports(32, seed=6), samples).parts["radcliq"] == pytest.approx(values[1], abs=1e-6)
+    assert second.scorers.radgraph_xl.references.scored == second.scorers.chexbert.vectors.scored == 0
+    assert second.scorers.chexbert.labels.scored == 4
 
 
-def test_radcliq_has_the_floor_of_its_reward(clinical):
-    """The authors' reward gives at most five characters -3; nothing is worse than that."""
-    clinical.chexbert.labels = lambda texts: np.zeros((len(texts), 14), dtype=int)
-    clinical.radcliq_bertscore.score = lambda hyps, refs: [-2.0 if hyp == "nonsense" else 0.5 for hyp in hyps]
-    found = clinical.score(["no...", "no....", "nonsense"], ["no effusion"] * 3)
-    assert found[0]["radcliq"] == found[2]["radcliq"] == 3 and 0 < found[1]["radcliq"] < 3
+def test_values_do_not_depend_on_the_batch(every):
+    answers, samples = reports(12, seed=7), [report(text) for text in reports(12, seed=8)]
+    together = every(answers, samples).values
+    np.testing.assert_allclose(together, [every([a], [s]).values[0] for a, s in zip(answers, samples)], atol=1e-4)
 
 
-def test_missing_weights_are_said_in_a_line_each(scorers, tmp_path):
-    for name in ("chexbert.pth", "distilroberta-base"):
-        (tmp_path / name).touch()
-    clinical, missing = load_clinical(str(tmp_path))
-    assert clinical.radgraph is None and clinical.bertscore is None and clinical.chexbert and clinical.radcliq_bertscore
-    assert missing == ["radgraph is left out: radgraph-xl is missing fetch it (416 MB)",
-                       "bertscore is left out: distilbert-base-uncased is missing fetch it (416 MB)"]
-    scores = clinical.score(["pneumonia", ""], ["pneumonia", "pneumonia"])
-    assert [set(s) for s in scores] == [{"chexbert"}] * 2  # RadCliQ needs all three
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="none of the scorers' weights.*radgraph-xl is missing"):
-        load_clinical(str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="--reward_weights nowhere is no folder: name the one that holds"):
-        load_clinical("nowhere")
+def test_only_named_weights_are_needed(folder, tmp_path):
+    (tmp_path / "distilbert-base-uncased").symlink_to(folder / "distilbert-base-uncased")
+    assert reward_fn("bertscore", weights_dir=str(tmp_path)).tasks == {"report"}
+    with pytest.raises(ValueError, match="radgraph-xl.tar.gz is missing"):
+        reward_fn("0.5*bertscore+0.5*radgraph", weights_dir=str(tmp_path))
 
 
-def test_breakdown_by_condition(clinical):
-    samples = [report(i, "pneumonia" if i % 2 else "fracture") for i in range(8)]
-    items = evaluate_answers(samples, ["pneumonia"] * 8, clinical=clinical)["items"]
-    found = breakdown(samples, items)["report"]["finding"]
-    assert found["Pneumonia"]["n"] == 4 and found["Pneumonia"]["chexbert_f1"]["mean"] == pytest.approx(2 * 4 / (8 + 4))
-    assert found["Fracture"]["n"] == 4 and found["Fracture"]["chexbert_f1"]["mean"] == 0
-    assert found["Edema"] == {"n": 0, "chexbert_f1": {"mean": 0, "low": 0, "high": 0, "n": 8}}
-
+# Failures. `boom` fails on answers that say so.
 
 @pytest.fixture
-def stored(scorers, tmp_path, monkeypatch):
-    """Six stored answers, all weights, and the command line that scores them into `out`."""
-    rows = [{"id": str(i), "image": None, "task": "report", "question": "Report.", "answer": ["pneumonia", "fracture"][i % 2]} for i in range(6)]
-    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    stored = [{"id": str(i), "answer": "pneumonia fracture"} for i in range(6)]
-    (tmp_path / "predictions.jsonl").write_text("\n".join(map(json.dumps, stored)))
-    (tmp_path / "weights").mkdir()
-    for name in ("chexbert.pth", "distilroberta-base", "radgraph-xl", "distilbert-base-uncased"):
-        (tmp_path / "weights" / name).touch()
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--predictions", str(tmp_path / "predictions.jsonl"), "--data",
-                                      str(tmp_path / "test.jsonl"), "--output_dir", str(tmp_path / "out"), "--reward_weights",
-                                      str(tmp_path / "weights")])
+def module(monkeypatch):
+    module = types.ModuleType("breaking")
+
+    def boom(answers, samples):
+        module.calls += 1
+        if any("boom" in answer for answer in answers):
+            raise RuntimeError("scorer died")
+        return [float(len(answer)) for answer in answers]
+    module.calls, module.boom = 0, boom
+    module.nan = lambda answers, samples: [math.nan if "boom" in answer else 1.0 for answer in answers]
+    monkeypatch.setitem(sys.modules, "breaking", module)
+    return module
 
 
-def test_stored_predictions_get_clinical_metrics_without_a_model(stored, tmp_path):
-    evaluate.main()
-    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
-    assert metrics["not_computed"] == [] and metrics["tasks"]["report"]["radgraph_simple"]["mean"] == pytest.approx(2 / 3)
-    assert metrics["tasks"]["report"]["chexbert_micro14"]["mean"] == pytest.approx(2 * 6 / (12 + 6))
-    table = (tmp_path / "out/table.md").read_text()
-    radcliq, f1 = (metrics["tasks"]["report"][name]["mean"] for name in ("radcliq", "radgraph_partial"))
-    assert f"| 90.0 | 66.7 | {100 * 2 * 2 / 3 / 14:.1f} | {100 * f1:.1f} | - | {radcliq:.2f} |" in table  # Table 1's order
-    page = (tmp_path / "out/report.html").read_text()
-    assert "agreed Pneumonia" in page and "</mark> Fracture</p>" in page
+@pytest.mark.parametrize("bad", [{5}, {0, 31}, set(range(8, 13)), set(range(4))])
+def test_exception_masks_the_answers_that_caused_it(module, bad):
+    """One bad text in a batch of thousands used to take the whole step with it."""
+    answers = ["boom" if n in bad else "a" * n for n in range(32)]
+    scores = reward_fn("gleu+breaking:boom")(answers, [report("x")] * 32)
+    masked = {n for n, valid in enumerate(scores.valid) if not valid}
+    assert masked == bad if bad != set(range(4)) else masked >= bad
+    assert all(math.isfinite(value) for value in scores.values) and all(scores.values[n] == 0 for n in masked)
+    assert scores.errors == ["breaking:boom: RuntimeError: scorer died"]
 
 
-def test_answers_outlive_a_scorer_that_fails(stored, tmp_path, monkeypatch):
-    def fail(self, texts):
-        raise RuntimeError("out of memory")
-    monkeypatch.setattr(FakeRadGraph, "annotate", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        evaluate.main()
-    rows = list(map(json.loads, (tmp_path / "out/predictions.jsonl").read_text().splitlines()))
-    assert [row["answer"] for row in rows] == ["pneumonia fracture"] * 6
+def test_broken_scorer_is_not_asked_thousands_of_times(module):
+    scores = reward_fn("breaking:boom")(["boom"] * 4096, [report("x")] * 4096)
+    assert not any(scores.valid) and scores.values == [0.0] * 4096 and module.calls < 30
+
+
+def test_nan_masks_and_never_reaches_the_values(module):
+    scores = reward_fn("0.5*gleu+breaking:nan")(["boom", "x"], [report("x")] * 2)
+    assert scores.valid == [False, True] and scores.values == [0.0, 1.5]
+
+
+def test_scorer_that_gives_nan_is_masked(folder):
+    reward = reward_fn("radcliq+gleu", weights_dir=str(folder))
+    reward.scorers.bertscore_radcliq.model.embeddings.word_embeddings.weight.fill_(torch.nan)
+    scores = reward(["No effusion.", ""], [report("No effusion.")] * 2)
+    assert scores.valid == [False, True] and scores.values == [0.0, -3.0]
+
+
+@pytest.mark.parametrize("share, code", [(0.05, 0), (0.5, 1)])
+def test_run_goes_on_or_stops_by_the_share_not_scored(phantom, trained, tmp_path, share, code, monkeypatch):  # noqa: F811
+    """A scorer that fails now and then is counted; one that fails often ends the run, with what it said."""
+    (tmp_path / "flaky_reward.py").write_text(
+        "import random\ndraw = random.Random(0)\n"
+        f"def score(answers, samples):\n    return [None if draw.random() < {share} else draw.random() for _ in answers]\n"
+        "def dies(answers, samples):\n    raise OSError('no such scorer')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    said = run(*grpo(phantom, trained / "sft/final", tmp_path / "out", "--reward", "flaky_reward:score", "--max_unscored", 0.3), code=code)
+    if code:
+        assert "the reward could not score" in said and "more than --max_unscored 0.3" in said
+    else:
+        log = rows(tmp_path / "out")
+        assert 0 < sum(row["unscored"] for row in log) < 0.3 * 3
+        assert all(math.isfinite(value) for row in log for value in row.values())
+    if code:
+        said = run(*grpo(phantom, trained / "sft/final", tmp_path / "dies", "--reward", "flaky_reward:dies"), code=1)
+        assert "could not score 16 of 16 answers: flaky_reward:dies: OSError: no such scorer" in said
+
+
+def test_program_says_which_weights_are_missing(phantom, tmp_path):
+    said = run(*grpo(phantom, "tiny", tmp_path / "out", "--reward", "report=radcliq", "--reward_weights", tmp_path), code=1)
+    assert "radgraph-xl.tar.gz is missing: fetch radgraph-xl.tar.gz (416 MB)" in said and "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+    said = run(*grpo(phantom, "tiny", tmp_path / "out", "--max_unscored", 2), code=1)
+    assert "--max_unscored must lie in 0..1, got 2.0" in said
+
+
+def test_program_trains_on_radcliq(phantom, trained, folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("MINIGRPO_CACHE", str(tmp_path / "cache"))
+    run(*grpo(phantom, trained / "sft/final", tmp_path / "out", "--reward", "report=0.9*radcliq+0.1*gleu", "--reward_weights", folder, steps=2))
+    log = rows(tmp_path / "out")
+    assert all(-3 <= row["reward_radcliq"] <= 1.45 and row["unscored"] == 0 for row in log) and (tmp_path / "cache/references.sqlite").is_file()
+    first = json.loads((tmp_path / "out/rollouts.jsonl").read_text().splitlines()[0])["groups"][0]["answers"][0]
+    assert first["reward"] == pytest.approx(0.9 * first["radcliq"] + 0.1 * first["gleu"], abs=1e-5)
+
+
+def test_random_words_of_the_reference_do_not_pay(every):
+    """A shuffled reference keeps each word and loses the relations: RadCliQ must rank it below the reference itself."""
+    text = reports(1, seed=11, longest=40)[0] + " The heart size is normal and lungs are clear."
+    shuffled = random.Random(0).sample(text.split(), len(text.split()))
+    scores = every([text, " ".join(shuffled)], [report(text)] * 2).parts["radcliq_published"]
+    assert scores[0] > scores[1]

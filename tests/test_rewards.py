@@ -1,10 +1,13 @@
 """Rewards against slow oracles, and the ways in which a policy would cheat them."""
 
+import doctest
 import itertools
 import math
 import random
+import re
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 from nltk.translate.gleu_score import sentence_gleu
 
 from minigrpo.data import Sample
-from minigrpo.rewards import Scores, dice, gleu, reward_fn, soft_f1
+from minigrpo.rewards import REWARDS, Scores, dice, gleu, length, reward_fn, soft_f1
 from minigrpo.rewards.grounding import iou_matrix, match
 
 HEART = [0.3, 0.4, 0.7, 0.8]
@@ -213,3 +216,70 @@ def test_rows_are_scored_alone():
     alone = [reward([answer], [sample]).values[0] for answer, sample in pairs]
     order = rng.sample(range(12), 12)
     assert reward(*map(list, zip(*(pairs[i] for i in order)))).values == [alone[i] for i in order]
+
+
+@pytest.mark.parametrize("answer, question, opened, task, value", [
+    ("No effusion.", "Report.", False, "report", 1),
+    ("", "Report.", False, "report", 0),
+    ("<think>a</think>No effusion.", "Report.", False, "report", 1),
+    ("<think>a</think>", "Report.", False, "report", 0),
+    ("<think>a</think><think>b</think>No effusion.", "Report.", False, "report", 0),
+    ("<think>a No effusion.", "Report.", False, "report", 0),
+    ("No effusion.", "Report. /think", False, "report", 0),  # asked to think, and did not
+    ("<think>a</think>No effusion.", "Report. /think", False, "report", 1),
+    ("a</think>No effusion.", "Report.", True, "report", 1),
+    ("No effusion.", "Report.", True, "report", 0),
+    ("[0.1, 0.1, 0.2, 0.2]", "Where?", False, "grounding", 1),
+    ("nowhere", "Where?", False, "grounding", 0),
+    ("[0.2, 0.2, 0.1, 0.1] [0, 0, 7, 7]", "Where?", False, "grounding", 0),  # boxes that overlap nothing
+    ("<think>[0.1, 0.1, 0.2, 0.2]</think>nowhere", "Where?", False, "grounding", 0),
+])
+def test_format(answer, question, opened, task, value):
+    sample = Sample("s", None, task, question, "x", boxes=[HEART] if task == "grounding" else [])
+    assert reward_fn("format", opened=opened)([answer], [sample]).values == [value]
+
+
+def test_length_is_the_share_of_words_in_either_direction():
+    assert [length(*pair) for pair in (("a b", "c d"), ("a", "c d"), ("a b c d", "e"), ("", "a"), ("a", ""))] == [1, 0.5, 0.25, 0, 0]
+    assert reward_fn("0.9*gleu+0.1*length")(["no pleural effusion"], [report()]).values == [pytest.approx(1.0)]
+    assert reward_fn("length")(["<think>some words</think>no pleural"], [report()]).values == [pytest.approx(2 / 3)]
+
+
+def test_step_of_4096_answers_takes_under_two_seconds():
+    """GLEU on reports and soft F1 on boxes. CPU seconds, so that a busy machine does not fail it."""
+    from benchmarks.rewards import light_step
+    assert light_step(4096)["seconds_step"] < 2
+
+
+@pytest.mark.parametrize("name", ["gleu", "length", "soft_f1", "dice", "format"])
+@given(st.text(max_size=60) | st.lists(st.sampled_from(["[", "0.5", ",", "]", "1e999", "<think>", "</think>", "\x00"]), max_size=30).map(" ".join))
+@settings(max_examples=60, deadline=None)
+def test_any_text_gets_a_finite_reward_in_range(name, answer):
+    sample = grounding(HEART) if name in ("soft_f1", "dice") else report()
+    scores = reward_fn(name)([answer], [sample])
+    assert scores.valid == [True] and 0 <= scores.values[0] <= 1
+
+
+PAGE = (Path(__file__).parent.parent / "docs/rewards.md").read_text()
+
+
+def test_page_lists_every_reward_with_its_tasks():
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if re.match(r"\| `\w+`", line)]
+    told = {name: row[1] for row in rows for name in re.findall(r"`(\w+)`", row[0]) if len(row) == 7}
+    short = {"text": {"report", "classification", "conversation"}, "all": {"report", "classification", "conversation", "grounding"}}
+    assert {name: short.get(tasks, {tasks}) for name, tasks in told.items()} == {name: tasks for name, (_, tasks) in REWARDS.items()}
+
+
+def test_every_reward_states_its_range_and_floor():
+    assert [name for name, (function, _) in REWARDS.items() if "floor" not in function.__doc__.lower()] == []
+
+
+def test_examples_of_the_page_run(monkeypatch):
+    example = doctest.DocTestParser().get_doctest(re.search(r"```pycon\n(.*?)```", PAGE, re.S)[1], {}, "rewards", None, 0)
+    assert doctest.DocTestRunner().run(example).failed == 0
+    module = types.ModuleType("my_rewards")
+    exec(re.search(r"```python\n(.*?)```", PAGE, re.S)[1], module.__dict__)
+    monkeypatch.setitem(sys.modules, "my_rewards", module)
+    samples = [report(label="Edema"), report(label="Edema"), report()]
+    scores = reward_fn("my_rewards:mentions_the_label")(["mild edema", "clear", "edema"], samples)
+    assert scores.values == [1, 0, 0] and scores.valid == [True, True, False]

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from ..rewards.clinical import PAPER_BASELINE, RADCLIQ_FLOOR, SHORTEST, authors_text
+
 FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")  # CheXpert's competition labels
-RADCLIQ_CUT = 2048  # characters; RadVLM-GRPO gives RadCliQ lower-cased texts cut here, in reward and table alike
-RADCLIQ_FLOOR, RADCLIQ_SHORTEST = 3.0, 5  # the worst, and that of answers of at most so many characters; theirs, too
 # BERTScore as the paper reports it, and the one that RadCliQ was fitted with.
-REPORTED = {"model": "distilbert-base-uncased", "layer": 5, "baseline": 0.66620487}
+REPORTED = {"model": "distilbert-base-uncased", "layer": 5, "baseline": PAPER_BASELINE}
 RADCLIQ = {"model": "distilroberta-base", "layer": 5, "baseline": 0.8473319}
 
 
@@ -33,7 +33,7 @@ class Clinical:
         can't score (None or NaN) is left out of its item."""
         filled = [i for i, text in enumerate(predictions) if text]
         hyps, refs = [predictions[i] for i in filled], [references[i] for i in filled]
-        low_hyps, low_refs = ([text.lower()[:RADCLIQ_CUT] for text in texts] for texts in (hyps, refs))
+        low_hyps, low_refs = ([authors_text(text) for text in texts] for texts in (hyps, refs))  # as the reward has them
         floor: dict[str, Any] = {}
         found: dict[str, list] = {}
         if self.bertscore:
@@ -49,8 +49,8 @@ class Clinical:
             bert = self.radcliq_bertscore.score(low_hyps, low_refs) if hyps else []
             parts = zip([g["radcliq"] for g in graphs[len(hyps):]], bert, cosines(self.chexbert, low_hyps, low_refs))
             values = [np.nan if None in part else radcliq_v1(*part) for part in parts]
-            floor["radcliq"] = RADCLIQ_FLOOR
-            found["radcliq"] = [RADCLIQ_FLOOR if len(text) <= RADCLIQ_SHORTEST or value > RADCLIQ_FLOOR else value
+            floor["radcliq"] = -RADCLIQ_FLOOR  # the reward is minus the metric
+            found["radcliq"] = [-RADCLIQ_FLOOR if len(text.strip()) <= SHORTEST or value > -RADCLIQ_FLOOR else value
                                 for text, value in zip(hyps, values)]
         items = [dict(floor) for _ in predictions]
         for name, values in found.items():

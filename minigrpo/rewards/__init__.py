@@ -6,19 +6,24 @@
     my_module:my_reward                        your own, anywhere a name may stand: callable(answers, samples) -> a list
                                                of floats (None or NaN: could not be scored) or a `Scores`
 
-A built-in takes (answers without their thinking, samples, box_scale) and gives an empty answer its floor.
+A built-in scores answers without their thinking and gives an empty one its floor. What a scorer can't do, by an exception or
+NaN, is marked as not scored, and is no fault of the model. docs/rewards.md has each reward's formula, range, floor and cost.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..data.boxes import split_thinking
 from ..data.sample import Sample
+from .clinical import CLINICAL, Scorers
 from .grounding import dice, soft_f1
+from .radcliq import radcliq_v1
 from .spec import REWARDS, Term, parse_spec
-from .text import gleu
+from .text import gleu, length
 
-__all__ = ["REWARDS", "Reward", "Scores", "dice", "gleu", "reward_fn", "soft_f1"]
+__all__ = ["REWARDS", "Reward", "Scores", "dice", "gleu", "length", "radcliq_v1", "reward_fn", "soft_f1"]
 
 
 @dataclass
@@ -26,6 +31,7 @@ class Scores:
     values: list[float]  # 0.0 where valid is False, so that no NaN travels on
     valid: list[bool]  # False: could not be scored, and must not count as a bad answer
     parts: dict[str, list[float]] = field(default_factory=dict)  # each term unweighted; NaN where it gave nothing
+    errors: list[str] = field(default_factory=list)  # what scorers raised: the first few that differ
 
 
 @dataclass
@@ -35,6 +41,7 @@ class Reward:
     terms: dict[str, list[Term]]  # for each task
     opened: bool
     box_scale: float
+    scorers: Scorers
 
     @property
     def tasks(self) -> set[str]:
@@ -52,14 +59,45 @@ class Reward:
         for task in self.terms:
             rows = [row for row, sample in enumerate(samples) if sample.task == task]
             for weight, name, function in self.terms[task] if rows else ():
-                chosen = [samples[row] for row in rows]
-                if name in REWARDS:
-                    result = function([texts[row] for row in rows], chosen, self.box_scale)
-                else:
-                    result = function([answers[row] for row in rows], chosen)
-                _add(scores, rows, weight, name, result)
+                call = self._bound(name, function, answers, texts, samples)
+                _add(scores, rows, weight, name, scored(call, rows, name, scores.errors))
         scores.values = [value if valid else 0.0 for value, valid in zip(scores.values, scores.valid)]
         return scores
+
+    def _bound(self, name: str, function: Callable, answers: list[str], texts: list[str], samples: list[Sample]) -> Callable:
+        """callable(rows) -> the term's scores of these rows. A function of one's own gets the answers as written."""
+        raw = name not in REWARDS or name == "format"
+        extra = () if name not in REWARDS else (self.scorers,) if name in CLINICAL else (self.box_scale,)
+        if name == "format":
+            extra = (self.opened, self.box_scale)
+        return lambda rows: function([(answers if raw else texts)[row] for row in rows], [samples[row] for row in rows], *extra)
+
+
+def scored(call: Callable, rows: list[int], name: str, errors: list[str]) -> "Scores | list":
+    """`call(rows)`. Where it raises, halves are tried, down to the single rows that can't be scored: these are NaN. Four
+    single failures before any success mean that the scorer itself is broken: the rest is NaN untried.
+    """
+    failed, succeeded = 0, 0
+
+    def attempt(part: list[int]) -> "Scores | list":
+        nonlocal failed, succeeded
+        if failed >= 4 and not succeeded:
+            return [math.nan] * len(part)
+        try:
+            result = call(part)
+            succeeded += 1
+            return result
+        except Exception as error:  # whatever a scorer raises must not end a run of days: --max_unscored decides
+            text = f"{name}: {type(error).__name__}: {error}"
+            if text not in errors and len(errors) < 5:
+                errors.append(text)
+        if len(part) == 1:
+            failed += 1
+            return [math.nan]
+        halves = attempt(part[:len(part) // 2]), attempt(part[len(part) // 2:])
+        return [value for half in halves for value in (half.values if isinstance(half, Scores) else half)]
+
+    return attempt(rows)
 
 
 def _add(scores: Scores, rows: list[int], weight: float, name: str, result) -> None:
@@ -78,10 +116,16 @@ def _add(scores: Scores, rows: list[int], weight: float, name: str, result) -> N
         scores.values[row] += weight * value
 
 
-def reward_fn(spec: str, *, opened: bool = False, box_scale: float = 1.0) -> Reward:
+def reward_fn(spec: str, *, opened: bool = False, box_scale: float = 1.0, weights_dir: str | None = None, device: str = "cpu",
+              cache: Path | None = None) -> Reward:
     """The reward of a --reward argument (grammar above). `.tasks` is the set of tasks it can score.
 
     An answer whose think block is broken counts as empty, which is each built-in's floor. `opened`: the chat template
-    already wrote <think>. `box_scale`: what the model's coordinates are divided by.
+    already wrote <think>. `box_scale`: what the model's coordinates are divided by. `weights_dir` (None: the hub) and `device`
+    are for the clinical rewards, whose models are loaded here; `cache`: file that keeps their references between runs.
     """
-    return Reward(parse_spec(spec), opened, box_scale)
+    terms, scorers = parse_spec(spec), Scorers(weights_dir, device, cache)
+    for name in {name for task in terms.values() for _, name, _ in task if name in CLINICAL}:
+        for scorer in CLINICAL[name][1]:
+            getattr(scorers, scorer)
+    return Reward(terms, opened, box_scale, scorers)

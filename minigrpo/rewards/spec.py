@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable
 
 from ..data.schema import TASKS
+from .clinical import CLINICAL
+from .format import format_reward
 from .grounding import dice_reward, soft_f1_reward
-from .text import gleu_reward
+from .text import gleu_reward, length_reward
 
 Term = tuple[float, str, Callable]  # weight, name, function
 
@@ -16,6 +18,9 @@ REWARDS: dict[str, tuple[Callable, set[str]]] = {  # name: (function, the tasks 
     "gleu": (gleu_reward, TEXT_TASKS),
     "soft_f1": (soft_f1_reward, {"grounding"}),
     "dice": (dice_reward, {"grounding"}),
+    **{name: (function, {"report"}) for name, (function, _) in CLINICAL.items()},
+    "format": (format_reward, set(TASKS)),
+    "length": (length_reward, TEXT_TASKS),
 }
 
 
