@@ -57,8 +57,8 @@ class Size:
     seeds: int
 
 
-FULL = Size(films=2400, test=300, pixels=224, scenes=1500, reading=400, traces=2000, general_steps=500, domain_steps=700,
-            grpo_steps={"report": 80, "grounding": 110}, prompts=16, group=8, longest=224, seeds=3)
+FULL = Size(films=2400, test=300, pixels=224, scenes=2000, reading=400, traces=2000, general_steps=900, domain_steps=900,
+            grpo_steps={"report": 100, "grounding": 140}, prompts=16, group=8, longest=224, seeds=3)
 SMOKE = Size(films=12, test=4, pixels=64, scenes=12, reading=4, traces=10, general_steps=4, domain_steps=4,
              grpo_steps={"report": 1, "grounding": 1}, prompts=4, group=2, longest=24, seeds=1)
 
@@ -173,18 +173,20 @@ def run_all(runs: list[Run], where: dict[str, Path], jobs: int) -> None:
     """Every run that is not done, `jobs` at once, each once what it needs is there."""
     done = {run.name for run in runs if (where[run.name] / "done.json").exists()}
     print(f"{len(runs)} runs, {len(done)} of them done already", flush=True)
-    waiting, going, threads = [run for run in runs if run.name not in done], {}, max(1, (os.cpu_count() or 1) // jobs)
+    waiting, going = [run for run in runs if run.name not in done], {}
     while waiting or going:
-        for run in [run for run in waiting if done.issuperset(run.needs)][:jobs - len(going)]:
+        ready = [run for run in waiting if done.issuperset(run.needs)][:jobs - len(going)]
+        threads = max(1, (os.cpu_count() or 1) // max(1, len(ready) + len(going)))  # SFT, on which all else waits, has all cores
+        for run in ready:
             process = start(run, where, threads)
-            going[process.sentinel] = (process, run, time.perf_counter())
+            going[process.sentinel] = (process, run, threads, time.perf_counter())
             waiting.remove(run)
         for sentinel in wait(list(going)):
-            process, run, began = going.pop(sentinel)
+            process, run, threads, began = going.pop(sentinel)
             process.join()
             seconds = round(time.perf_counter() - began, 1)
             if process.exitcode:
-                for other, _, _ in going.values():
+                for other, *_ in going.values():
                     other.terminate()
                 tail = Path(f"{where[run.name]}.log").read_text(errors="replace")[-1500:]
                 sys.exit(f"study: {run.name} failed ({where[run.name]}.log); what is done stays done\n{tail}")

@@ -66,7 +66,7 @@ def test_matched_arms_differ_in_what_their_name_says(a, b, differ):
 
 def test_every_command_of_the_plan_parses(tmp_path):
     kinds = {"train_sft.py": SftArguments, "train_grpo.py": GrpoArguments, "evaluate.py": EvaluateArguments}
-    for run in plan(FULL):
+    for run in plan(FULL, reward_weights=str(tmp_path)):  # with BERTScore among the rewards
         if run.command[0] in kinds:
             parse_args(kinds[run.command[0]], "", [str(word) for word in run.command[1:]])
 
