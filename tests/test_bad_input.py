@@ -72,7 +72,7 @@ def test_cleaned_references_and_asking_to_think_are_the_same_questions(phantom, 
     folder, rows = stored
     samples = evaluate.read_jsonl(phantom / "test.jsonl")
     write_rows(folder, [row | {"question": row["question"] + " /think"} for row in rows])
-    assert evaluate.read_answers(folder, samples, "--baseline") == ([row["answer"] for row in rows], {})
+    assert evaluate.read_answers(folder, samples, "--baseline") == ([row["answer"] for row in rows], None, {})
     assert not capsys.readouterr().out
     write_rows(folder, [row | {"reference": "Unchanged."} for row in rows])
     evaluate.read_answers(folder, samples, "--baseline")
