@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from minigrpo.data import Sample, read_jsonl
-from minigrpo.generate import generate
 from minigrpo.metrics import (breakdown, compare, constant_boxes, constant_report, evaluate_answers, load_clinical,
                               markdown_table)
 from minigrpo.policy import Policy
 from minigrpo.run.args import at_least_one, input_errors, parse_args
+from minigrpo.run.distributed import first, gathered, join
 from minigrpo.run.plots import draw_samples
 from minigrpo.run.report import write_report
+from minigrpo.run.validate import greedy_answers
 
 
 @dataclass
@@ -69,10 +69,12 @@ class EvaluateArguments:
 def main() -> None:
     with input_errors():
         args = parse_args(EvaluateArguments, __doc__)
+        join(args.device)  # the other processes of torchrun, if there are any: they share out the questions
         folder = Path(args.output_dir)
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty: give another --output_dir")
-        samples = read_jsonl(args.data, task=args.task)
+        gathered(None)  # all have looked before one writes
+        samples = read_jsonl(args.data, task=args.task, verify_images=first())
         clinical, missing = load_clinical(args.reward_weights, args.device) if args.reward_weights else (None, [])
         baseline, before = read_answers(args.baseline, samples, "--baseline") if args.baseline else (None, {})
         stored: dict = {}
@@ -86,6 +88,8 @@ def main() -> None:
         print(line)
     if args.model not in (None, "constant"):
         answers = greedy_answers(policy, samples, args.batch_size, args.max_new_tokens)
+    if not first():
+        return
 
     folder.mkdir(parents=True, exist_ok=True)
     write_predictions(folder / "predictions.jsonl", samples, answers)  # hours of sampling outlive a scorer that fails
@@ -107,18 +111,6 @@ def main() -> None:
         write_report(folder / "report.html", samples, answers, items, title=f"{metrics['model']} on {args.data}",
                      count=args.report_items, **reading)
     print(table)
-
-
-def greedy_answers(policy: Policy, samples: list[Sample], batch_size: int, max_new_tokens: int) -> list[str]:
-    """Answers in the order of the samples; those of like length of question and task are generated together."""
-    order = sorted(range(len(samples)), key=lambda i: (samples[i].task, len(samples[i].question)))
-    answers = [""] * len(samples)
-    for first in tqdm(range(0, len(order), batch_size), desc="evaluate", unit="batch"):
-        chosen = order[first:first + batch_size]
-        rollout = generate(policy, policy.encode([samples[i] for i in chosen]), max_new_tokens=max_new_tokens, temperature=0)
-        for i, text in zip(chosen, rollout.texts):
-            answers[i] = text
-    return answers
 
 
 def constant_answers(train: list[Sample], samples: list[Sample]) -> list[str]:

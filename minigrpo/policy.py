@@ -9,7 +9,7 @@ H query heads, K key heads, D head width.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +40,10 @@ class Prompts:
 
     def to(self, device: torch.device) -> "Prompts":
         return Prompts(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def numbered(self, places: list[int]) -> "Prompts":
+        """The same prompts with these places as their numbers: part of a larger batch gives the answers that the whole would."""
+        return replace(self, number=torch.tensor(places, device=self.ids.device))
 
     def select(self, rows: slice | Tensor, *, trim: bool = True) -> "Prompts":
         """The prompts `rows` (a slice, or indices in any order) with their own images; `trim` drops what is padding for all."""
