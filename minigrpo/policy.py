@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from minigrpo.data import Sample, load_image
 from minigrpo.logprob import linear_logprob
+from minigrpo.trust import check_folder
 
 
 @dataclass
@@ -118,16 +119,18 @@ class Policy:
         if Path(name_or_dir).is_dir() and not (Path(name_or_dir) / "config.json").is_file():
             raise ValueError(f"{name_or_dir} is no checkpoint: it holds no config.json. Give a folder that "
                              "save_pretrained wrote, such as RUN/final, or a model's name on the hub")
+        if Path(name_or_dir).is_dir():
+            check_folder(Path(name_or_dir))
         try:
-            config = AutoConfig.from_pretrained(name_or_dir)
+            config = AutoConfig.from_pretrained(name_or_dir, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"{name_or_dir} is neither a checkpoint folder nor a model on the hub "
                              f"({str(error).splitlines()[0]})") from error
         if config.model_type != "qwen3_vl":
             raise ValueError(f"{name_or_dir} is a {config.model_type} model; minigrpo trains dense Qwen3-VL (qwen3_vl)")
-        model = Qwen3VLForConditionalGeneration.from_pretrained(name_or_dir, dtype=torch.float32, config=config)
+        model = Qwen3VLForConditionalGeneration.from_pretrained(name_or_dir, dtype=torch.float32, config=config, use_safetensors=True)
         # eval() for good: Qwen3-VL has no dropout or batch statistics that training would need.
-        return cls(model.to(device).eval(), AutoTokenizer.from_pretrained(name_or_dir),
+        return cls(model.to(device).eval(), AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False),
                    Qwen2VLImageProcessorPil.from_pretrained(name_or_dir), autocast=autocast)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -91,8 +91,8 @@ def assert_same_run(one, other):
     assert {p.name for p in (one / "best").iterdir()} == {p.name for p in (other / "best").iterdir()} == {"step-000002"}
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("program", ["train_sft", "train_grpo"])
+@pytest.mark.parametrize("program, ranks", [("train_sft", 2), ("train_grpo", 4), pytest.param("train_sft", 4, marks=pytest.mark.slow),
+                                            pytest.param("train_grpo", 2, marks=pytest.mark.slow)])
 def test_ranks_are_one_run(runs, program, ranks):
     """Loss, gradients and every figure of one process, for any number; with 4 ranks and 2 prompts an update some have none."""
     one, many = runs(program, 1), runs(program, ranks)
@@ -121,6 +121,7 @@ def test_a_rank_that_dies_ends_the_run_which_resumes_on_another_number(runs, pla
     assert_same_run(place.folder / "killed", runs("train_grpo", 1))
 
 
+@pytest.mark.slow
 def test_evaluation_on_two_ranks(place, phantom):
     for ranks in (1, 2):
         run("evaluate", ["--model", place.folder / "model", "--data", phantom / "test.jsonl", "--output_dir", place.folder / f"e{ranks}",

@@ -7,7 +7,7 @@ import random
 import signal
 import time
 from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,14 +98,14 @@ def dying_at(rank, number):
         setattr(module, name, counted)
 
 
-@pytest.mark.parametrize("program", ["train_sft", "train_grpo"])
+@pytest.mark.parametrize("program", [pytest.param("train_sft", marks=pytest.mark.slow), "train_grpo"])
 def test_killed_in_the_middle_of_saves(program, place, whole):
     """kill -9 inside what writes args.json, a checkpoint, or the final model, several times in one run: it ends as the whole run."""
     words, kills = place(program, f"{program}-saves"), 0
-    for number in (2, 13, 24, 31, 57, 80):
+    for number in (2, 24, 57):
         (code,) = finish(start(program, [*words, "--resume"], place.folder / "saves.log", prepare=partial(dying_at, number=number)))
         kills += code == -9
-    assert kills >= 4
+    assert kills == 3
     run(program, [*words, "--resume"], place.folder / "saves.log")
     assert_same(whole(program), place.folder / f"{program}-saves")
 
@@ -182,7 +182,7 @@ def test_what_is_wrong_with_a_checkpoint_is_said(tmp_path, harm, message):
 # ---- full disks, signals, locks -------------------------------------------------------------------------------------
 
 
-def full_disk(rank, times):
+def full_disk(rank):
     """The first saves find no room: once inside safetensors (a limit on the size of files), once while syncing."""
     import resource
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -204,14 +204,14 @@ def full_disk(rank, times):
 
 
 def test_a_full_disk_costs_a_checkpoint_and_no_step(place, whole):
-    said = run("train_grpo", place("train_grpo", "full"), place.folder / "full.log", prepare=partial(full_disk, times=1))
+    said = run("train_grpo", place("train_grpo", "full"), place.folder / "full.log", prepare=full_disk)
     assert "checkpoint of step 1 not saved" in said and "File too large" in said
     assert "checkpoint of step 2 not saved ([Errno 28] No space left on device); the newest is none. Training goes on" in said
     assert "step 3 not saved" not in said
     assert_same(whole("train_grpo"), place.folder / "full")
 
 
-@pytest.mark.parametrize("program", ["train_sft", "train_grpo"])
+@pytest.mark.parametrize("program", ["train_sft", pytest.param("train_grpo", marks=pytest.mark.slow)])
 def test_sigterm_saves_and_has_a_code_of_its_own(program, place, whole):
     words, name = place(program, f"{program}-term", "--save_steps", 100), f"{program}-term"
     (process,) = start(program, words, place.folder / "term.log")
@@ -277,7 +277,7 @@ def test_too_many_bad_gradients_stop_the_run(place, monkeypatch):
     assert kept == [f"step-00000{step}-{update}-rank-0.json" for step in (0, 1) for update in (0, 1)]
     batch = json.loads((place.folder / "too-many/skipped" / kept[0]).read_text())["batch"]
     assert len(batch) == 1 and len(batch[0]["answers"]) == 3
-    assert "5 updates were skipped" in stop(train_grpo, [*words, "--resume"]) or "6 updates" in stop(train_grpo, [*words, "--resume"])
+    assert "4 updates were skipped" in stop(train_grpo, [*words, "--resume"]), "2 before the checkpoint of step 1, and 2 again"
 
 
 def test_out_of_memory_halves_and_goes_on(place, monkeypatch, capsys):
@@ -297,7 +297,7 @@ def test_out_of_memory_halves_and_goes_on(place, monkeypatch, capsys):
             raise torch.OutOfMemoryError("pretended")
         return found
 
-    accumulate, settings = train_grpo.accumulate, None
+    accumulate, settings = train_grpo.accumulate, SimpleNamespace(micro_tokens=0)
 
     def noting(*args):
         nonlocal settings
@@ -339,7 +339,8 @@ def test_a_reward_that_hangs_masks_its_group(samples):
 # ---- validation, what is kept, other logs ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("program, figure, better", [(train_sft, "eval_loss", min), (train_grpo, "eval_reward", max)])
+@pytest.mark.parametrize("program, figure, better", [
+    pytest.param(train_sft, "eval_loss", min, marks=pytest.mark.slow), (train_grpo, "eval_reward", max)])
 def test_the_best_weights_are_kept(program, figure, better, place, phantom, monkeypatch):
     name, seen = f"best-{figure}", {}
     save = program.save_best
@@ -355,6 +356,7 @@ def test_the_best_weights_are_kept(program, figure, better, place, phantom, monk
     assert torch.equal(stored.get("lm_head.weight", stored.get("model.language_model.embed_tokens.weight")), seen[best])
 
 
+@pytest.mark.slow
 def test_the_last_checkpoints_are_kept(place):
     words = place("train_sft", "kept", "--keep_checkpoints", 3, steps=8)
     finish(start("train_sft", words, place.folder / "kept.log", prepare=stopping_at_the_end))
@@ -375,10 +377,10 @@ def test_tensorboard_has_every_figure(place):
     assert [event.value for event in board.Scalars("loss")] == pytest.approx([row["loss"] for row in logged])
 
 
+@pytest.mark.slow
 def test_wandb_gets_every_row(place, monkeypatch):
     """Offline: the real package, its rows intercepted."""
     wandb = pytest.importorskip("wandb")
-    from types import SimpleNamespace
     got, asked = [], {}
     monkeypatch.setattr(wandb, "init", lambda **settings: asked.update(settings) or SimpleNamespace(log=lambda row, step: got.append((step, row))))
     main(train_sft, place("train_sft", "wandb", "--track", "wandb", steps=2))
