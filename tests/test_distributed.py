@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -11,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from minigrpo.run.distributed import deal
+from minigrpo.run.folder import checkpoints
 from tests.processes import finish, run, start
 
+ROOT = Path(__file__).parent.parent
 COUNTED_BY_TIME = ("second", "padding", "row_steps")  # the clock's; and how prompts are padded and rows decoded depends on the ranks
 
 
@@ -155,3 +159,27 @@ def test_bad_input_is_said_once(place):
     codes = finish(start("train_grpo", words, place.folder / "bad.log", ranks=2), 20)
     said = [(place.folder / f"bad.log-{rank}").read_text() for rank in range(2)]
     assert codes == [1, 1] and "/nowhere.jsonl: no such file" in said[0] and not any("Traceback" in text for text in said)
+
+
+def torchrun(words, log, die=""):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--shutdown-timeout", "60", "train_grpo.py"]
+    return subprocess.Popen([*command, *map(str, words)], cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT,
+                            env={**os.environ, "DIE": die, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["a rank is killed", "SIGTERM"])
+def test_under_torchrun_itself(place, end):
+    """A rank that is killed, or a cluster's warning: the job ends by itself, and --resume finishes it."""
+    name = end.split()[0]
+    words, log = place("train_grpo", name, "--save_steps", 1, steps=4), place.folder / f"{name}.txt"
+    job = torchrun(words, log, die="yes" if name == "a" else "")
+    rows_file = place.folder / name / "metrics.jsonl"
+    while name == "SIGTERM" and job.poll() is None and not (rows_file.exists() and rows_file.read_text()):
+        time.sleep(0.05)
+    if name == "SIGTERM":
+        job.terminate()
+    assert job.wait(120) != 0 and "Traceback" not in log.read_text().split("ChildFailedError")[0].split("torch/distributed")[0]
+    assert checkpoints(place.folder / name), log.read_text()
+    assert torchrun([*words, "--resume"], log).wait(180) == 0, log.read_text()
+    assert "resuming from" in log.read_text() and len(rows(place.folder / name)) == 4
