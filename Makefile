@@ -53,4 +53,5 @@ bench: install
 	$(BIN)/python -m benchmarks.logprob
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.lora
+	$(BIN)/python -m benchmarks.node
 	$(BIN)/python -m benchmarks.table

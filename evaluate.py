@@ -16,16 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from minigrpo.data import Sample, ask_to_think, read_jsonl
-from minigrpo.generate import generate
 from minigrpo.metrics import (breakdown, compare, constant_boxes, constant_report, evaluate_answers, load_clinical,
                               markdown_table)
 from minigrpo.policy import Policy
 from minigrpo.run.args import at_least_one, input_errors, parse_args
+from minigrpo.run.distributed import first, gathered, join
 from minigrpo.run.plots import draw_samples
 from minigrpo.run.report import write_report
+from minigrpo.run.validate import greedy_answers
 
 
 @dataclass
@@ -73,10 +73,12 @@ class EvaluateArguments:
 def main() -> None:
     with input_errors():
         args = parse_args(EvaluateArguments, __doc__)
+        join(args.device)  # the other processes of torchrun, if there are any: they share out the questions
         folder = Path(args.output_dir)
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty: give another --output_dir")
-        samples = read_jsonl(args.data, task=args.task)
+        gathered(None)  # all have looked before one writes
+        samples = read_jsonl(args.data, task=args.task, verify_images=first())
         samples = ask_to_think(samples) if args.think else samples
         clinical, missing = load_clinical(args.reward_weights, args.device) if args.reward_weights else (None, [])
         baseline, _, before = read_answers(args.baseline, samples, "--baseline") if args.baseline else (None, None, {})
@@ -92,6 +94,8 @@ def main() -> None:
         print(line)
     if args.model not in (None, "constant"):
         answers, cut_off = greedy_answers(policy, samples, args.batch_size, args.max_new_tokens)
+    if not first():
+        return
 
     write_predictions(folder / "predictions.jsonl", samples, answers, cut_off)  # hours of sampling outlive a scorer that fails
     reading = {"opened": args.opened or stored.get("opened", False), "box_scale": args.box_scale or stored.get("box_scale", 1.0)}
@@ -122,21 +126,6 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"--output_dir {folder} cannot be made ({error.strerror}): give another") from None
     if not os.access(folder, os.W_OK):
         raise ValueError(f"--output_dir {folder} cannot be written into: give another, or change its permissions")
-
-
-def greedy_answers(policy: Policy, samples: list[Sample], batch_size: int, max_new_tokens: int) -> tuple[list[str], list[bool]]:
-    """Answers in the order of the samples, and which of them `max_new_tokens` cut off.
-
-    Those of like length of question and task are generated together.
-    """
-    order = sorted(range(len(samples)), key=lambda i: (samples[i].task, len(samples[i].question)))
-    answers, cut_off = [""] * len(samples), [False] * len(samples)
-    for first in tqdm(range(0, len(order), batch_size), desc="evaluate", unit="batch"):
-        chosen = order[first:first + batch_size]
-        rollout = generate(policy, policy.encode([samples[i] for i in chosen]), max_new_tokens=max_new_tokens, temperature=0)
-        for i, text, finished in zip(chosen, rollout.texts, rollout.finished.tolist()):
-            answers[i], cut_off[i] = text, not finished
-    return answers, cut_off
 
 
 def constant_answers(train: list[Sample], samples: list[Sample]) -> list[str]:

@@ -30,11 +30,17 @@ from minigrpo.policy import Policy, Prompts
 from minigrpo.rewards import Scores, reward_fn
 from minigrpo.rewards.weights import cache_dir
 from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
-from minigrpo.run.folder import graceful_stop, last_checkpoint, load_optimizers, open_run, save_checkpoint, save_final, stop_early
-from minigrpo.run.groups import Groups, micro_batches, padding_share
+from minigrpo.run.distributed import (deal, first, in_order, join, lost_rank, owned, ranks, say, share, share_weights,
+                                      sum_gradients, total)
+from minigrpo.run.folder import (graceful_stop, last_checkpoint, load_optimizers, open_run, save_best, save_checkpoint, save_final,
+                                 stop_early)
+from minigrpo.run.groups import Groups, micro_batches, of_all_ranks, padding_share
+from minigrpo.run.guard import Skipped, halving, in_time
 from minigrpo.run.log import JsonLines, Means, Timer, group_rows, rollout_stats
 from minigrpo.run.plots import draw_curves
 from minigrpo.run.roofline import efficiency, measure_roofline
+from minigrpo.run.track import tracker
+from minigrpo.run.validate import mean_reward
 
 
 @dataclass
@@ -99,6 +105,8 @@ class GrpoArguments(RunArguments):
         "help": "mean over the update's tokens (DAPO, the paper), over answers of their own means (DeepSeekMath: tokens of long "
                 "answers count less), or the sum over answers x --max_new_tokens, a constant (Dr. GRPO)",
         "choices": list(AGGREGATIONS)})
+    reward_timeout: float = field(default=600.0, metadata={
+        "help": "seconds that the reward may take for a step's answers; where it hangs, they are masked"})
     learning_rate: float = field(default=1e-6, metadata={"help": "constant; 1e-6 in the paper, about 1e-4 for a tiny model"})
     roofline: bool = field(default=False, metadata={
         "help": "measure at the start what the machine can do, and log which share of it each phase reaches"})
@@ -117,6 +125,8 @@ class GrpoArguments(RunArguments):
                 raise ValueError(f"--{name} must be a number above 0, got {getattr(self, name)}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"--weight_decay must be 0 or more, got {self.weight_decay}")
+        if self.reward_timeout <= 0:
+            raise ValueError(f"--reward_timeout must be above 0 seconds, got {self.reward_timeout}")
         if self.group_size < 2:
             raise ValueError("--group_size must be at least 2: an answer alone has no group to be better than")
         if not 0 < self.box_scale < float("inf"):
@@ -160,6 +170,8 @@ class GrpoArguments(RunArguments):
             (self.level == "sequence" and min(self.clip_low, self.clip_high) > 0.01,
              f"--level sequence: a mean over the answer hardly moves and will not meet --clip_low {self.clip_low} or "
              f"--clip_high {self.clip_high}; GSPO has 3e-4 and 4e-4"),
+            (self.prompts_per_step // self.updates_per_rollout < ranks(), f"{self.prompts_per_step // self.updates_per_rollout} prompts an "
+             f"update for {ranks()} processes: some wait for the others; raise --prompts_per_step or lower --updates_per_rollout"),
         ]
         return [note for holds, note in notes if holds]
 
@@ -167,114 +179,164 @@ class GrpoArguments(RunArguments):
 def main() -> None:
     with input_errors():
         args = parse_args(GrpoArguments, __doc__)
+        join(args.device)  # the other processes of torchrun, if there are any
+        if args.prompts_per_step < ranks():
+            raise ValueError(f"--prompts_per_step {args.prompts_per_step} for {ranks()} processes: each needs a prompt of its own")
         checkpoint = last_checkpoint(args)
-        reward = reward_fn(args.reward, box_scale=args.box_scale, weights_dir=args.reward_weights, device=args.reward_device or args.device,
-                           cache=cache_dir() / "references.sqlite")
-        found = read_jsonl(args.train_data, task=args.task)
+        reward = reward_fn(args.reward, box_scale=args.box_scale, weights_dir=args.reward_weights,
+                           device=args.reward_device or args.device, cache=cache_dir() / "references.sqlite")
+        found = read_jsonl(args.train_data, task=args.task, verify_images=first())
+        validation = read_jsonl(args.eval_data, task=args.task, verify_images=first()) if args.eval_data else []
+        validation = [sample for sample in validation if sample.task in reward.tasks]
         train = [sample for sample in found if sample.task in reward.tasks]
         if not train:
             raise ValueError(f"--reward {args.reward} covers {', '.join(sorted(reward.tasks))}: no sample of "
                              f"{args.train_data} is left (--task {args.task})")
+        if args.eval_data and not validation:
+            raise ValueError(f"--reward {args.reward} covers no sample of --eval_data {args.eval_data} (--task {args.task})")
         load = partial(Policy.from_pretrained, device=args.device, autocast=args.bf16)
-        train = ask_to_think(train) if args.think else train
+        train, validation = (ask_to_think(found) if args.think else found for found in (train, validation))
         if args.lora_rank:
             policy = reference = add_adapters(load(args.model), args, checkpoint)
         else:
             policy, reference = load(checkpoint or args.model), load(args.model).freeze() if args.kl_coef else None
-        folder = open_run(args)
+        folder, lock = open_run(args)
 
     policy.freeze(args.freeze)
     if args.activation_checkpointing:
         policy.checkpoint_activations()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    start = load_optimizers(checkpoint, optimizer) if checkpoint else 0
+    optimizer = torch.optim.AdamW(owned(policy.parameters()), lr=args.learning_rate, weight_decay=args.weight_decay)
+    start = load_optimizers(checkpoint, policy, optimizer) if checkpoint else 0
     metrics, rollouts = JsonLines(folder / "metrics.jsonl", start), JsonLines(folder / "rollouts.jsonl", start)
-    print(f"GRPO: {len(train)} samples ({len(found) - len(train)} left out: --reward covers "
-          f"{', '.join(sorted(reward.tasks))}), {args.prompts_per_step} prompts x {args.group_size} answers a step, {args.device}")
+    skipped, track = Skipped(folder, args, int(sum(metrics.past("skipped_updates")))), tracker(args, folder, start)
+    best = max(metrics.past("eval_reward"), default=-math.inf)
+    say(f"GRPO: {len(train)} samples ({len(found) - len(train)} left out: --reward covers "
+        f"{', '.join(sorted(reward.tasks))}), {args.prompts_per_step} prompts x {args.group_size} answers a step, "
+        f"{ranks()} x {args.device}")
     for note in args.inert():
-        print(f"note: {note}")
+        say(f"note: {note}")
     limits = measure_roofline(policy.device, torch.bfloat16 if args.bf16 else torch.float32) if args.roofline else None
     if limits:
-        print(f"roofline: {limits['tflop_per_second']:.3g} TFLOP/s, {limits['gb_per_second']:.3g} GB/s")
+        say(f"roofline: {limits['tflop_per_second']:.3g} TFLOP/s, {limits['gb_per_second']:.3g} GB/s")
 
     B, G = args.prompts_per_step, args.group_size
-    with graceful_stop() as stopping:
-        for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="grpo")):
-            timer, means = Timer(), Means()
+    with lock, lost_rank(folder), graceful_stop() as stopping:
+        for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="grpo", disable=not first())):
+            timer, means, skipped_before = Timer(), Means(), skipped.count
             wanted, replaced = list(range(B)), 0
             for refill in range(1 + args.dynamic_sampling):  # once, unless groups without spread are to be replaced
                 seed = args.seed + 1_000_000 * refill  # data and sampling depend on (seed, step) alone: a run can resume
                 with timer.phase("rollout"):
-                    samples = batch_at(train, step, B, seed)[:len(wanted)]
-                    prompts = policy.encode(samples)  # image and prompt once for each group
-                    rollout = generate(policy, prompts, group_size=G, max_new_tokens=args.max_new_tokens,
-                                       temperature=args.temperature, seed=seed * 1_000_003 + step,
-                                       rows_at_once=args.rollout_rows)  # R = B G answers
+                    mine = share(len(wanted))  # the places of this rank's prompts; all of them where there is one
+                    batch = batch_at(train, step, B, seed)
+                    samples = [batch[place] for place in mine]
+                    prompts = policy.encode(samples).numbered(mine)  # image and prompt once for each group
+                    rollout = halving(args, "rollout_rows", lambda: generate(
+                        policy, prompts, group_size=G, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                        seed=seed * 1_000_003 + step, rows_at_once=args.rollout_rows))  # R = B G answers
                 with timer.phase("reward"):
-                    scores = reward(rollout.texts, [s for s in samples for _ in range(G)])
+                    scores = in_time(reward, rollout.texts, [s for s in samples for _ in range(G)], G, args.reward_timeout)
                     stop_if_unscored(scores, args.max_unscored, step)
                     rewards, valid = torch.tensor(scores.values).view(-1, G), torch.tensor(scores.valid).view(-1, G)
                     if args.soft_overlong:
                         penalty = soft_overlong_penalty(rollout.mask.sum(1).cpu(), args.max_new_tokens, args.soft_overlong)
                         rewards, scores.parts["overlong"] = rewards + penalty.view(-1, G), penalty.tolist()
-                fresh = Groups(samples, rollout, rewards, valid, scores.parts)
+                fresh = of_all_ranks(mine, Groups(samples, rollout, rewards, valid, scores.parts, prompts.mask.sum(1).tolist()))
                 groups = groups.replace(wanted, fresh) if refill else fresh
                 replaced += len(wanted) if refill else 0
                 wanted = groups.without_spread()
                 if not wanted:
                     break
-            if replaced:
+            # From here on a rank has the groups of each update that balance the tokens, in order, and R rows are theirs.
+            mine, updates = deal(groups.tokens(), B // args.updates_per_rollout)
+            own = groups.take(mine)
+            if replaced or ranks() > 1:
                 with timer.phase("rollout"):
-                    prompts = policy.encode(groups.samples)
-            rollout = groups.rollout
+                    prompts = policy.encode(own.samples)
+            rollout = own.rollout
             mask = overlong_filter(rollout.mask, rollout.finished) if args.overlong_filter else rollout.mask  # (R, T)
-            advantage = group_advantages(groups.rewards, scale=args.advantage_scale, leave_one_out=args.leave_one_out,
-                                         valid=groups.valid).view(-1).to(policy.device)  # (R,)
+            advantage = group_advantages(own.rewards, scale=args.advantage_scale, leave_one_out=args.leave_one_out,
+                                         valid=own.valid).view(-1).to(policy.device)  # (R,)
             with timer.phase("reference"), torch.no_grad():
                 ref_logprob = None
                 if args.kl_coef:
                     with adapters_off(reference):
-                        ref_logprob = score_all(reference, prompts, rollout, args)  # (R, T)
-                old_logprob = score_all(policy, prompts, rollout, args) if args.rollout_cap else rollout.logprob
+                        ref_logprob = halving(args, "micro_tokens", lambda: score_all(reference, prompts, rollout, args))  # (R, T)
+                old_logprob = (halving(args, "micro_tokens", lambda: score_all(policy, prompts, rollout, args))
+                               if args.rollout_cap else rollout.logprob)
+            answers = Answers(rollout.tokens, mask, advantage, old_logprob, ref_logprob, rollout.logprob if args.rollout_cap else None)
             with timer.phase("update"):
                 parts = []
-                for first in range(0, B, size := B // args.updates_per_rollout):
-                    update_mask = mask[first * G:(first + size) * G]
-                    # Of the whole update, or the learning rate would depend on micro_tokens.
-                    denominator = denominator_of(update_mask, how=args.how, max_tokens=args.max_new_tokens)
-                    update_loss = 0.0
-                    parts += (update := micro_batches(prompts, mask, range(first, first + size), args.micro_tokens))
-                    for part, rows in update:
-                        logprob, entropy = policy.score(prompts.select(part), rollout.tokens[rows], mask[rows],
-                                                        temperature=args.temperature, entropy=True)  # (r, T)
-                        loss, stats = grpo_loss(
-                            logprob, old_logprob[rows], advantage[rows], mask[rows],
-                            ref_logprob=ref_logprob[rows] if args.kl_coef else None,
-                            rollout_logprob=rollout.logprob[rows] if args.rollout_cap else None,
-                            denominator=denominator, **args.loss_settings())
-                        loss.backward()
-                        update_loss += loss.detach()
-                        tokens = mask[rows].sum()
-                        means.add(tokens, entropy=entropy.detach().sum() / tokens.clamp(min=1), **stats)
+                for number, among in enumerate(updates):
+                    # Of the whole update, or the learning rate would depend on micro_tokens and on the number of ranks.
+                    denominator = total(denominator_of(mask[among.start * G:among.stop * G], how=args.how, max_tokens=args.max_new_tokens))
+                    update_loss, figures, done = halving(args, "micro_tokens", lambda: accumulate(
+                        policy, prompts, answers, among, denominator, args), undo=policy.model.zero_grad)
+                    sum_gradients(policy.parameters())
                     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
-                    means.add(1, loss=update_loss, grad_norm=grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    if skipped.trusts(grad_norm, step, lambda: group_rows(own.take(list(among)), advantage[among.start * G:], None), number):
+                        optimizer.step()
+                        share_weights(policy.parameters())
+                        means.add_all(figures)
+                        means.add(1, loss=total(update_loss), grad_norm=grad_norm)
+                    policy.model.zero_grad()
+                    parts += done
 
-            row = {"step": step, **rollout_stats(groups, reward.opened), "groups_replaced": replaced, **means.row(), **timer.row(),
+            row = {"step": step, **rollout_stats(groups, reward.opened), "groups_replaced": replaced, **means.row(),
+                   "skipped_updates": skipped.count - skipped_before, **timer.row(),
                    **efficiency(policy, prompts, rollout, timer.seconds, padding_share(prompts, mask, parts), limits)}
+            if validation and (step + 1) % args.eval_steps == 0:
+                row["eval_reward"] = mean_reward(policy, validation, reward, args.rollout_rows, args.max_new_tokens)
+                if row["eval_reward"] > best:
+                    best = row["eval_reward"]
+                    save_best(folder, step + 1, policy)
             metrics.write(row)
-            rollouts.write({"step": step, "groups": group_rows(groups, advantage, count=2)})
-            kl = {"kl": f"{row['kl']:.4f}"} if args.kl_coef else {}
+            rollouts.write({"step": step, "groups": group_rows(groups, in_order(mine, advantage.view(-1, G)).flatten(), count=2)})
+            track(row)
+            kl = {"kl": f"{row['kl']:.4f}"} if "kl" in row else {}
             bar.set_postfix(reward=f"{row['reward']:.3f}", **kl, tokens=f"{row['answer_tokens']:.0f}")
-            if stopping():
-                stop_early(folder, step + 1, policy, optimizer)
+            skipped.stop_if_too_many()
+            if code := stopping():
+                stop_early(code, folder, step + 1, policy, optimizer, keep=args.keep_checkpoints)
             if (step + 1) % args.save_steps == 0 and step + 1 < args.max_steps:
-                save_checkpoint(folder, step + 1, policy, optimizer)
+                save_checkpoint(folder, step + 1, policy, optimizer, keep=args.keep_checkpoints)
 
-    save_final(folder, policy)
-    draw_curves(folder)
-    print(f"saved {folder / 'final'}")
+        save_final(folder, policy)
+        if first():
+            draw_curves(folder)
+    say(f"saved {folder / 'final'}")
+
+
+@dataclass
+class Answers:
+    """What the updates of a step learn from: R rows, those of this rank."""
+
+    tokens: Tensor  # [R, T]
+    mask: Tensor  # [R, T] what is trained on
+    advantage: Tensor  # [R]
+    old_logprob: Tensor  # [R, T]
+    ref_logprob: Tensor | None  # [R, T], with --kl_coef
+    rollout_logprob: Tensor | None  # [R, T], with --rollout_cap
+
+
+def accumulate(policy: Policy, prompts: Prompts, answers: Answers, among: range, denominator: Tensor,
+               args: GrpoArguments) -> tuple[Tensor, Means, list]:
+    """Gradients of one update over the prompts `among`, a micro-batch at a time: the loss, its figures and the micro-batches."""
+    update_loss, means = torch.zeros((), device=policy.device), Means()
+    parts = micro_batches(prompts, answers.mask, among, args.micro_tokens)
+    for part, rows in parts:
+        logprob, entropy = policy.score(prompts.select(part), answers.tokens[rows], answers.mask[rows],
+                                        temperature=args.temperature, entropy=True)  # (r, T)
+        loss, stats = grpo_loss(
+            logprob, answers.old_logprob[rows], answers.advantage[rows], answers.mask[rows],
+            ref_logprob=answers.ref_logprob[rows] if args.kl_coef else None,
+            rollout_logprob=answers.rollout_logprob[rows] if args.rollout_cap else None,
+            denominator=denominator, **args.loss_settings())
+        loss.backward()
+        update_loss += loss.detach()
+        tokens = answers.mask[rows].sum()
+        means.add(tokens, entropy=entropy.detach().sum() / tokens.clamp(min=1), **stats)
+    return update_loss, means, parts
 
 
 def stop_if_unscored(scores: Scores, most: float, step: int) -> None:

@@ -19,10 +19,18 @@ from minigrpo.lora import add_adapters
 from minigrpo.loss import aggregate
 from minigrpo.policy import Policy
 from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
-from minigrpo.run.folder import graceful_stop, last_checkpoint, load_optimizers, open_run, save_checkpoint, save_final, stop_early
+from minigrpo.run.distributed import deal, first, join, lost_rank, owned, ranks, say, share_weights, sum_gradients, total
+from minigrpo.run.folder import (graceful_stop, last_checkpoint, load_optimizers, open_run, save_best, save_checkpoint, save_final,
+                                 stop_early)
+from minigrpo.run.guard import Skipped, halving
 from minigrpo.run.log import JsonLines
 from minigrpo.run.plots import draw_curves
+from minigrpo.run.track import tracker
+from minigrpo.run.validate import mean_loss
 from minigrpo.tiny import tiny_policy
+
+
+IMAGE = 1000  # what an image costs beside so many characters of text, roughly, where ranks share out a batch
 
 
 @dataclass
@@ -81,12 +89,14 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float
 
 
 def make_optimizers(policy: Policy, args: SftArguments) -> list[torch.optim.Optimizer]:
-    """AdamW for everything; or Muon (Jordan et al. 2024) for the matrices of the layers, at AdamW's learning rates."""
-    parameters = policy.parameters()
+    """AdamW for everything; or Muon (Jordan et al. 2024) for the matrices of the layers, at AdamW's learning rates. Of the
+    parameters that this rank owns."""
+    parameters = owned(policy.parameters())
     adam = dict(lr=args.learning_rate, betas=(0.9, args.beta2), weight_decay=args.weight_decay)
     if args.optimizer == "adamw":
         return [torch.optim.AdamW(parameters, **adam)]
-    muon = [p for name, p in policy.model.named_parameters() if p.requires_grad and p.dim() == 2 and "embed" not in name]
+    matrices = {id(p) for name, p in policy.model.named_parameters() if p.dim() == 2 and "embed" not in name}
+    muon = [p for p in parameters if id(p) in matrices]
     # A patch filter adds up 1536 pixels that are bright or dark together: a step that suits the other parameters, taken by
     # all of its weights at once, throws away what the layers behind it have learned. Muon would scale it by its inputs.
     patches = [p for p in parameters if p.dim() > 2]
@@ -98,76 +108,105 @@ def make_optimizers(policy: Policy, args: SftArguments) -> list[torch.optim.Opti
 
 
 def passes(images: list[list[Sample]], questions: int, most: int) -> list[list[list[Sample]]]:
-    """The samples of a step as passes of at most `most` groups, each of at most `questions` samples about one image."""
+    """The samples of a step as passes of at most `most` groups, each of at most `questions` samples about one image; of several
+    ranks, each has groups of its own, about as long in all."""
     groups = [samples[k : k + questions] for samples in images for k in range(0, len(samples), questions)]
+    mine, _ = deal([IMAGE + sum(len(s.question) + len(s.answer) for s in group) for group in groups], len(groups))
+    groups = [groups[place] for place in mine]
     return [groups[k : k + most] for k in range(0, len(groups), most)]
 
 
 def main() -> None:
     with input_errors():
         args = parse_args(SftArguments, __doc__)
+        join(args.device)  # the other processes of torchrun, if there are any
         checkpoint = last_checkpoint(args)
-        train = with_traces(read_jsonl(args.train_data, task=args.task))  # a sample with a trace is asked to think
+        train = with_traces(read_jsonl(args.train_data, task=args.task, verify_images=first()))  # with a trace: asked to think
+        validation = with_traces(read_jsonl(args.eval_data, task=args.task, verify_images=first())) if args.eval_data else []
         if args.lora_rank:
             policy = add_adapters(Policy.from_pretrained(args.model, device=args.device, autocast=args.bf16), args, checkpoint)
         elif checkpoint or args.model != "tiny":
             policy = Policy.from_pretrained(checkpoint or args.model, device=args.device, autocast=args.bf16)
         else:
             policy = tiny_policy(train, seed=args.seed).to(args.device, autocast=args.bf16)
-        folder = open_run(args)
+        folder, lock = open_run(args)
         images = group_by_image(train)
 
     policy.freeze(args.freeze)
     if args.activation_checkpointing:
         policy.checkpoint_activations()
     optimizers = make_optimizers(policy, args)
-    start = load_optimizers(checkpoint, *optimizers) if checkpoint else 0
+    start = load_optimizers(checkpoint, policy, *optimizers) if checkpoint else 0
     log = JsonLines(folder / "metrics.jsonl", start)
-    print(f"SFT: {len(train)} samples on {len(images)} images, {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M trained parameters, {args.device}")
+    skipped, track = Skipped(folder, args, int(sum(log.past("skipped_updates")))), tracker(args, folder, start)
+    best = min(log.past("eval_loss"), default=math.inf)
+    say(f"SFT: {len(train)} samples on {len(images)} images, {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M trained parameters, "
+        f"{ranks()} x {args.device}")
 
-    def encoded(step: int) -> list:
-        batch = batch_at(images, step, args.batch_size, args.seed)
-        return [policy.encode_turns(part) for part in passes(batch, args.questions_per_image, args.micro_batch)]
+    def encoded(step: int) -> tuple[list, int]:  # the passes of this rank, and the images of each
+        batch, most = batch_at(images, step, args.batch_size, args.seed), args.micro_batch
+        return [policy.encode_turns(part) for part in passes(batch, args.questions_per_image, most)], most
 
     weights = parse_weights(args.task_weights)
 
     def weight_of(rows: list[Sample | None]) -> torch.Tensor:  # (R, 1)
         return torch.tensor([[weights.get(row.task, 1.0) if row else 0.0] for row in rows], device=policy.device)
 
-    with graceful_stop() as stopping:
+    def accumulate(step: int, made: tuple[list, int], count: torch.Tensor) -> float:
+        """Gradients of a step's passes, and their loss; the passes are made anew where they have become too large."""
+        total_loss, (parts, most) = 0.0, made
+        for prompts, blocks in parts if most == args.micro_batch else encoded(step)[0]:
+            prefix = policy.prefill(prompts)  # the image, and what precedes the questions about it, once for them all
+            loss = sum(aggregate(-weight_of(rows) * policy.score(prefix, tokens, mask), mask, denominator=count)
+                       for tokens, mask, rows in blocks)
+            loss.backward()
+            total_loss += loss.item()
+        return total_loss
+
+    with lock, lost_rank(folder), graceful_stop() as stopping:
         steps, began = prefetch(encoded, range(start, args.max_steps)), time.perf_counter()
-        for step, parts in (bar := tqdm(steps, initial=start, total=args.max_steps, desc="sft")):
-            answer_tokens = sum(int(mask.sum()) for _, blocks in parts for _, mask, _ in blocks)
-            weighted = [[(tokens, mask, weight_of(rows)) for tokens, mask, rows in blocks] for _, blocks in parts]
-            count = sum((mask * weight).sum() for blocks in weighted for _, mask, weight in blocks)  # of the whole batch
-            total = 0.0
-            for (prompts, _), blocks in zip(parts, weighted):
-                prefix = policy.prefill(prompts)  # the image, and what precedes the questions about it, once for them all
-                loss = sum(aggregate(-weight * policy.score(prefix, tokens, mask), mask, denominator=count)
-                           for tokens, mask, weight in blocks)
-                loss.backward()
-                total += loss.item()
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip).item()
+        for step, made in (bar := tqdm(steps, initial=start, total=args.max_steps, desc="sft", disable=not first())):
+            answers = [(mask, rows) for _, blocks in made[0] for _, mask, rows in blocks]
+            zero = torch.zeros((), device=policy.device)
+            answer_tokens = int(total(sum((mask.sum() for mask, _ in answers), zero)))
+            count = total(sum(((mask * weight_of(rows)).sum() for mask, rows in answers), zero))  # of the whole batch
+            loss = halving(args, "micro_batch", lambda: accumulate(step, made, count), undo=policy.model.zero_grad)
+            loss = total(torch.tensor(loss, dtype=torch.float64)).item()
+            sum_gradients(policy.parameters())
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
             rate = learning_rate_at(step, args.max_steps, args.learning_rate, args.warmup)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group.get("scale", 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
+            taken = skipped.trusts(grad_norm, step, lambda: [vars(row) for _, rows in answers for row in rows if row])
+            if taken:
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate * group.get("scale", 1.0)
+                    optimizer.step()
+                share_weights(policy.parameters())
+            policy.model.zero_grad()
 
             seconds = time.perf_counter() - began
-            log.write({"step": step, "loss": total, "learning_rate": rate, "grad_norm": grad_norm,
-                       "tokens_per_second": answer_tokens / seconds, "seconds": seconds})
-            bar.set_postfix(loss=f"{total:.3f}", tokens_per_s=f"{answer_tokens / seconds:.0f}")
-            if stopping():
-                stop_early(folder, step + 1, policy, *optimizers)
+            row = {"step": step, **({"loss": loss, "grad_norm": grad_norm.item()} if taken else {}), "learning_rate": rate,
+                   "skipped_updates": int(not taken), "tokens_per_second": answer_tokens / seconds, "seconds": seconds}
+            if validation and (step + 1) % args.eval_steps == 0:
+                parts = passes(group_by_image(validation), args.questions_per_image, args.micro_batch)
+                row["eval_loss"] = mean_loss(policy, map(policy.encode_turns, parts))
+                if row["eval_loss"] < best:
+                    best = row["eval_loss"]
+                    save_best(folder, step + 1, policy)
+            log.write(row)
+            track(row)
+            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{answer_tokens / seconds:.0f}")
+            skipped.stop_if_too_many()
+            if code := stopping():
+                stop_early(code, folder, step + 1, policy, *optimizers, keep=args.keep_checkpoints)
             if (step + 1) % args.save_steps == 0 and step + 1 < args.max_steps:
-                save_checkpoint(folder, step + 1, policy, *optimizers)
-            began = time.perf_counter()  # waiting for the next batch counts, saving does not
+                save_checkpoint(folder, step + 1, policy, *optimizers, keep=args.keep_checkpoints)
+            began = time.perf_counter()  # waiting for the next batch counts, saving and validation do not
 
-    save_final(folder, policy)
-    draw_curves(folder)
-    print(f"saved {folder / 'final'}")
+        save_final(folder, policy)
+        if first():
+            draw_curves(folder)
+    say(f"saved {folder / 'final'}")
 
 
 if __name__ == "__main__":

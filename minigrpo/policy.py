@@ -9,7 +9,7 @@ H query heads, K key heads, D head width.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from minigrpo.data import Sample, load_image
 from minigrpo.logprob import linear_logprob
+from minigrpo.trust import check_folder
 
 
 @dataclass
@@ -40,6 +41,10 @@ class Prompts:
 
     def to(self, device: torch.device) -> "Prompts":
         return Prompts(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def numbered(self, places: list[int]) -> "Prompts":
+        """The same prompts with these places as their numbers: part of a larger batch gives the answers that the whole would."""
+        return replace(self, number=torch.tensor(places, device=self.ids.device))
 
     def select(self, rows: slice | Tensor, *, trim: bool = True) -> "Prompts":
         """The prompts `rows` (a slice, or indices in any order) with their own images; `trim` drops what is padding for all."""
@@ -114,16 +119,18 @@ class Policy:
         if Path(name_or_dir).is_dir() and not (Path(name_or_dir) / "config.json").is_file():
             raise ValueError(f"{name_or_dir} is no checkpoint: it holds no config.json. Give a folder that "
                              "save_pretrained wrote, such as RUN/final, or a model's name on the hub")
+        if Path(name_or_dir).is_dir():
+            check_folder(Path(name_or_dir))
         try:
-            config = AutoConfig.from_pretrained(name_or_dir)
+            config = AutoConfig.from_pretrained(name_or_dir, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"{name_or_dir} is neither a checkpoint folder nor a model on the hub "
                              f"({str(error).splitlines()[0]})") from error
         if config.model_type != "qwen3_vl":
             raise ValueError(f"{name_or_dir} is a {config.model_type} model; minigrpo trains dense Qwen3-VL (qwen3_vl)")
-        model = Qwen3VLForConditionalGeneration.from_pretrained(name_or_dir, dtype=torch.float32, config=config)
+        model = Qwen3VLForConditionalGeneration.from_pretrained(name_or_dir, dtype=torch.float32, config=config, use_safetensors=True)
         # eval() for good: Qwen3-VL has no dropout or batch statistics that training would need.
-        return cls(model.to(device).eval(), AutoTokenizer.from_pretrained(name_or_dir),
+        return cls(model.to(device).eval(), AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False),
                    Qwen2VLImageProcessorPil.from_pretrained(name_or_dir), autocast=autocast)
 
     def save_pretrained(self, folder: str | Path) -> None:

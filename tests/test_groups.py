@@ -20,7 +20,7 @@ def groups_of(names, rewards, width, parts):
     rollout = Rollout(tokens, mask, -tokens.float(), torch.tensor([i % 2 == 0 for i in range(len(texts))]), texts, tokens.numel(), 100)
     rewards = torch.tensor(rewards)
     samples = [Sample(name, None, "report", "What is seen?", "Nothing.") for name in names]
-    return Groups(samples, rollout, rewards, ~rewards.isnan(), parts)
+    return Groups(samples, rollout, rewards, ~rewards.isnan(), parts, [10 + i for i in range(len(names))])
 
 
 def test_groups_without_spread():

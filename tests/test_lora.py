@@ -17,6 +17,7 @@ from minigrpo.generate import generate
 from minigrpo.lora import add_adapters, adapters_off, fingerprint, merge_adapters, save_adapters
 from minigrpo.policy import Policy
 from minigrpo.run.args import LINEAR, PARTS
+from minigrpo.run.files import seal
 from minigrpo.run.folder import last_checkpoint
 from tests.test_policy import copy_of, peer_logprob
 
@@ -203,9 +204,9 @@ def test_a_killed_run_resumes_bit_for_bit(train, trained, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(Killed):
         train("--save_steps", 1, folder=folder, steps=4, reward="killing")
-    (checkpoint,) = (folder / "checkpoints").iterdir()
-    assert checkpoint.name == "step-000002"
-    assert {"adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors"} <= {p.name for p in checkpoint.iterdir()}
+    older, checkpoint = sorted((folder / "checkpoints").iterdir())
+    assert (older.name, checkpoint.name) == ("step-000001", "step-000002")
+    assert {"adapter_model.safetensors", "adapter_config.json", "optimizer-00000.safetensors"} <= {p.name for p in checkpoint.iterdir()}
     assert not (checkpoint / "model.safetensors").exists()
     train("--save_steps", 1, "--resume", folder=folder, steps=4)
     a, b = weights(folder / "final"), weights(trained / "final")
@@ -276,7 +277,8 @@ def test_resuming_on_another_base_model(train, interrupted, base, policy, tmp_pa
 
 
 def test_whole_weights_do_not_resume_with_adapters(tmp_path):
-    (tmp_path / "checkpoints/step-000002").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-000002.part").mkdir(parents=True)
+    seal(tmp_path / "checkpoints/step-000002.part", tmp_path / "checkpoints/step-000002")
     with pytest.raises(ValueError, match="resume it with --lora_rank 0"):
         last_checkpoint(SimpleNamespace(**vars(ARGS), resume=True, output_dir=str(tmp_path)))
 

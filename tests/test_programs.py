@@ -162,7 +162,8 @@ def test_task_weights_reach_the_loss(trained, phantom, tmp_path):
 
 def test_a_frozen_vision_tower_stays_what_it_was(trained, phantom, tmp_path):
     run(*grpo(phantom, trained / "sft/final", tmp_path / "run", "--freeze", "vision", "projector", "--advantage_scale", "batch",
-              "--soft_overlong", 8, "--rollout_cap", 2, "--roofline", "--think", steps=1))
+              "--soft_overlong", 8, "--rollout_cap", 2, "--roofline", "--think", "--eval_data", phantom / "test.jsonl",
+              "--eval_steps", 1, steps=1))
     assert set(rows(tmp_path / "run")[0]) == documented("train_grpo.py"), "the glossary has what only options log, too"
     before, after = weights(trained / "sft"), weights(tmp_path / "run")
     changed = {name for name in before if (before[name] != after[name]).any()}

@@ -14,6 +14,8 @@ from PIL import Image
 from .schema import TASKS, image_names, is_text, record_errors
 
 SHOWN = 10  # errors told at once
+LONGEST = 16_000_000  # bytes of a line: a sample with a long conversation has some thousands
+MOST_PIXELS = 100_000_000  # of an image: a mammogram has 20 million; a small file can claim billions
 
 
 class DataError(ValueError):
@@ -47,6 +49,7 @@ class Sample:
 def load_image(path: str | os.PathLike) -> Image.Image:
     """The image as 8-bit RGB. PIL alone would clip 16-bit grey at 255, and so turn a film white."""
     with Image.open(path) as image:
+        _check_size(image)
         if not image.mode.startswith("I"):
             return image.convert("RGB")
         pixels = np.asarray(image).astype(np.float64)
@@ -55,9 +58,16 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     return Image.fromarray((pixels * (255 / full)).round().clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
+def _check_size(image: Image.Image) -> None:
+    """Before any pixel is decoded."""
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS // 10**6} million: make it smaller")
+
+
 def _decode_error(path: str) -> str | None:
     try:
         with Image.open(path) as image:
+            _check_size(image)
             image.load()  # open() reads the header only; a truncated file shows here
     except Exception as error:  # PIL's decoders raise a dozen kinds, all of which mean the same
         return f"image {path} cannot be read ({error}): fetch it again, or remove the line"
@@ -73,7 +83,10 @@ def _raise(file: Path, errors: list[tuple[int, str]]) -> None:
 def _records(file: Path, errors: list[tuple[int, str]]) -> Iterator[tuple[int, dict]]:
     """(line number, object) of every line that holds one; the others go to `errors`, blank lines nowhere."""
     with file.open("rb") as stream:
-        for line, raw in enumerate(stream, 1):
+        for line, raw in enumerate(iter(lambda: stream.readline(LONGEST + 1), b""), 1):
+            if len(raw) > LONGEST:
+                errors.append((line, f"longer than {LONGEST // 10**6} MB: write one JSON object a line"))
+                return  # what follows is more of the same
             try:
                 record = json.loads(raw) if raw.strip() else None
             except (ValueError, RecursionError) as error:

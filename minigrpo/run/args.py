@@ -12,8 +12,11 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from minigrpo.run.distributed import is_lost, speak_in_turn
+
 T = TypeVar("T")
 PARTS = ("vision", "projector", "language")  # of a Qwen3-VL, to freeze
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # and the module that each needs
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the language model's, for adapters
 
 
@@ -28,6 +31,15 @@ class RunArguments:
                                                "choices": ["report", "grounding", "classification", "conversation", "all"]})
     max_steps: int = field(default=300, metadata={"help": "optimisation steps (for GRPO: rollout batches)"})
     save_steps: int = field(default=50, metadata={"help": "save a checkpoint to resume from every so many steps"})
+    keep_checkpoints: int = field(default=2, metadata={"help": "how many of the newest checkpoints stay"})
+    eval_data: str | None = field(default=None, metadata={
+        "help": "JSONL file of validation samples; the weights that do best on them are kept in best/"})
+    eval_steps: int = field(default=50, metadata={"help": "validate every so many steps, if there is --eval_data"})
+    max_grad_norm: float = field(default=1e4, metadata={
+        "help": "an update whose gradient norm is above this, or not a number, is skipped and its batch kept in skipped/"})
+    max_skipped: int = field(default=10, metadata={"help": "stop the run when so many updates were skipped"})
+    track: list[str] = field(default_factory=list, metadata={
+        "help": "also log to these, which must be installed: pip install -e '.[track]'", "choices": list(TRACKERS)})
     seed: int = field(default=0, metadata={"help": "seeds the data order, sampling and, for --model tiny, the weights"})
     resume: bool = field(default=False, metadata={"help": "continue the run in output_dir from its last checkpoint"})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
@@ -46,8 +58,14 @@ class RunArguments:
 
     def check(self) -> None:
         """Settings that can't work are an error now, not after hours."""
-        for name in ("max_steps", "save_steps"):
+        for name in ("max_steps", "save_steps", "keep_checkpoints", "eval_steps", "max_skipped"):
             at_least_one(self, name)
+        if self.max_grad_norm <= 0:
+            raise ValueError(f"--max_grad_norm must be above 0, got {self.max_grad_norm}: larger gradients are skipped")
+        for name in self.track:
+            if find_spec(TRACKERS.get(name, "no_such_module")) is None:
+                raise ValueError(f"--track {name}: " + (f"pip install {name}, or pip install -e '.[track]' in the clone" if name in TRACKERS
+                                 else f"choose from {', '.join(TRACKERS)}"))
         if self.lora_rank < 0:
             raise ValueError(f"--lora_rank must be 0 (off) or more, got {self.lora_rank}")
         for name, allowed in (("freeze", PARTS), ("lora_targets", LINEAR)):  # a settings file may hold anything
@@ -108,4 +126,9 @@ def input_errors():
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
+        speak_in_turn()
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except RuntimeError as error:
+        if is_lost(error):
+            sys.exit(1)  # the rank that failed has said why
+        raise

@@ -1,6 +1,7 @@
 """A run's folder: made once, never overwritten, resumed from its newest checkpoint.
 
-    args.json  metrics.jsonl  curves.png  rollouts.jsonl (GRPO)  checkpoints/step-000050/  final/ (LoRA: final/adapter/)
+    args.json  metrics.jsonl  curves.png  rollouts.jsonl (GRPO)  checkpoints/step-000050/  best/step-000040/ (--eval_data)
+    skipped/ (updates that were not taken)  final/ (LoRA: final/adapter/)
 """
 
 import json
@@ -8,113 +9,236 @@ import os
 import shutil
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from minigrpo.lora import check_checkpoint, merge_adapters, save_adapters
 from minigrpo.policy import Policy
+from minigrpo.run.distributed import any_rank, first, gathered, rank, say
+from minigrpo.run.files import damage, lock, seal, write_aside
+
+WRITING = (OSError, SafetensorError)  # what a full disk raises
+STOP_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}  # 75, EX_TEMPFAIL: run the same command again with --resume
+LEFT_OPEN = {"resume", "max_steps", "save_steps", "output_dir", "device", "keep_checkpoints", "track", "reward_timeout"}
 
 
-def open_run(args) -> Path:
-    """Make the run folder and write args.json; refuse a folder that already holds a run unless --resume is set."""
-    folder = Path(args.output_dir)
+def open_run(args) -> tuple[Path, AbstractContextManager]:
+    """Make the run folder and write args.json; refuse a folder that already holds a run unless --resume is set, or that another
+    process is writing to. Also returns the lock, a context that lasts as long as the run."""
+    folder, held = Path(args.output_dir), nullcontext()
+    if first():
+        before = _check_folder(folder, args)
+        folder.mkdir(parents=True, exist_ok=True)
+        held = lock(folder / ".lock")
+        if held is None:
+            raise ValueError(f"{folder} is in use: another process is writing this run. Give another --output_dir")
+        if before is not None:
+            now = asdict(args)
+            for name in sorted(set(now) - LEFT_OPEN):
+                if before.get(name) != now[name]:
+                    print(f"note: --{name} was {before.get(name)} when this run began and is {now[name]} now")
+        write_aside(folder / "args.json", json.dumps(asdict(args), indent=2) + "\n")
+    gathered(None)  # the others wait until the folder is there
+    return folder, held
+
+
+def _check_folder(folder: Path, args) -> dict | None:
+    """The arguments that the run in this folder began with; None where there is none yet."""
     if (folder / "args.json").exists():
         if not args.resume:
             raise ValueError(f"{folder} already holds a run. Give another --output_dir, or --resume to continue it")
-        before, now = json.loads((folder / "args.json").read_text()), asdict(args)
-        for name in sorted(set(now) - {"resume", "max_steps", "save_steps", "output_dir", "device"}):
-            if before.get(name) != now[name]:
-                print(f"note: --{name} was {before.get(name)} when this run began and is {now[name]} now")
-    elif folder.exists() and any(folder.iterdir()):
+        return json.loads((folder / "args.json").read_text())
+    if folder.exists() and any(path.name not in (".lock", "args.json.part") for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run. Give another --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-    return folder
+    return None
 
 
 def last_checkpoint(args) -> Path | None:
-    """The newest checkpoint to resume from; says which, and exits with 0 where the run is already finished."""
+    """The newest checkpoint that is whole; says which, and exits with 0 where the run is already finished."""
     if not args.resume:
         return None
     folder = Path(args.output_dir)
+    if first() and (folder / "args.json").exists():
+        probe = lock(folder / ".lock")
+        if probe is None:
+            raise ValueError(f"{folder} is in use: another process is writing this run. Wait for it, or end it")
+        probe.close()
     if (folder / "final").exists():
-        print(f"{folder} is finished: its model is {folder / 'final'}")
+        if first():
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # what a kill right after the last step has left
+        say(f"{folder} is finished: its model is {folder / 'final'}")
         sys.exit(0)
-    found = sorted((folder / "checkpoints").glob("step-*[0-9]"))
-    if found:
-        check_checkpoint(found[-1], args)
-    print(f"resuming from {found[-1]}" if found else f"no checkpoint in {folder}: starting at step 0")
-    return found[-1] if found else None
+    for checkpoint in reversed(checkpoints(folder)):
+        wrong = damage(checkpoint) if first() else None  # reading all bytes once is enough
+        wrong = gathered(wrong)[0]
+        if wrong is None:
+            check_checkpoint(checkpoint, args)
+            say(f"resuming from {checkpoint}")
+            return checkpoint
+        say(f"{checkpoint} cannot be used: {wrong}")
+    if checkpoints(folder):
+        raise ValueError(f"no checkpoint in {folder / 'checkpoints'} can be used. Put a whole one back, or begin anew in another "
+                         "--output_dir")
+    say(f"no checkpoint in {folder}: starting at step 0")
+    return None
 
 
-def save_checkpoint(folder: Path, step: int, policy: Policy, *optimizers: torch.optim.Optimizer) -> None:
-    """Weights (with LoRA: adapters alone) and optimiser state after `step` steps; the one before is removed once this one is
-    complete.
-
-    Data order and sampling depend on (seed, step) alone, so a run continues from this as if it had never stopped.
-    """
-    checkpoint = folder / "checkpoints" / f"step-{step:06d}"
-    aside = checkpoint.with_suffix(".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    save_adapters(policy, aside) if policy.adapters else policy.save_pretrained(aside)
-    state = {f"{which}.{number}.{name}": value for which, optimizer in enumerate(optimizers)
-             for number, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
-    save_file(state, aside / "optimizer.safetensors")
-    shutil.rmtree(checkpoint, ignore_errors=True)
-    os.rename(aside, checkpoint)
-    for other in checkpoint.parent.glob("step-*"):
-        if other != checkpoint:
-            shutil.rmtree(other)
+def checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted((folder / "checkpoints").glob("step-*[0-9]"), key=step_of)
 
 
-def load_optimizers(checkpoint: Path, *optimizers: torch.optim.Optimizer) -> int:
-    """Put the checkpoint's optimiser states back; returns the number of steps done."""
-    states: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in optimizers]
-    for key, value in load_file(checkpoint / "optimizer.safetensors").items():
-        which, number, name = key.split(".")
-        states[int(which)].setdefault(int(number), {})[name] = value
-    for optimizer, state in zip(optimizers, states):
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def save_checkpoint(folder: Path, step: int, policy: Policy, *optimizers: torch.optim.Optimizer, keep: int = 1) -> None:
+    """Weights (with LoRA: adapters alone) and optimiser state after `step` steps; of the older ones, the last keep - 1 stay.
+
+    Data order and sampling depend on (seed, step) alone, so a run continues from this as if it had never stopped. Where it
+    cannot be written (a full disk), training goes on from the one before.
+    """
+    place = folder / "checkpoints" / f"step-{step:06d}"
+    problem = _save_aside(place.with_suffix(".part"), policy, optimizers)
+    if problem is None and first():
+        try:
+            seal(place.with_suffix(".part"), place)
+        except OSError as error:
+            problem = error
+    if any_rank(problem is not None):
+        if first():
+            shutil.rmtree(place.with_suffix(".part"), ignore_errors=True)
+        if problem:
+            kept = checkpoints(folder)
+            print(f"\ncheckpoint of step {step} not saved ({problem}); the newest is {kept[-1] if kept else 'none'}. Training goes "
+                  "on: make room before the next one is due", file=sys.stderr, flush=True)
+        return
+    if first():
+        for other in (folder / "checkpoints").iterdir():
+            if other not in checkpoints(folder)[-keep:]:
+                shutil.rmtree(other)
+
+
+def _save_aside(aside: Path, policy: Policy, optimizers) -> Exception | None:
+    """Every rank writes the optimiser state that it keeps, the first one also the weights. Returns what went wrong on this rank."""
+    problem = None
+    try:
+        if first():
+            shutil.rmtree(aside, ignore_errors=True)
+            save_adapters(policy, aside) if policy.adapters else policy.save_pretrained(aside)
+    except WRITING as error:
+        problem = error
+    if any_rank(problem is not None):
+        return problem
+    try:
+        save_file(optimizer_state(policy, optimizers), aside / f"optimizer-{rank():05d}.safetensors")
+    except WRITING as error:
+        problem = error
+    gathered(None)
+    return problem
+
+
+def optimizer_state(policy: Policy, optimizers) -> dict[str, torch.Tensor]:
+    """"parameter:figure" -> tensor, by the parameters' names, so that any number of ranks can share it out anew."""
+    name_of = {id(p): name for name, p in policy.model.named_parameters()}
+    return {f"{name_of[id(p)]}:{figure}": value.contiguous() for optimizer in optimizers
+            for p, figures in optimizer.state.items() for figure, value in figures.items()}
+
+
+def load_optimizers(checkpoint: Path, policy: Policy, *optimizers: torch.optim.Optimizer) -> int:
+    """Put the checkpoint's optimiser states back, those of this rank's parameters; returns the number of steps done."""
+    files = sorted(checkpoint.glob("optimizer-*.safetensors"))
+    place = {key: file for file in files for key in _keys(file)}
+    name_of = {id(p): name for name, p in policy.model.named_parameters()}
+    by_name: dict[str, list[str]] = {}
+    for key in place:
+        by_name.setdefault(key.rsplit(":", 1)[0], []).append(key)
+    for optimizer in optimizers:
+        state, number = {}, 0
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                found = by_name.get(name_of[id(p)], [])
+                if found:
+                    state[number] = {key.rsplit(":", 1)[1]: _tensor(place[key], key) for key in found}
+                number += 1
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return step_of(checkpoint)
+
+
+def _keys(file: Path) -> list[str]:
+    with safe_open(file, "pt") as stored:
+        return list(stored.keys())
+
+
+def _tensor(file: Path, key: str) -> torch.Tensor:
+    with safe_open(file, "pt") as stored:
+        return stored.get_tensor(key)
+
+
+def save_best(folder: Path, step: int, policy: Policy) -> None:
+    """RUN/best/step-000040: the weights (with LoRA: adapters) that were best on --eval_data so far, in place of the ones before."""
+    if not first():
+        return
+    place = folder / "best" / f"step-{step:06d}"
+    aside = place.with_suffix(".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        save_adapters(policy, aside) if policy.adapters else policy.save_pretrained(aside)
+        seal(aside, place)
+    except WRITING as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        print(f"\nthe best model so far, of step {step}, could not be saved ({error})", file=sys.stderr, flush=True)
+        return
+    for other in place.parent.iterdir():
+        if other != place:
+            shutil.rmtree(other)
 
 
 def save_final(folder: Path, policy: Policy) -> None:
     """RUN/final, the trained checkpoint, with LoRA merged (and the adapters alone in final/adapter); the ones to resume from
     are no longer needed."""
     aside = folder / "final.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    if policy.adapters:
+    if policy.adapters and first():
+        shutil.rmtree(aside, ignore_errors=True)
         save_adapters(policy, aside / "adapter")
+    if policy.adapters:
         merge_adapters(policy)
-    policy.save_pretrained(aside)
-    os.rename(aside, folder / "final")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if first():
+        if not (aside / "adapter").exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        policy.save_pretrained(aside)
+        seal(aside, folder / "final")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    gathered(None)
 
 
 @contextmanager
 def graceful_stop():
-    """Yields a function that tells whether Ctrl-C was pressed: the step in hand is finished, a second one aborts."""
-    pressed = []
+    """Yields a function that gives the exit code once Ctrl-C or SIGTERM came, on whichever rank, and 0 before: the step in hand
+    is finished. A second Ctrl-C aborts."""
+    came: list[int] = []
 
-    def on_interrupt(*_):
-        if pressed:
+    def on_signal(number, _):
+        if came and number == signal.SIGINT:
             raise KeyboardInterrupt
-        pressed.append(True)
-        print("\nstopping after this step (Ctrl-C again to abort at once)", file=sys.stderr)
+        came.append(STOP_CODES[number])
+        say(f"\n{signal.Signals(number).name}: stopping after this step" + " (Ctrl-C again to abort at once)" * (number == signal.SIGINT))
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
+    before = {number: signal.signal(number, on_signal) for number in STOP_CODES}
     try:
-        yield lambda: bool(pressed)
+        yield lambda: max(gathered(came[0] if came else 0))
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def stop_early(folder: Path, step: int, policy: Policy, *optimizers: torch.optim.Optimizer) -> None:
-    """Leave a checkpoint behind and end the program with 130, as an interrupt does."""
-    save_checkpoint(folder, step, policy, *optimizers)
-    print(f"stopped after step {step}; --resume continues from {folder / 'checkpoints'}")
-    sys.exit(130)
+def stop_early(code: int, folder: Path, step: int, policy: Policy, *optimizers: torch.optim.Optimizer, keep: int = 1) -> None:
+    """Leave a checkpoint behind and end the program with 130 after Ctrl-C, 75 after SIGTERM."""
+    save_checkpoint(folder, step, policy, *optimizers, keep=keep)
+    say(f"stopped after step {step}; --resume continues from {folder / 'checkpoints'}")
+    sys.exit(code)

@@ -1,6 +1,6 @@
 """The groups of a step: B questions with G answers each, R = B G, and what the answers were worth."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from minigrpo.data import Sample
 from minigrpo.generate import Rollout
 from minigrpo.loss import group_advantages
 from minigrpo.policy import Prompts
+from minigrpo.run.distributed import gathered, ranks, total
 
 
 @dataclass
@@ -19,6 +20,27 @@ class Groups:
     rewards: Tensor  # [B, G]
     valid: Tensor  # [B, G] bool, False where the answer could not be scored
     parts: dict[str, list[float]]  # R values of each part of the reward, NaN where it gave nothing
+    prompt_tokens: list[int]  # B
+
+    def tokens(self) -> list[int]:
+        """What each group costs to score: its prompt once, and its answers. [B]"""
+        answers = self.rollout.mask.sum(1).view(self.rewards.shape).sum(1).tolist()
+        return [prompt + own for prompt, own in zip(self.prompt_tokens, answers)]
+
+    def take(self, places: list[int]) -> "Groups":
+        """The groups at `places`, in that order; what the rollout cost stays that of the whole step."""
+        size, r = self.rewards.shape[1], self.rollout
+        rows = [g * size + i for g in places for i in range(size)]
+        at = torch.tensor(rows, device=r.mask.device)
+        rollout = Rollout(r.tokens[at], r.mask[at], r.logprob[at], r.finished[at], [r.texts[i] for i in rows], r.row_steps, r.bytes_read)
+        return Groups([self.samples[g] for g in places], rollout, self.rewards[places], self.valid[places],
+                      {name: [values[i] for i in rows] for name, values in self.parts.items()},
+                      [self.prompt_tokens[g] for g in places])
+
+    def to(self, device: torch.device) -> "Groups":
+        r = self.rollout
+        moved = Rollout(*(x.to(device) for x in (r.tokens, r.mask, r.logprob, r.finished)), r.texts, r.row_steps, r.bytes_read)
+        return replace(self, rollout=moved)
 
     def without_spread(self) -> list[int]:
         """The groups whose advantages are all 0: equal rewards, or fewer than two answers that could be scored."""
@@ -43,7 +65,25 @@ class Groups:
                           old.finished.index_copy(0, at, new.finished), _put(old.texts, new.texts, rows),
                           old.row_steps + new.row_steps, old.bytes_read + new.bytes_read)
         return Groups(_put(self.samples, fresh.samples, which), rollout, self.rewards.index_copy(0, groups, fresh.rewards),
-                      self.valid.index_copy(0, groups, fresh.valid), parts)
+                      self.valid.index_copy(0, groups, fresh.valid), parts, _put(self.prompt_tokens, fresh.prompt_tokens, which))
+
+
+def of_all_ranks(mine: list[int], groups: Groups) -> Groups:
+    """This rank's groups, at the places `mine` of the step -> those of all ranks, in order."""
+    if ranks() == 1:
+        return groups
+    return joined(gathered((mine, groups.to(torch.device("cpu"))))).to(groups.rollout.mask.device)
+
+
+def joined(shares: list[tuple[list[int], Groups]]) -> Groups:
+    """(places, their groups) of every rank -> the groups of all places, in order."""
+    count = 1 + max(place for places, _ in shares for place in places)
+    whole = shares[0][1].take([0] * count)  # room for all
+    whole.rollout.row_steps = whole.rollout.bytes_read = 0
+    whole.parts = {}  # a part that one rank alone has is NaN elsewhere
+    for places, groups in shares:
+        whole = whole.replace(places, groups)
+    return whole
 
 
 def micro_batches(prompts: Prompts, mask: torch.Tensor, among: range, budget: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -75,7 +115,8 @@ def padding_share(prompts: Prompts, mask: torch.Tensor, parts: list[tuple[torch.
     """Share of a step's computed tokens that are padding, over all its micro-batches."""
     lengths, answers = prompts.mask.sum(1).cpu(), mask.sum(1).cpu()
     computed = sum(len(part) * int(lengths[part].max()) + len(rows) * int(answers[rows].max()) for part, rows in parts)
-    return 1 - int(lengths.sum() + answers.sum()) / max(1, computed)
+    needed, computed = total(torch.tensor([int(lengths.sum() + answers.sum()), computed])).tolist()
+    return 1 - needed / max(1, computed)
 
 
 def _put(old: list, new: list, at: list[int]) -> list:

@@ -1,6 +1,7 @@
 """metrics.jsonl and rollouts.jsonl: one line a step, flushed, and cut back to the checkpoint that a run resumes from."""
 
 import json
+import os
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,11 +10,14 @@ import torch
 
 from minigrpo.data import asks_to_think, split_thinking
 
+from .distributed import first, gathered
+from .files import write_aside
 from .groups import Groups
 
 
 class JsonLines:
-    """Appends one JSON object a line; a resumed run drops the lines of steps that it will do again."""
+    """Appends one JSON object a line, on the disk before the next step; a resumed run drops the lines of steps that it will do
+    again. Every rank has the same rows; the first writes them."""
 
     def __init__(self, path: Path, start_step: int):
         kept = []
@@ -25,12 +29,20 @@ class JsonLines:
                     break
                 if row["step"] < start_step:
                     kept.append(line + "\n")
-        path.write_text("".join(kept))
-        self.file = path.open("a")
+        self.kept, self.file = [json.loads(line) for line in kept], None
+        if first():
+            write_aside(path, "".join(kept))  # written in place, a kill here would lose every line
+            self.file = path.open("a")
+
+    def past(self, name: str) -> list[float]:
+        """A figure of the steps before the one that this run started or resumed with."""
+        return [row[name] for row in self.kept if name in row]
 
     def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
 
 class Timer:
@@ -54,8 +66,8 @@ class Timer:
 class Means:
     """Means over the updates of a step: of each figure, weighted by the tokens it was taken over."""
 
-    def __init__(self):
-        self.sums: dict[str, list[float]] = {}
+    def __init__(self, sums: dict[str, list[float]] | None = None):
+        self.sums = sums or {}
 
     def add(self, weight: float, **figures: torch.Tensor) -> None:
         for name, value in figures.items():
@@ -63,8 +75,18 @@ class Means:
             total[0] += float(weight) * float(value)
             total[1] += float(weight)
 
+    def add_all(self, other: "Means") -> None:
+        for name, (total, weight) in other.sums.items():
+            ours = self.sums.setdefault(name, [0.0, 0.0])
+            ours[0] += total
+            ours[1] += weight
+
     def row(self) -> dict[str, float]:
-        return {name: total / max(weight, 1e-12) for name, (total, weight) in self.sums.items()}
+        """Over all ranks."""
+        whole = Means()
+        for sums in gathered(self.sums):
+            whole.add_all(Means(sums))
+        return {name: total / max(weight, 1e-12) for name, (total, weight) in whole.sums.items()}
 
 
 def rollout_stats(groups: Groups, opened: bool = False) -> dict[str, float]:

@@ -10,6 +10,7 @@ import torch
 
 from minigrpo.generate import Rollout
 from minigrpo.policy import Policy, Prompts
+from minigrpo.run.distributed import ranks, total
 
 
 def multiplications(policy: Policy, patches: list[int], prompt: int, answer: int) -> dict[str, float]:
@@ -59,16 +60,18 @@ def efficiency(policy: Policy, prompts: Prompts, rollout: Rollout, seconds: dict
                limits: dict[str, float] | None) -> dict[str, float]:
     """A step's rates for its log line: tokens, bytes and operations over the `seconds` of their phases, and what was wasted.
 
-    `limits` of `measure_roofline` add the shares of what the machine can do.
+    `limits` of `measure_roofline` add the shares of what the machine can do. Over ranks: `prompts` and the rollout's rows are
+    this rank's, the rates those of all; `row_steps` and `bytes_read` are of all already.
     """
-    tokens = int(rollout.mask.sum())
+    tokens = int(total(rollout.mask.sum()))
+    operations = total(torch.tensor(update_operations(policy, prompts, rollout.mask), dtype=torch.float64)).item()
     row = {"tokens_per_second": tokens / sum(seconds.values()), "rollout_tokens_per_second": tokens / seconds["rollout"],
            "rollout_gb_per_second": rollout.bytes_read / seconds["rollout"] / 1e9,
-           "update_tflop_per_second": update_operations(policy, prompts, rollout.mask) / seconds["update"] / 1e12,
+           "update_tflop_per_second": operations / seconds["update"] / 1e12,
            "wasted_row_steps": 1 - tokens / rollout.row_steps, "padding": padding}
     if limits:
-        row["rollout_of_roofline"] = row["rollout_gb_per_second"] / limits["gb_per_second"]
-        row["update_of_roofline"] = row["update_tflop_per_second"] / limits["tflop_per_second"]
+        row["rollout_of_roofline"] = row["rollout_gb_per_second"] / limits["gb_per_second"] / ranks()
+        row["update_of_roofline"] = row["update_tflop_per_second"] / limits["tflop_per_second"] / ranks()
     return row
 
 

@@ -1,0 +1,190 @@
+"""Everything that is distributed: data parallel over the processes that `torchrun` starts, with PyTorch's own collectives.
+
+Each rank samples and scores whole groups of its own; counts, rewards and metrics are those of all ranks together; gradients
+are summed, and each rank keeps the optimiser state of some parameters, steps those, and sends them to the others (ZeRO-1,
+Rajbhandari et al. 1910.02054). In one process every function here gives back what it was given.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+PATIENCE = timedelta(minutes=30)  # for a rank that neither answers nor dies
+BUCKET = 2**26  # numbers that travel at once: a call for each of hundreds of tensors would cost more than the transfer
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first() -> bool:
+    """Whether this is the rank that prints and writes what is the same on all."""
+    return rank() == 0
+
+
+def say(*words: Any) -> None:
+    if first():
+        print(*words, flush=True)
+
+
+def join(device: str) -> None:
+    """Meet the other processes of `torchrun --nproc-per-node N program.py`; alone, do nothing. `device` is cpu or cuda."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if device == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"--nproc-per-node is above the {torch.cuda.device_count()} GPUs of this node: one process a GPU")
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    return ranks() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+
+
+@contextmanager
+def lost_rank(folder: Path):
+    """Where another rank has died, end with a message instead of a traceback or an endless wait."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        kept = sorted((folder / "checkpoints").glob("step-*[0-9]"))
+        print(f"rank {rank()}: another rank has died, so this run cannot go on ({str(error).splitlines()[0]}). --resume continues "
+              f"from {kept[-1] if kept else 'step 0: no checkpoint was saved yet'}, with as many ranks as you like",
+              file=sys.stderr, flush=True)
+        os._exit(1)  # at a plain exit, threads of collectives may wait for the dead rank
+
+
+def speak_in_turn() -> None:
+    """Before an error message: the first rank speaks at once, and ends the others; one that failed alone speaks a little later."""
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(3)
+
+
+# ---- who does what --------------------------------------------------------------------------------------------------
+
+
+def share(n: int) -> list[int]:
+    """This rank's places among 0..n-1. Where there are fewer things than ranks, a rank takes the first, as another does, too."""
+    return list(range(rank(), n, ranks())) or [0]
+
+
+def deal(costs: list[int], size: int) -> tuple[list[int], list[range]]:
+    """Things in consecutive parts of `size`, each part dealt to the ranks so that their costs are as equal as may be.
+
+    The places of this rank, in order, and for each part the span among them. The largest goes first, to the rank that has
+    least of this part, and of those least of all parts; every rank computes the same.
+    """
+    mine, spans, all_parts = [], [], [0] * ranks()
+    for begin in range(0, len(costs), size):
+        part, got = [0] * ranks(), []
+        for place in sorted(range(begin, min(begin + size, len(costs))), key=lambda i: (-costs[i], i)):
+            to = min(range(ranks()), key=lambda r: (part[r], all_parts[r], r))
+            part[to] += costs[place]
+            all_parts[to] += costs[place]
+            got += [place] if to == rank() else []
+        spans.append(range(len(mine), len(mine) + len(got)))
+        mine += sorted(got)
+    return mine, spans
+
+
+# ---- what all ranks know --------------------------------------------------------------------------------------------
+
+
+def gathered(mine: Any) -> list:
+    """One object of each rank, in their order."""
+    if ranks() == 1:
+        return [mine]
+    found: list[Any] = [None] * ranks()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over ranks of a tensor that has the same shape on all."""
+    if ranks() > 1:
+        x = x.detach().clone()
+        dist.all_reduce(x)
+    return x
+
+
+def any_rank(flag: bool) -> bool:
+    return flag if ranks() == 1 else any(gathered(flag))
+
+
+def in_order(places: list[int], x: Tensor) -> Tensor:
+    """Rows x of `places` -> the rows of all ranks, in order of their places, on the CPU."""
+    if ranks() == 1:
+        return x
+    found = {place: row for theirs, rows in gathered((places, x.cpu())) for place, row in zip(theirs, rows)}
+    return torch.stack([found[place] for place in sorted(found)])
+
+
+# ---- gradients and weights ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Losses are divided by the count of all ranks, so their gradients add up. What no rank has a gradient for keeps none."""
+    if ranks() == 1:
+        return
+    touched = total(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32))
+    reached = [p for p, times in zip(parameters, touched.tolist()) if times]
+    for p in reached:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    _together([p.grad for p in reached], dist.all_reduce)
+
+
+def owners(parameters: Iterable[torch.nn.Parameter]) -> list[int]:
+    """The rank that keeps each parameter's optimiser state: whole parameters, about as many numbers on each rank."""
+    parameters, loads = list(parameters), [0] * ranks()
+    found = [0] * len(parameters)
+    for i in sorted(range(len(parameters)), key=lambda i: -parameters[i].numel()):
+        found[i] = loads.index(min(loads))
+        loads[found[i]] += parameters[i].numel()
+    return found
+
+
+def owned(parameters: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    return [p for p, owner in zip(parameters, owners(parameters)) if owner == rank()]
+
+
+@torch.no_grad()
+def share_weights(parameters: list[torch.nn.Parameter]) -> None:
+    """After a step: every rank sends the parameters that it owns."""
+    if ranks() > 1:
+        owner_of = owners(parameters)
+        for source in range(ranks()):
+            _together([p for p, owner in zip(parameters, owner_of) if owner == source],
+                      lambda flat, source=source: dist.broadcast(flat, source))
+
+
+def _together(tensors: list[Tensor], work: Callable[[Tensor], Any]) -> None:
+    """`work`, in place, on buckets of all tensors laid end to end."""
+    while tensors:
+        count, size = 0, 0
+        while count < len(tensors) and (not count or size + tensors[count].numel() <= BUCKET):
+            size += tensors[count].numel()
+            count += 1
+        bucket, tensors = tensors[:count], tensors[count:]
+        flat = torch.cat([x.flatten() for x in bucket])
+        work(flat)
+        for x, new in zip(bucket, flat.split([x.numel() for x in bucket])):
+            x.copy_(new.view_as(x))

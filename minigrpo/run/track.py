@@ -1,0 +1,41 @@
+"""A step's figures to TensorBoard and Weights & Biases, beside metrics.jsonl."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from minigrpo.run.distributed import first
+
+
+def tracker(args, folder: Path, start: int) -> Callable[[dict], None]:
+    """A function that logs a row of metrics.jsonl to all that --track names, on the first rank. A resumed run continues its
+    curves."""
+    logs = [{"tensorboard": _tensorboard, "wandb": _wandb}[name](args, folder, start) for name in args.track if first()]
+
+    def log(row: dict) -> None:
+        for write in logs:
+            write(row)
+    return log
+
+
+def _tensorboard(args, folder: Path, start: int) -> Callable[[dict], None]:
+    from torch.utils.tensorboard import SummaryWriter  # seconds to import, so only here
+    writer = SummaryWriter(folder / "tensorboard", purge_step=start)  # drops what will be logged again
+
+    def write(row: dict) -> None:
+        for name, value in row.items():
+            if name != "step":
+                writer.add_scalar(name, value, row["step"])
+        writer.flush()
+    return write
+
+
+def _wandb(args, folder: Path, start: int) -> Callable[[dict], None]:
+    import wandb
+    same = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same run again after --resume
+    run = wandb.init(project="minigrpo", name=folder.name, id=same, resume="allow", dir=folder, config=asdict(args))
+
+    def write(row: dict) -> None:
+        run.log(row, step=row["step"])
+    return write

@@ -1,0 +1,45 @@
+"""Greedy answers and validation, shared out over the ranks."""
+
+from collections.abc import Iterable
+
+import torch
+from tqdm import tqdm
+
+from minigrpo.data import Sample
+from minigrpo.generate import generate
+from minigrpo.policy import Policy
+from minigrpo.run.distributed import first, gathered, rank, ranks, total
+
+
+def greedy_answers(policy: Policy, samples: list[Sample], batch_size: int, max_new_tokens: int, show: bool = True
+                   ) -> tuple[list[str], list[bool]]:
+    """Answers in the order of the samples, and which of them `max_new_tokens` cut off; the same on every rank.
+
+    Those of like length of question and task are generated together, in the same batches whatever the number of ranks.
+    """
+    order = sorted(range(len(samples)), key=lambda i: (samples[i].task, len(samples[i].question)))
+    batches = [order[begin:begin + batch_size] for begin in range(0, len(order), batch_size)]
+    mine = {}
+    for chosen in tqdm(batches[rank()::ranks()], desc="evaluate", unit="batch", disable=not (show and first())):
+        rollout = generate(policy, policy.encode([samples[i] for i in chosen]), max_new_tokens=max_new_tokens, temperature=0)
+        mine |= zip(chosen, zip(rollout.texts, (~rollout.finished).tolist()))
+    found = {place: each for theirs in gathered(mine) for place, each in theirs.items()}
+    return [found[i][0] for i in range(len(samples))], [found[i][1] for i in range(len(samples))]
+
+
+def mean_reward(policy: Policy, samples: list[Sample], reward, batch_size: int, max_new_tokens: int) -> float:
+    """Of greedy answers to the samples, over those that could be scored."""
+    scores = reward(greedy_answers(policy, samples, batch_size, max_new_tokens, show=False)[0], samples)
+    values = [value for value, ok in zip(scores.values, scores.valid) if ok]
+    return sum(values) / max(1, len(values))
+
+
+@torch.no_grad()
+def mean_loss(policy: Policy, parts: Iterable) -> float:
+    """Nats per answer token; `parts` is this rank's share of the validation samples, as `policy.encode_turns` gives it."""
+    loss = tokens = torch.zeros((), dtype=torch.float64, device=policy.device)
+    for prompts, blocks in parts:
+        prefix = policy.prefill(prompts)
+        for answer, mask, _ in blocks:
+            loss, tokens = loss - policy.score(prefix, answer, mask).double().sum(), tokens + mask.sum()
+    return (total(loss) / total(tokens)).item()
