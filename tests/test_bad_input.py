@@ -47,7 +47,7 @@ def test_an_output_folder_that_cannot_be_made_stops_before_sampling(fails, phant
     """Bug: the folder was made after all answers were sampled, so a bad path cost hours and ended in a NotADirectoryError."""
     (tmp_path / "file").write_text("mine")
     monkeypatch.setattr(evaluate.Policy, "from_pretrained", lambda *args, **more: policy)
-    monkeypatch.setattr(evaluate, "generate", None)  # sampling would be a TypeError
+    monkeypatch.setattr(evaluate, "greedy_answers", None)  # sampling would be a TypeError
     for place in (tmp_path / "file", tmp_path / "file/below/it"):
         said = fails(evaluate.main, "--model", "x", "--data", phantom / "test.jsonl", "--output_dir", place)
         assert f"--output_dir {place} cannot be made" in said

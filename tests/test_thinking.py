@@ -63,7 +63,8 @@ def groups(texts, samples):
     rows = len(texts)
     ones = torch.ones(rows, 3)
     rollout = Rollout(ones.long(), ones.bool(), ones, torch.tensor([True] * (rows - 1) + [False]), texts, 0, 0)
-    return Groups(samples, rollout, torch.zeros(len(samples), rows // len(samples)), torch.ones(len(samples), rows // len(samples)).bool(), {})
+    shape = len(samples), rows // len(samples)
+    return Groups(samples, rollout, torch.zeros(shape), torch.ones(shape).bool(), {}, [1] * len(samples))
 
 
 def test_thinking_and_answer_are_logged_apart():
