@@ -177,7 +177,7 @@ def curve_figure(runs: dict, tasks: tuple[str, ...], key: str, label: str):
         for name, run in runs.items():
             if name.endswith(task):
                 points = run["curves"][key]
-                axis.plot([(k + 0.5) / len(points) for k in range(len(points))], points, label=name.removesuffix(f"-{task}"))
+                axis.plot([(k + 0.5) / len(points) for k in range(len(points))], points, marker=".", label=name.removesuffix(f"-{task}"))
         axis.set_title(task, fontsize=9)
         axis.set_xlabel("share of the run's steps", fontsize=8)
         axis.set_ylabel(label, fontsize=8)

@@ -11,6 +11,7 @@ import pytest
 
 from evaluate import EvaluateArguments
 from minigrpo import study
+from minigrpo.rewards.spec import parse_spec
 from minigrpo.run.args import parse_args
 from minigrpo.study import FULL, SMOKE, Run, folders, plan, run_all
 from minigrpo.study_results import curves, gain, pooled
@@ -137,6 +138,7 @@ def test_settings_parse_and_are_the_papers(path):
     assert (args.learning_rate, args.kl_coef, args.clip_low, args.clip_high, args.dual_clip) == (1e-6, 0.01, 0.2, 0.28, 3.0)
     assert args.max_new_tokens == (1024 if (mode, task) == ("direct", "report") else 4096)
     assert args.task == task and args.reward == {"report": "report=radcliq", "grounding": "grounding=soft_f1"}[task]
+    assert set(parse_spec(args.reward)) == {task}
     assert args.think == ((start, mode) == ("domain", "thinking"))
     assert args.box_scale == (1000 if (start, task) == ("general", "grounding") else 1)
 
