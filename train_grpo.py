@@ -151,11 +151,12 @@ def main() -> None:
         if not train:
             raise ValueError(f"--reward {args.reward} covers {', '.join(sorted(reward.tasks))}: no sample of "
                              f"{args.train_data} is left (--task {args.task})")
-        load = partial(Policy.from_pretrained, device=args.device, autocast=args.bf16)
+        load = partial(Policy.from_pretrained, device=args.device, autocast=args.bf16, max_pixels=args.max_pixels)
         if args.lora_rank:
             policy = reference = add_adapters(load(args.model), args, checkpoint)
         else:
             policy, reference = load(checkpoint or args.model), load(args.model).freeze() if args.kl_coef else None
+        reward.opened = policy.opened  # Thinking's chat template writes the first <think> itself
         folder = open_run(args)
 
     policy.freeze(args.freeze)

@@ -10,6 +10,7 @@ import math
 import re
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_ar
 from minigrpo.run.folder import graceful_stop, last_checkpoint, load_optimizers, open_run, save_checkpoint, save_final, stop_early
 from minigrpo.run.log import JsonLines
 from minigrpo.run.plots import draw_curves
-from minigrpo.tiny import tiny_policy
+from minigrpo.tiny import TINY_PIXELS, tiny_policy
 
 
 @dataclass
@@ -99,12 +100,13 @@ def main() -> None:
         args = parse_args(SftArguments, __doc__)
         checkpoint = last_checkpoint(args)
         train = read_jsonl(args.train_data, task=args.task)
+        load = partial(Policy.from_pretrained, device=args.device, autocast=args.bf16, max_pixels=args.max_pixels)
         if args.lora_rank:
-            policy = add_adapters(Policy.from_pretrained(args.model, device=args.device, autocast=args.bf16), args, checkpoint)
+            policy = add_adapters(load(args.model), args, checkpoint)
         elif checkpoint or args.model != "tiny":
-            policy = Policy.from_pretrained(checkpoint or args.model, device=args.device, autocast=args.bf16)
+            policy = load(checkpoint or args.model)
         else:
-            policy = tiny_policy(train, seed=args.seed).to(args.device, autocast=args.bf16)
+            policy = tiny_policy(train, seed=args.seed, pixels=args.max_pixels or TINY_PIXELS).to(args.device, autocast=args.bf16)
         folder = open_run(args)
         images = group_by_image(train)
 

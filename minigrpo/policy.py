@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils import logging as transformers_logging
+from transformers import Qwen3VLForConditionalGeneration
 
+from minigrpo import checkpoint as checkpoints
 from minigrpo.data import Sample, load_image
 from minigrpo.logprob import linear_logprob
 
@@ -98,6 +97,8 @@ class Policy:
         self.head = model.lm_head.weight  # [V, d]
         self.autocast, self.activation_checkpointing = autocast, False
         self.adapters = None  # the PeftModel around `model`, see lora.py
+        self.video = {}  # settings of the checkpoint's video processor, kept for those who use it
+        self.opened = checkpoints.opens_thinking(tokenizer)  # for split_thinking: answers begin inside <think>
         # The patches arrive cut out, so the convolution over them is one matrix product; Conv3d takes five times as long.
         patch = self.visual.patch_embed
         patch.forward = lambda x: F.linear(x.to(patch.proj.weight.dtype), patch.proj.weight.flatten(1), patch.proj.bias)
@@ -108,31 +109,21 @@ class Policy:
         self.end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")  # the one that we teach
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str, *, device: str = "cpu", autocast: bool = False) -> "Policy":
-        """Load a checkpoint folder, or a name on the hub, with fp32 weights; `autocast` computes in bfloat16."""
-        transformers_logging.disable_progress_bar()
-        if Path(name_or_dir).is_dir() and not (Path(name_or_dir) / "config.json").is_file():
-            raise ValueError(f"{name_or_dir} is no checkpoint: it holds no config.json. Give a folder that "
-                             "save_pretrained wrote, such as RUN/final, or a model's name on the hub")
-        try:
-            config = AutoConfig.from_pretrained(name_or_dir)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{name_or_dir} is neither a checkpoint folder nor a model on the hub "
-                             f"({str(error).splitlines()[0]})") from error
-        if config.model_type != "qwen3_vl":
-            raise ValueError(f"{name_or_dir} is a {config.model_type} model; minigrpo trains dense Qwen3-VL (qwen3_vl)")
-        model = Qwen3VLForConditionalGeneration.from_pretrained(name_or_dir, dtype=torch.float32, config=config)
-        # eval() for good: Qwen3-VL has no dropout or batch statistics that training would need.
-        return cls(model.to(device).eval(), AutoTokenizer.from_pretrained(name_or_dir),
-                   Qwen2VLImageProcessorPil.from_pretrained(name_or_dir), autocast=autocast)
+    def from_pretrained(cls, name_or_dir: str, *, device: str = "cpu", autocast: bool = False, max_pixels: int = 0) -> "Policy":
+        """Load a checkpoint folder, or a name on the hub, with fp32 weights; `autocast` computes in bfloat16.
+
+        Images are shrunk to at most `max_pixels`; 0 leaves the checkpoint's own budget. It is saved with the policy.
+        """
+        model, tokenizer, image_processor, video = checkpoints.load(str(name_or_dir), device, max_pixels)
+        policy = cls(model, tokenizer, image_processor, autocast=autocast)
+        policy.video = video
+        return policy
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a checkpoint folder that transformers and vLLM load unchanged."""
         if self.adapters is not None:
             raise ValueError("adapters are no part of a plain checkpoint: merge_adapters first, or save_adapters alone")
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
+        checkpoints.save(folder, self.model, self.tokenizer, self.image_processor, self.video)
 
     @property
     def device(self) -> torch.device:
@@ -143,7 +134,7 @@ class Policy:
 
     def to(self, device: str, *, autocast: bool = False) -> "Policy":
         moved = Policy(self.model.to(device), self.tokenizer, self.image_processor, autocast=autocast)
-        moved.adapters = self.adapters
+        moved.adapters, moved.video = self.adapters, self.video
         return moved
 
     def freeze(self, parts: Sequence[str] = ("vision", "projector", "language")) -> "Policy":
@@ -213,11 +204,11 @@ class Policy:
             messages.append({"role": "user", "content": asked})
             if number:
                 text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-                before = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False)
-                between = self._tokens([text[before.rindex(end) + len(end):]])[0]  # "\n", and the next question
+                last = text.rindex(end, 0, text.rindex(end))  # of the answer before: Thinking's template rewrites older answers
+                between = self._tokens([text[last + len(end):]])[0]  # "\n", and the next question
                 tokens, mask = tokens + between, mask + [0] * len(between)
             messages.append({"role": "assistant", "content": answer})
-            said = self._tokens([answer])[0] + [self.end_id]
+            said = self._tokens([inside_thinking(answer) if self.opened else answer])[0] + [self.end_id]
             tokens, mask = tokens + said, mask + [1] * len(said)
         return tokens, mask
 
@@ -451,6 +442,11 @@ def mrope_positions(ids: Tensor, mask: Tensor, grids: Tensor, image_id: int, mer
             column = end
         next_position.append(position)
     return positions, torch.tensor(next_position)
+
+
+def inside_thinking(answer: str) -> str:
+    """What follows a <think> that the chat template has already written, with its line break; a plain answer closes it at once."""
+    return answer.removeprefix("<think>").removeprefix("\n") if answer.startswith("<think>") else f"\n</think>\n\n{answer}"
 
 
 def spans(counts: Tensor, chosen: Tensor) -> Tensor:

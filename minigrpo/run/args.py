@@ -12,6 +12,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from minigrpo.checkpoint import SMALLEST
+
 T = TypeVar("T")
 PARTS = ("vision", "projector", "language")  # of a Qwen3-VL, to freeze
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the language model's, for adapters
@@ -31,6 +33,9 @@ class RunArguments:
     seed: int = field(default=0, metadata={"help": "seeds the data order, sampling and, for --model tiny, the weights"})
     resume: bool = field(default=False, metadata={"help": "continue the run in output_dir from its last checkpoint"})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
+    max_pixels: int = field(default=0, metadata={
+        "help": "images of more pixels are shrunk to so many, in training and, since the checkpoint keeps the number, wherever it "
+                "is used later; 1,024 are a token (the paper: 262144); 0: what --model was made for"})
     freeze: list[str] = field(default_factory=list, metadata={
         "help": "what to keep as it is: the vision tower, the projector behind it, the language model; cheaper, and less to "
                 "unlearn", "choices": list(PARTS)})
@@ -48,6 +53,7 @@ class RunArguments:
         """Settings that can't work are an error now, not after hours."""
         for name in ("max_steps", "save_steps"):
             at_least_one(self, name)
+        check_pixels(self.max_pixels)
         if self.lora_rank < 0:
             raise ValueError(f"--lora_rank must be 0 (off) or more, got {self.lora_rank}")
         for name, allowed in (("freeze", PARTS), ("lora_targets", LINEAR)):  # a settings file may hold anything
@@ -66,6 +72,12 @@ class RunArguments:
                                  "already; leave out --freeze")
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_pixels(number: int) -> None:
+    if number and number < SMALLEST:
+        raise ValueError(f"--max_pixels {number} is less than one token of 32 x 32 pixels: give {SMALLEST} or more, or 0 for what "
+                         "--model was made for")
 
 
 def at_least_one(args, name: str) -> None:
