@@ -32,10 +32,18 @@ class Prompts:
     mask: Tensor  # [B, P] bool, False on padding
     positions: Tensor  # [3, B, P] M-RoPE positions: time, height, width
     next_position: Tensor  # [B] the position of the first answer token, on all three axes
-    pixels: Tensor  # [patches of all images, channels * 2 * 16 * 16]
+    patches: Tensor  # [patches of all images, channels * 16 * 16] uint8, an eighth of `pixels`
+    levels: Tensor  # [channels, 2, 256] what the model sees of each level of grey, at both of a patch's moments
     grids: Tensor  # [images, 3] patches of each image along time, height, width
     images: Tensor  # [B] images of each prompt
     number: Tensor  # [B] place in the batch that was encoded, which names the random streams of its answers in `generate`
+
+    @property
+    def pixels(self) -> Tensor:
+        """[patches of all images, channels * 2 * 16 * 16] fp32, as the vision tower takes them: made when they are needed."""
+        place = 256 * torch.arange(self.levels[..., 0].numel(), device=self.levels.device).view(1, *self.levels.shape[:2], 1)
+        grey = self.patches.unflatten(1, (len(self.levels), 1, -1)).int()
+        return self.levels.flatten()[grey + place].flatten(1)
 
     def to(self, device: torch.device) -> "Prompts":
         return Prompts(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -48,14 +56,14 @@ class Prompts:
         mask = self.mask[chosen]
         width = int(mask.sum(1).max()) if trim else mask.shape[1]
         return Prompts(self.ids[chosen, :width], mask[:, :width], self.positions[:, chosen, :width], self.next_position[chosen],
-                       self.pixels[patches], self.grids[images], self.images[chosen], self.number[chosen])
+                       self.patches[patches], self.levels, self.grids[images], self.images[chosen], self.number[chosen])
 
 
 @dataclass
 class Images:
     """The images of B samples, cut into patches."""
 
-    pixels: Tensor  # [patches of all images, channels * 2 * 16 * 16]
+    patches: Tensor  # [patches of all images, channels * 16 * 16] uint8
     grids: Tensor  # [images, 3]
     slots: list[list[int]]  # for each sample, the <|image_pad|> tokens that each of its images takes
 
@@ -105,6 +113,7 @@ class Policy:
         ends = model.generation_config.eos_token_id
         ends = [tokenizer.eos_token_id] if ends is None else ends
         self.end_ids = sorted({ends} if isinstance(ends, int) else set(ends))  # Qwen3-VL has several, all of them end
+        self.levels = levels_of(image_processor)
         self.vision_end_id = tokenizer.convert_tokens_to_ids("<|vision_end|>")
         self.end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")  # the one that we teach
 
@@ -187,13 +196,17 @@ class Policy:
         return self._prompts(prompts, images), blocks
 
     def _images(self, samples: list[Sample]) -> "Images":
-        opened = [load_image(path) for sample in samples for path in sample.images]
-        pixels, grids = torch.zeros(0, 1), torch.zeros(0, 3, dtype=torch.long)
-        if opened:
-            batch = self.image_processor(images=opened, return_tensors="pt")
-            pixels, grids = batch["pixel_values"], batch["image_grid_thw"]
+        cut = [self._patches(load_image(path)) for sample in samples for path in sample.images]
+        patches = torch.cat([patches for patches, _ in cut]) if cut else torch.zeros(0, self.levels[:, 0].numel(), dtype=torch.uint8)
+        grids = torch.cat([grid for _, grid in cut]) if cut else torch.zeros(0, 3, dtype=torch.long)
         slots = iter((grids.prod(1) // self.image_processor.merge_size**2).tolist())
-        return Images(pixels, grids, [[next(slots) for _ in sample.images] for sample in samples])
+        return Images(patches, grids, [[next(slots) for _ in sample.images] for sample in samples])
+
+    def _patches(self, image) -> tuple[Tensor, Tensor]:
+        """An image as uint8 patches [n, channels * 16 * 16] and its grid [1, 3]: resized, but not yet scaled to what the model sees."""
+        cut = self.image_processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="pt")
+        patches = cut["pixel_values"].view(-1, *self.levels.shape)  # a still image: the same at both moments
+        return patches[:, :, 0].flatten(1).to(torch.uint8), cut["image_grid_thw"]
 
     def _talk(self, question: list[int], turns: list[list[str]]) -> tuple[list[int], list[int]]:
         """The tokens of a row and 1 on those of its answers and end tokens. `question` is what the prompt holds of the first turn;
@@ -229,7 +242,7 @@ class Policy:
         positions, next_position = mrope_positions(ids, mask, images.grids, self.model.config.image_token_id,
                                                    self.image_processor.merge_size)
         counts = torch.tensor([len(slots) for slots in images.slots])
-        return Prompts(ids, mask, positions, next_position, images.pixels, images.grids, counts,
+        return Prompts(ids, mask, positions, next_position, images.patches, self.levels, images.grids, counts,
                        torch.arange(len(rows))).to(self.device)
 
     def encode_answers(self, answers: list[str]) -> tuple[Tensor, Tensor]:
@@ -447,6 +460,14 @@ def mrope_positions(ids: Tensor, mask: Tensor, grids: Tensor, image_id: int, mer
 def inside_thinking(answer: str) -> str:
     """What follows a <think> that the chat template has already written, with its line break; a plain answer closes it at once."""
     return answer.removeprefix("<think>").removeprefix("\n") if answer.startswith("<think>") else f"\n</think>\n\n{answer}"
+
+
+def levels_of(image_processor) -> Tensor:
+    """[channels, 2, 256] what the processor makes of each level of grey, asked of itself: a patch of 16 x 16 holds all in order."""
+    side, size = image_processor.patch_size, image_processor.merge_size
+    grey = torch.arange(side * side, dtype=torch.uint8).view(side, side).tile(size, size)
+    seen = image_processor(images=[grey[..., None].expand(-1, -1, 3).numpy()], do_resize=False, return_tensors="pt")["pixel_values"]
+    return seen[0].view(3, image_processor.temporal_patch_size, -1)
 
 
 def spans(counts: Tensor, chosen: Tensor) -> Tensor:
