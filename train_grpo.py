@@ -30,6 +30,7 @@ from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_ar
 from minigrpo.run.folder import graceful_stop, last_checkpoint, load_optimizers, open_run, save_checkpoint, save_final, stop_early
 from minigrpo.run.groups import Groups, micro_batches, padding_share
 from minigrpo.run.log import JsonLines, Means, Timer, group_rows, rollout_stats
+from minigrpo.run.plan import explain, plan_grpo
 from minigrpo.run.plots import draw_curves
 from minigrpo.run.roofline import efficiency, measure_roofline
 
@@ -151,6 +152,8 @@ def main() -> None:
         if not train:
             raise ValueError(f"--reward {args.reward} covers {', '.join(sorted(reward.tasks))}: no sample of "
                              f"{args.train_data} is left (--task {args.task})")
+        if args.plan is not None:
+            return print(explain(args, lambda args: plan_grpo(args, train, make_optimizers), f"every answer of {args.max_new_tokens} tokens"))
         load = partial(Policy.from_pretrained, device=args.device, autocast=args.bf16, max_pixels=args.max_pixels)
         if args.lora_rank:
             policy = reference = add_adapters(load(args.model), args, checkpoint)
@@ -162,7 +165,7 @@ def main() -> None:
     policy.freeze(args.freeze)
     if args.activation_checkpointing:
         policy.checkpoint_activations()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer, = make_optimizers(policy, args)
     start = load_optimizers(checkpoint, optimizer) if checkpoint else 0
     metrics, rollouts = JsonLines(folder / "metrics.jsonl", start), JsonLines(folder / "rollouts.jsonl", start)
     print(f"GRPO: {len(train)} samples ({len(found) - len(train)} left out: --reward covers "
@@ -250,6 +253,10 @@ def main() -> None:
     save_final(folder, policy)
     draw_curves(folder)
     print(f"saved {folder / 'final'}")
+
+
+def make_optimizers(policy: Policy, args: GrpoArguments) -> list[torch.optim.Optimizer]:
+    return [torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)]
 
 
 def score_all(policy: Policy, prompts: Prompts, rollout: Rollout, args: GrpoArguments) -> Tensor:

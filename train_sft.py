@@ -22,6 +22,7 @@ from minigrpo.policy import Policy
 from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
 from minigrpo.run.folder import graceful_stop, last_checkpoint, load_optimizers, open_run, save_checkpoint, save_final, stop_early
 from minigrpo.run.log import JsonLines
+from minigrpo.run.plan import explain, plan_sft
 from minigrpo.run.plots import draw_curves
 from minigrpo.tiny import TINY_PIXELS, tiny_policy
 
@@ -100,6 +101,10 @@ def main() -> None:
         args = parse_args(SftArguments, __doc__)
         checkpoint = last_checkpoint(args)
         train = read_jsonl(args.train_data, task=args.task)
+        if args.plan is not None:
+            batch = batch_at(group_by_image(train), 0, args.batch_size, args.seed)
+            return print(explain(args, lambda args: plan_sft(args, passes(batch, args.questions_per_image, args.micro_batch),
+                                                             make_optimizers), "the samples of its first step"))
         load = partial(Policy.from_pretrained, device=args.device, autocast=args.bf16, max_pixels=args.max_pixels)
         if args.lora_rank:
             policy = add_adapters(load(args.model), args, checkpoint)

@@ -68,17 +68,18 @@ def load(name_or_dir: str, device: str = "cpu", max_pixels: int = 0) -> tuple:
             read_json(name_or_dir, "video_preprocessor_config.json"))
 
 
-def image_processor(name_or_dir: str, max_pixels: int = 0) -> Qwen2VLImageProcessorPil:
+def image_processor(name_or_dir: str, max_pixels: int = 0, *, quiet: bool = False) -> Qwen2VLImageProcessorPil:
     """The checkpoint's, with its budget of pixels an image or, where `max_pixels` is given, with that one; says what differs."""
     processor = Qwen2VLImageProcessorPil.from_pretrained(name_or_dir)
     stored = processor.size["longest_edge"]
+    note = (lambda text: None) if quiet else print
     if max_pixels and max_pixels != stored:
-        print(f"note: {name_or_dir} was made for images of up to {stored:,} pixels, and --max_pixels is {max_pixels:,}: train and "
-              "evaluate with one budget")
+        note(f"note: {name_or_dir} was made for images of up to {stored:,} pixels, and --max_pixels is {max_pixels:,}: train and "
+             "evaluate with one budget")
         set_budget(processor, max_pixels)
     elif stored > 4 * PAPER:
-        print(f"note: {name_or_dir} takes images of up to {stored:,} pixels, {stored // 1024:,} tokens each: --max_pixels bounds "
-              f"them (the paper's SFT: {PAPER})")
+        note(f"note: {name_or_dir} takes images of up to {stored:,} pixels, {stored // 1024:,} tokens each: --max_pixels bounds "
+             f"them (the paper's SFT: {PAPER})")
     return processor
 
 

@@ -113,7 +113,7 @@ class Policy:
         ends = model.generation_config.eos_token_id
         ends = [tokenizer.eos_token_id] if ends is None else ends
         self.end_ids = sorted({ends} if isinstance(ends, int) else set(ends))  # Qwen3-VL has several, all of them end
-        self.levels = levels_of(image_processor)
+        self.levels = levels_of(image_processor)  # what the model sees of each level of grey
         self.vision_end_id = tokenizer.convert_tokens_to_ids("<|vision_end|>")
         self.end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")  # the one that we teach
 

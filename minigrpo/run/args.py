@@ -48,12 +48,18 @@ class RunArguments:
     bf16: bool = field(default=False, metadata={"help": "compute in bfloat16 (weights and optimiser stay in fp32)"})
     activation_checkpointing: bool = field(default=False, metadata={
         "help": "keep the input of each layer alone for the backward pass, which computes the rest anew: less memory, more time"})
+    plan: float | None = field(default=None, metadata={
+        "nargs": "?", "const": 0.0, "metavar": "GB",
+        "help": "load nothing, and print what the run will take of the memory at hand, or of so many GB, and the settings that fit"})
 
     def check(self) -> None:
         """Settings that can't work are an error now, not after hours."""
         for name in ("max_steps", "save_steps"):
             at_least_one(self, name)
         check_pixels(self.max_pixels)
+        if self.plan is not None and (self.model == "tiny" or not 0 <= self.plan < float("inf")):
+            raise ValueError("--plan is for a checkpoint, and takes the GB of a device or nothing: a tiny model fits anywhere"
+                             if self.model == "tiny" else f"--plan takes the GB of a device, got {self.plan}")
         if self.lora_rank < 0:
             raise ValueError(f"--lora_rank must be 0 (off) or more, got {self.lora_rank}")
         for name, allowed in (("freeze", PARTS), ("lora_targets", LINEAR)):  # a settings file may hold anything
