@@ -41,9 +41,11 @@ class Prompts:
     @property
     def pixels(self) -> Tensor:
         """[patches of all images, channels * 2 * 16 * 16] fp32, as the vision tower takes them: made when they are needed."""
-        place = 256 * torch.arange(self.levels[..., 0].numel(), device=self.levels.device).view(1, *self.levels.shape[:2], 1)
-        grey = self.patches.unflatten(1, (len(self.levels), 1, -1)).int()
-        return self.levels.flatten()[grey + place].flatten(1)
+        made = self.levels.new_empty(len(self.patches), *self.levels.shape)
+        for channel, grey in enumerate(self.patches.unflatten(1, (len(self.levels), -1)).unbind(1)):  # (patches, 256)
+            seen = self.levels[channel].index_select(1, grey.flatten().int())  # by channel, and not by an int64 for every pixel
+            made[:, channel] = seen.view(-1, *grey.shape).transpose(0, 1)
+        return made.flatten(1)
 
     def to(self, device: torch.device) -> "Prompts":
         return Prompts(*(getattr(self, field.name).to(device) for field in fields(self)))

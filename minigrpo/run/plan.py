@@ -12,6 +12,7 @@ import gc
 import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -31,7 +32,8 @@ aten, TILE = torch.ops.aten, 512  # rows of logits at a time, the default of `li
 
 
 class Ledger(TorchDispatchMode):
-    """Adds up the bytes of all fake tensors that are alive, and their peak since `phase` began."""
+    """Adds up the bytes of all tensors that came to be under it and are alive, and their peak since `phase` began. (Weights and
+    what is made of them are fake; tokens, masks, positions and pixels are real.)"""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +53,7 @@ class Ledger(TorchDispatchMode):
 
     def add(self, tensors) -> None:
         for tensor in tree_leaves(tensors):
-            if isinstance(tensor, FakeTensor) and (key := (store := tensor.untyped_storage())._cdata) not in self.known:
+            if isinstance(tensor, torch.Tensor) and (key := (store := tensor.untyped_storage())._cdata) not in self.known:
                 self.known[key] = store.nbytes()
                 self.live += store.nbytes()
                 self.peak = max(self.peak, self.live)
@@ -103,14 +105,15 @@ def imagined_policy(args, fake: FakeTensorMode) -> Policy:
         for store in [store for module in model.modules() for store in (module._parameters, module._buffers)]:
             for name, x in store.items():
                 if x is not None and id(x) not in made:
-                    empty = torch.empty_like(x, device="cpu")
+                    # config.json may name bf16, which is how the hub stores them; we load them as fp32
+                    empty = torch.empty_like(x, device="cpu", dtype=torch.float32 if x.is_floating_point() else x.dtype)
                     made[id(x)] = torch.nn.Parameter(empty, x.requires_grad) if isinstance(x, torch.nn.Parameter) else empty
                 store[name] = made[id(x)] if x is not None else None
     policy.head = model.lm_head.weight
     return policy
 
 
-def begin(args, ledger: Ledger, plan: Plan, make_optimizers, *, reference: bool) -> tuple[Policy, Policy | None, list]:
+def begin(args, ledger: Ledger, plan: Plan, make_optimizers, *, reference: bool) -> tuple[Policy, Policy | None]:
     """Weights, reference, gradients and optimiser states: all that lasts."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     plan.lasting["the program itself"] = 0 if on_gpu(args) else resident()
@@ -145,13 +148,13 @@ def begin(args, ledger: Ledger, plan: Plan, make_optimizers, *, reference: bool)
     for optimizer in optimizers:
         optimizer.zero_grad()
     gc.collect()
-    return policy, other, optimizers
+    return policy, other
 
 
 def plan_grpo(args, samples: list[Sample], make_optimizers) -> Plan:
     """A step of train_grpo.py: its rollout when all answers have reached their full length, its largest micro-batch."""
     plan, ledger, G, T = Plan(), Ledger(), args.group_size, args.max_new_tokens
-    policy, reference, optimizers = begin(args, ledger, plan, make_optimizers, reference=bool(args.kl_coef) and not args.lora_rank)
+    policy, reference = begin(args, ledger, plan, make_optimizers, reference=bool(args.kl_coef) and not args.lora_rank)
     reference = reference or policy
     prompts = policy.encode(batch_at(samples, 0, args.prompts_per_step, args.seed))
     B = len(prompts.ids)
@@ -170,7 +173,6 @@ def plan_grpo(args, samples: list[Sample], make_optimizers) -> Plan:
     for number in range(1 + (len(parts) > 1)):  # the second time there are gradients already
         with ledger.phase(plan, "update"):
             imagine_update(policy, lambda: policy.score(chosen, tokens, mask, temperature=args.temperature, entropy=True)[0], plan)
-    finish(policy, ledger, plan, optimizers)
     plan.parts["tiles of logits, in update"] = 3 * 4 * min(TILE, len(tokens) * T) * len(policy.head)
     return plan
 
@@ -206,18 +208,10 @@ def imagine_update(policy: Policy, score, plan: Plan) -> None:
         plan.parts["activations, in update"] = sum(kept.values())
 
 
-def finish(policy: Policy, ledger: Ledger, plan: Plan, optimizers: list) -> None:
-    with ledger.phase(plan, "optimiser step"):
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-
 def plan_sft(args, parts: list[list[list[Sample]]], make_optimizers) -> Plan:
     """A step of train_sft.py whose forward and backward passes are `parts`: its largest."""
     plan, ledger = Plan(), Ledger()
-    policy, _, optimizers = begin(args, ledger, plan, make_optimizers, reference=False)
+    policy, _ = begin(args, ledger, plan, make_optimizers, reference=False)
     encoded = [policy.encode_turns(part) for part in parts]
     plan.lasting["prompts"] = 2 * sum(x.nbytes for prompts, _ in encoded for x in vars(prompts).values())  # and the next step's
     prompts, blocks = max(encoded, key=lambda part: part[0].ids.numel() + sum(tokens.numel() for tokens, *_ in part[1]))
@@ -229,7 +223,6 @@ def plan_sft(args, parts: list[list[list[Sample]]], make_optimizers) -> Plan:
     for number in range(1 + (len(parts) > 1)):
         with ledger.phase(plan, "update"):
             imagine_update(policy, score, plan)
-    finish(policy, ledger, plan, optimizers)
     plan.parts["tiles of logits, in update"] = 2 * 4 * min(TILE, max(int(mask.sum()) for _, mask, _ in blocks)) * len(policy.head)
     return plan
 
@@ -292,8 +285,9 @@ def memory_at_hand(args) -> float:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
 
 
+@cache
 def resident() -> int:
-    """Bytes of this process now: code and libraries (Linux; elsewhere 0)."""
+    """Bytes of this process when it was first asked: code and libraries (Linux; elsewhere 0)."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS")), 0)
