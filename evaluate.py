@@ -21,7 +21,7 @@ from minigrpo.data import Sample, ask_to_think, read_jsonl
 from minigrpo.metrics import (breakdown, compare, constant_boxes, constant_report, evaluate_answers, load_clinical,
                               markdown_table)
 from minigrpo.policy import Policy
-from minigrpo.run.args import at_least_one, input_errors, parse_args
+from minigrpo.run.args import at_least_one, check_pixels, input_errors, parse_args
 from minigrpo.run.distributed import first, gathered, join
 from minigrpo.run.plots import draw_samples
 from minigrpo.run.report import write_report
@@ -48,7 +48,10 @@ class EvaluateArguments:
         "help": "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL; default 1, or as --predictions had it"})
     think: bool = field(default=False, metadata={"help": "put /think behind every question: thinking before the answer"})
     opened: bool = field(default=False, metadata={
-        "help": "the chat template writes the first <think> itself, as Qwen3-VL-Thinking's does"})
+        "help": "the chat template writes the first <think> itself, as Qwen3-VL-Thinking's does: only for --predictions that don't "
+                "say so, since a --model does"})
+    max_pixels: int = field(default=0, metadata={
+        "help": "images of more pixels are shrunk to so many; 0: what --model was trained with"})
     report_items: int = field(default=400, metadata={"help": "answers shown in report.html, drawn at random; 0 writes none"})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
     bf16: bool = field(default=False, metadata={"help": "compute in bfloat16"})
@@ -56,6 +59,7 @@ class EvaluateArguments:
     def check(self) -> None:
         for name in ("batch_size", "max_new_tokens"):
             at_least_one(self, name)
+        check_pixels(self.max_pixels)
         if self.report_items < 0:
             raise ValueError(f"--report_items must not be negative, got {self.report_items}")
         if self.box_scale is not None and not 0 < self.box_scale < float("inf"):
@@ -88,12 +92,13 @@ def main() -> None:
         elif args.model == "constant":
             answers = constant_answers(read_jsonl(args.train_data, task=args.task, verify_images=False), samples)
         else:
-            policy = Policy.from_pretrained(args.model, device=args.device, autocast=args.bf16)
+            policy = Policy.from_pretrained(args.model, device=args.device, autocast=args.bf16, max_pixels=args.max_pixels)
         make_folder(folder)  # before hours of sampling, and after all that can be wrong with the input
     for line in missing:
         print(line)
     if args.model not in (None, "constant"):
         answers, cut_off = greedy_answers(policy, samples, args.batch_size, args.max_new_tokens)
+        stored = {"opened": policy.opened}
     if not first():
         return
 

@@ -37,6 +37,7 @@ from minigrpo.run.folder import (graceful_stop, last_checkpoint, load_optimizers
 from minigrpo.run.groups import Groups, micro_batches, of_all_ranks, padding_share
 from minigrpo.run.guard import Skipped, halving, in_time
 from minigrpo.run.log import JsonLines, Means, Timer, group_rows, rollout_stats
+from minigrpo.run.plan import explain, plan_grpo
 from minigrpo.run.plots import draw_curves
 from minigrpo.run.roofline import efficiency, measure_roofline
 from minigrpo.run.track import tracker
@@ -194,18 +195,21 @@ def main() -> None:
                              f"{args.train_data} is left (--task {args.task})")
         if args.eval_data and not validation:
             raise ValueError(f"--reward {args.reward} covers no sample of --eval_data {args.eval_data} (--task {args.task})")
-        load = partial(Policy.from_pretrained, device=args.device, autocast=args.bf16)
+        if args.plan is not None:
+            return print(explain(args, lambda args: plan_grpo(args, train, make_optimizers), f"every answer of {args.max_new_tokens} tokens"))
+        load = partial(Policy.from_pretrained, device=args.device, autocast=args.bf16, max_pixels=args.max_pixels)
         train, validation = (ask_to_think(found) if args.think else found for found in (train, validation))
         if args.lora_rank:
             policy = reference = add_adapters(load(args.model), args, checkpoint)
         else:
             policy, reference = load(checkpoint or args.model), load(args.model).freeze() if args.kl_coef else None
+        reward.opened = policy.opened  # Thinking's chat template writes the first <think> itself
         folder, lock = open_run(args)
 
     policy.freeze(args.freeze)
     if args.activation_checkpointing:
         policy.checkpoint_activations()
-    optimizer = torch.optim.AdamW(owned(policy.parameters()), lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer, = make_optimizers(policy, args)
     start = load_optimizers(checkpoint, policy, optimizer) if checkpoint else 0
     metrics, rollouts = JsonLines(folder / "metrics.jsonl", start), JsonLines(folder / "rollouts.jsonl", start)
     skipped, track = Skipped(folder, args, int(sum(metrics.past("skipped_updates")))), tracker(args, folder, start)
@@ -349,6 +353,10 @@ def stop_if_unscored(scores: Scores, most: float, step: int) -> None:
             sys.exit(f"train_grpo.py: error: {text}\nThis is more than --max_unscored {most}. Mend the reward, then --resume "
                      "goes on from the last checkpoint")
         tqdm.write(text)
+
+
+def make_optimizers(policy: Policy, args: GrpoArguments) -> list[torch.optim.Optimizer]:
+    return [torch.optim.AdamW(owned(policy.parameters()), lr=args.learning_rate, weight_decay=args.weight_decay)]
 
 
 def score_all(policy: Policy, prompts: Prompts, rollout: Rollout, args: GrpoArguments) -> Tensor:

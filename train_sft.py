@@ -10,6 +10,7 @@ import math
 import re
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -24,10 +25,11 @@ from minigrpo.run.folder import (graceful_stop, last_checkpoint, load_optimizers
                                  stop_early)
 from minigrpo.run.guard import Skipped, halving
 from minigrpo.run.log import JsonLines
+from minigrpo.run.plan import explain, plan_sft
 from minigrpo.run.plots import draw_curves
 from minigrpo.run.track import tracker
 from minigrpo.run.validate import mean_loss
-from minigrpo.tiny import tiny_policy
+from minigrpo.tiny import TINY_PIXELS, tiny_policy
 
 
 IMAGE = 1000  # what an image costs beside so many characters of text, roughly, where ranks share out a batch
@@ -123,12 +125,17 @@ def main() -> None:
         checkpoint = last_checkpoint(args)
         train = with_traces(read_jsonl(args.train_data, task=args.task, verify_images=first()))  # with a trace: asked to think
         validation = with_traces(read_jsonl(args.eval_data, task=args.task, verify_images=first())) if args.eval_data else []
+        if args.plan is not None:
+            batch = batch_at(group_by_image(train), 0, args.batch_size, args.seed)
+            return print(explain(args, lambda args: plan_sft(args, passes(batch, args.questions_per_image, args.micro_batch),
+                                                             make_optimizers), "the samples of its first step"))
+        load = partial(Policy.from_pretrained, device=args.device, autocast=args.bf16, max_pixels=args.max_pixels)
         if args.lora_rank:
-            policy = add_adapters(Policy.from_pretrained(args.model, device=args.device, autocast=args.bf16), args, checkpoint)
+            policy = add_adapters(load(args.model), args, checkpoint)
         elif checkpoint or args.model != "tiny":
-            policy = Policy.from_pretrained(checkpoint or args.model, device=args.device, autocast=args.bf16)
+            policy = load(checkpoint or args.model)
         else:
-            policy = tiny_policy(train, seed=args.seed).to(args.device, autocast=args.bf16)
+            policy = tiny_policy(train, seed=args.seed, pixels=args.max_pixels or TINY_PIXELS).to(args.device, autocast=args.bf16)
         folder, lock = open_run(args)
         images = group_by_image(train)
 

@@ -48,7 +48,7 @@ def main() -> None:
     sample = Sample("asked", args.image, "conversation", args.question, "")
     answer = generate(policy, policy.encode([sample]), max_new_tokens=args.max_new_tokens, temperature=args.temperature).texts[0]
     print(answer)
-    if boxes := parse_boxes(split_thinking(answer)[1]):
+    if boxes := parse_boxes(split_thinking(answer, policy.opened)[1]):
         draw_boxes(film, boxes).save(drawn)
         print(f"boxes drawn into {drawn}")
 

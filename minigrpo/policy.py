@@ -17,13 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils import logging as transformers_logging
+from transformers import Qwen3VLForConditionalGeneration
 
+from minigrpo import checkpoint as checkpoints
 from minigrpo.data import Sample, load_image
 from minigrpo.logprob import linear_logprob
-from minigrpo.trust import check_folder
 
 
 @dataclass
@@ -34,10 +32,20 @@ class Prompts:
     mask: Tensor  # [B, P] bool, False on padding
     positions: Tensor  # [3, B, P] M-RoPE positions: time, height, width
     next_position: Tensor  # [B] the position of the first answer token, on all three axes
-    pixels: Tensor  # [patches of all images, channels * 2 * 16 * 16]
+    patches: Tensor  # [patches of all images, channels * 16 * 16] uint8, an eighth of `pixels`
+    levels: Tensor  # [channels, 2, 256] what the model sees of each level of grey, at both of a patch's moments
     grids: Tensor  # [images, 3] patches of each image along time, height, width
     images: Tensor  # [B] images of each prompt
     number: Tensor  # [B] place in the batch that was encoded, which names the random streams of its answers in `generate`
+
+    @property
+    def pixels(self) -> Tensor:
+        """[patches of all images, channels * 2 * 16 * 16] fp32, as the vision tower takes them: made when they are needed."""
+        made = self.levels.new_empty(len(self.patches), *self.levels.shape)
+        for channel, grey in enumerate(self.patches.unflatten(1, (len(self.levels), -1)).unbind(1)):  # (patches, 256)
+            seen = self.levels[channel].index_select(1, grey.flatten().int())  # by channel, and not by an int64 for every pixel
+            made[:, channel] = seen.view(-1, *grey.shape).transpose(0, 1)
+        return made.flatten(1)
 
     def to(self, device: torch.device) -> "Prompts":
         return Prompts(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -54,14 +62,14 @@ class Prompts:
         mask = self.mask[chosen]
         width = int(mask.sum(1).max()) if trim else mask.shape[1]
         return Prompts(self.ids[chosen, :width], mask[:, :width], self.positions[:, chosen, :width], self.next_position[chosen],
-                       self.pixels[patches], self.grids[images], self.images[chosen], self.number[chosen])
+                       self.patches[patches], self.levels, self.grids[images], self.images[chosen], self.number[chosen])
 
 
 @dataclass
 class Images:
     """The images of B samples, cut into patches."""
 
-    pixels: Tensor  # [patches of all images, channels * 2 * 16 * 16]
+    patches: Tensor  # [patches of all images, channels * 16 * 16] uint8
     grids: Tensor  # [images, 3]
     slots: list[list[int]]  # for each sample, the <|image_pad|> tokens that each of its images takes
 
@@ -103,43 +111,34 @@ class Policy:
         self.head = model.lm_head.weight  # [V, d]
         self.autocast, self.activation_checkpointing = autocast, False
         self.adapters = None  # the PeftModel around `model`, see lora.py
+        self.video = {}  # settings of the checkpoint's video processor, kept for those who use it
+        self.opened = checkpoints.opens_thinking(tokenizer)  # for split_thinking: answers begin inside <think>
         # The patches arrive cut out, so the convolution over them is one matrix product; Conv3d takes five times as long.
         patch = self.visual.patch_embed
         patch.forward = lambda x: F.linear(x.to(patch.proj.weight.dtype), patch.proj.weight.flatten(1), patch.proj.bias)
         ends = model.generation_config.eos_token_id
         ends = [tokenizer.eos_token_id] if ends is None else ends
         self.end_ids = sorted({ends} if isinstance(ends, int) else set(ends))  # Qwen3-VL has several, all of them end
+        self.levels = levels_of(image_processor)  # what the model sees of each level of grey
         self.vision_end_id = tokenizer.convert_tokens_to_ids("<|vision_end|>")
         self.end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")  # the one that we teach
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str, *, device: str = "cpu", autocast: bool = False) -> "Policy":
-        """Load a checkpoint folder, or a name on the hub, with fp32 weights; `autocast` computes in bfloat16."""
-        transformers_logging.disable_progress_bar()
-        if Path(name_or_dir).is_dir() and not (Path(name_or_dir) / "config.json").is_file():
-            raise ValueError(f"{name_or_dir} is no checkpoint: it holds no config.json. Give a folder that "
-                             "save_pretrained wrote, such as RUN/final, or a model's name on the hub")
-        if Path(name_or_dir).is_dir():
-            check_folder(Path(name_or_dir))
-        try:
-            config = AutoConfig.from_pretrained(name_or_dir, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{name_or_dir} is neither a checkpoint folder nor a model on the hub "
-                             f"({str(error).splitlines()[0]})") from error
-        if config.model_type != "qwen3_vl":
-            raise ValueError(f"{name_or_dir} is a {config.model_type} model; minigrpo trains dense Qwen3-VL (qwen3_vl)")
-        model = Qwen3VLForConditionalGeneration.from_pretrained(name_or_dir, dtype=torch.float32, config=config, use_safetensors=True)
-        # eval() for good: Qwen3-VL has no dropout or batch statistics that training would need.
-        return cls(model.to(device).eval(), AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False),
-                   Qwen2VLImageProcessorPil.from_pretrained(name_or_dir), autocast=autocast)
+    def from_pretrained(cls, name_or_dir: str, *, device: str = "cpu", autocast: bool = False, max_pixels: int = 0) -> "Policy":
+        """Load a checkpoint folder, or a name on the hub, with fp32 weights; `autocast` computes in bfloat16.
+
+        Images are shrunk to at most `max_pixels`; 0 leaves the checkpoint's own budget. It is saved with the policy.
+        """
+        model, tokenizer, image_processor, video = checkpoints.load(str(name_or_dir), device, max_pixels)
+        policy = cls(model, tokenizer, image_processor, autocast=autocast)
+        policy.video = video
+        return policy
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a checkpoint folder that transformers and vLLM load unchanged."""
         if self.adapters is not None:
             raise ValueError("adapters are no part of a plain checkpoint: merge_adapters first, or save_adapters alone")
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
+        checkpoints.save(folder, self.model, self.tokenizer, self.image_processor, self.video)
 
     @property
     def device(self) -> torch.device:
@@ -150,7 +149,7 @@ class Policy:
 
     def to(self, device: str, *, autocast: bool = False) -> "Policy":
         moved = Policy(self.model.to(device), self.tokenizer, self.image_processor, autocast=autocast)
-        moved.adapters = self.adapters
+        moved.adapters, moved.video = self.adapters, self.video
         return moved
 
     def freeze(self, parts: Sequence[str] = ("vision", "projector", "language")) -> "Policy":
@@ -203,13 +202,17 @@ class Policy:
         return self._prompts(prompts, images), blocks
 
     def _images(self, samples: list[Sample]) -> "Images":
-        opened = [load_image(path) for sample in samples for path in sample.images]
-        pixels, grids = torch.zeros(0, 1), torch.zeros(0, 3, dtype=torch.long)
-        if opened:
-            batch = self.image_processor(images=opened, return_tensors="pt")
-            pixels, grids = batch["pixel_values"], batch["image_grid_thw"]
+        cut = [self._patches(load_image(path)) for sample in samples for path in sample.images]
+        patches = torch.cat([patches for patches, _ in cut]) if cut else torch.zeros(0, self.levels[:, 0].numel(), dtype=torch.uint8)
+        grids = torch.cat([grid for _, grid in cut]) if cut else torch.zeros(0, 3, dtype=torch.long)
         slots = iter((grids.prod(1) // self.image_processor.merge_size**2).tolist())
-        return Images(pixels, grids, [[next(slots) for _ in sample.images] for sample in samples])
+        return Images(patches, grids, [[next(slots) for _ in sample.images] for sample in samples])
+
+    def _patches(self, image) -> tuple[Tensor, Tensor]:
+        """An image as uint8 patches [n, channels * 16 * 16] and its grid [1, 3]: resized, but not yet scaled to what the model sees."""
+        cut = self.image_processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="pt")
+        patches = cut["pixel_values"].view(-1, *self.levels.shape)  # a still image: the same at both moments
+        return patches[:, :, 0].flatten(1).to(torch.uint8), cut["image_grid_thw"]
 
     def _talk(self, question: list[int], turns: list[list[str]]) -> tuple[list[int], list[int]]:
         """The tokens of a row and 1 on those of its answers and end tokens. `question` is what the prompt holds of the first turn;
@@ -220,11 +223,11 @@ class Policy:
             messages.append({"role": "user", "content": asked})
             if number:
                 text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-                before = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False)
-                between = self._tokens([text[before.rindex(end) + len(end):]])[0]  # "\n", and the next question
+                last = text.rindex(end, 0, text.rindex(end))  # of the answer before: Thinking's template rewrites older answers
+                between = self._tokens([text[last + len(end):]])[0]  # "\n", and the next question
                 tokens, mask = tokens + between, mask + [0] * len(between)
             messages.append({"role": "assistant", "content": answer})
-            said = self._tokens([answer])[0] + [self.end_id]
+            said = self._tokens([inside_thinking(answer) if self.opened else answer])[0] + [self.end_id]
             tokens, mask = tokens + said, mask + [1] * len(said)
         return tokens, mask
 
@@ -245,7 +248,7 @@ class Policy:
         positions, next_position = mrope_positions(ids, mask, images.grids, self.model.config.image_token_id,
                                                    self.image_processor.merge_size)
         counts = torch.tensor([len(slots) for slots in images.slots])
-        return Prompts(ids, mask, positions, next_position, images.pixels, images.grids, counts,
+        return Prompts(ids, mask, positions, next_position, images.patches, self.levels, images.grids, counts,
                        torch.arange(len(rows))).to(self.device)
 
     def encode_answers(self, answers: list[str]) -> tuple[Tensor, Tensor]:
@@ -460,6 +463,19 @@ def mrope_positions(ids: Tensor, mask: Tensor, grids: Tensor, image_id: int, mer
             column = end
         next_position.append(position)
     return positions, torch.tensor(next_position)
+
+
+def inside_thinking(answer: str) -> str:
+    """What follows a <think> that the chat template has already written, with its line break; a plain answer closes it at once."""
+    return answer.removeprefix("<think>").removeprefix("\n") if answer.startswith("<think>") else f"\n</think>\n\n{answer}"
+
+
+def levels_of(image_processor) -> Tensor:
+    """[channels, 2, 256] what the processor makes of each level of grey, asked of itself: a patch of 16 x 16 holds all in order."""
+    side, size = image_processor.patch_size, image_processor.merge_size
+    grey = torch.arange(side * side, dtype=torch.uint8).view(side, side).tile(size, size)
+    seen = image_processor(images=[grey[..., None].expand(-1, -1, 3).numpy()], do_resize=False, return_tensors="pt")["pixel_values"]
+    return seen[0].view(3, image_processor.temporal_patch_size, -1)
 
 
 def spans(counts: Tensor, chosen: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"
            "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
            "<|image_pad|>", "<|video_pad|>"]
 VISIBLE = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
+TINY_PIXELS = 160 * 160
 # Qwen splits digits one by one: six tokens a coordinate, of which four are always the same. Here the first digit takes its
 # punctuation along, ", 0.4" and "2", so a box is 9 tokens and not 25.
 SPLIT = (r",? ?\[?[01]\.\p{N}|(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -40,7 +41,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 
 
 def tiny_policy(samples: list[Sample], *, seed: int = 0, vocab_size: int = 1024, width: int = 128, layers: int = 3,
-                pixels: int = 160 * 160) -> Policy:
+                pixels: int = TINY_PIXELS) -> Policy:
     """A random tiny Qwen3-VL whose tokenizer was trained on the samples; images are seen at `pixels` at most."""
     tokenizer = train_tokenizer([text for s in samples for text in (s.question, s.answer)], vocab_size)
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in

@@ -40,7 +40,7 @@ def peer_loss(policy, sample) -> tuple[float, int]:
                 labels[0, place] = ids[0, place]
         start = stop
     kinds = (ids == policy.model.config.image_token_id).int()
-    pixels = {"pixel_values": image.pixels, "image_grid_thw": image.grids} if len(image.grids) else {}
+    pixels = {"pixel_values": policy.encode([sample]).pixels, "image_grid_thw": image.grids} if len(image.grids) else {}
     positions, _ = policy.model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=pixels.get("image_grid_thw"))
     loss = policy.model(input_ids=ids, labels=labels, position_ids=positions, mm_token_type_ids=kinds, **pixels).loss
     return loss.item(), int((labels != -100).sum())

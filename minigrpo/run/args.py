@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from minigrpo.checkpoint import SMALLEST
 from minigrpo.run.distributed import is_lost, speak_in_turn
 
 T = TypeVar("T")
@@ -43,6 +44,9 @@ class RunArguments:
     seed: int = field(default=0, metadata={"help": "seeds the data order, sampling and, for --model tiny, the weights"})
     resume: bool = field(default=False, metadata={"help": "continue the run in output_dir from its last checkpoint"})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
+    max_pixels: int = field(default=0, metadata={
+        "help": "images of more pixels are shrunk to so many, in training and, since the checkpoint keeps the number, wherever it "
+                "is used later; 1,024 are a token (the paper: 262144); 0: what --model was made for"})
     freeze: list[str] = field(default_factory=list, metadata={
         "help": "what to keep as it is: the vision tower, the projector behind it, the language model; cheaper, and less to "
                 "unlearn", "choices": list(PARTS)})
@@ -55,6 +59,9 @@ class RunArguments:
     bf16: bool = field(default=False, metadata={"help": "compute in bfloat16 (weights and optimiser stay in fp32)"})
     activation_checkpointing: bool = field(default=False, metadata={
         "help": "keep the input of each layer alone for the backward pass, which computes the rest anew: less memory, more time"})
+    plan: float | None = field(default=None, metadata={
+        "nargs": "?", "const": 0.0, "metavar": "GB",
+        "help": "load nothing, and print what the run will take of the memory at hand, or of so many GB, and the settings that fit"})
 
     def check(self) -> None:
         """Settings that can't work are an error now, not after hours."""
@@ -66,6 +73,10 @@ class RunArguments:
             if find_spec(TRACKERS.get(name, "no_such_module")) is None:
                 raise ValueError(f"--track {name}: " + (f"pip install {name}, or pip install -e '.[track]' in the clone" if name in TRACKERS
                                  else f"choose from {', '.join(TRACKERS)}"))
+        check_pixels(self.max_pixels)
+        if self.plan is not None and (self.model == "tiny" or not 0 <= self.plan < float("inf")):
+            raise ValueError("--plan is for a checkpoint, and takes the GB of a device or nothing: a tiny model fits anywhere"
+                             if self.model == "tiny" else f"--plan takes the GB of a device, got {self.plan}")
         if self.lora_rank < 0:
             raise ValueError(f"--lora_rank must be 0 (off) or more, got {self.lora_rank}")
         for name, allowed in (("freeze", PARTS), ("lora_targets", LINEAR)):  # a settings file may hold anything
@@ -84,6 +95,12 @@ class RunArguments:
                                  "already; leave out --freeze")
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_pixels(number: int) -> None:
+    if number and number < SMALLEST:
+        raise ValueError(f"--max_pixels {number} is less than one token of 32 x 32 pixels: give {SMALLEST} or more, or 0 for what "
+                         "--model was made for")
 
 
 def at_least_one(args, name: str) -> None:
