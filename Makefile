@@ -42,4 +42,5 @@ bench: install
 	$(BIN)/python -m benchmarks.logprob
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.lora
+	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.table
