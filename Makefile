@@ -54,4 +54,5 @@ bench: install
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.lora
 	$(BIN)/python -m benchmarks.node
+	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.table

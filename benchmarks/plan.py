@@ -12,11 +12,11 @@ from minigrpo.data.phantom import Arguments, write_phantom
 
 # Wide: weights and optimiser. Long: activations and keys and values. Adapters: little but the weights lasts.
 SHAPES = {
-    "wide, everything trained": (dict(width=768, layers=8), "grpo", "--group_size 4 --prompts_per_step 4 --max_new_tokens 64 --micro_tokens 1024"),
-    "long answers": (dict(width=256, layers=6), "grpo", "--group_size 8 --prompts_per_step 8 --max_new_tokens 256 --micro_tokens 8192"),
-    "adapters, checkpointing": (dict(width=1024, layers=8), "grpo",
-                                "--group_size 8 --prompts_per_step 4 --max_new_tokens 128 --lora_rank 8 --activation_checkpointing"),
-    "supervised": (dict(width=512, layers=6), "sft", "--batch_size 16 --micro_batch 8"),
+    "wide, everything trained": (dict(width=768, layers=6), "grpo", "--group_size 4 --prompts_per_step 4 --max_new_tokens 24 --micro_tokens 512"),
+    "long answers": (dict(width=256, layers=6), "grpo", "--group_size 8 --prompts_per_step 8 --max_new_tokens 160 --micro_tokens 8192"),
+    "adapters, checkpointing": (dict(width=1024, layers=6), "grpo",
+                                "--group_size 4 --prompts_per_step 4 --max_new_tokens 48 --lora_rank 8 --activation_checkpointing"),
+    "supervised": (dict(width=512, layers=6), "sft", "--batch_size 8 --micro_batch 8"),
 }
 
 

@@ -64,8 +64,13 @@ def lora_table(result: dict) -> str:
     return table(["", "peak MB of the run", "MB of a checkpoint"], rows) + "\n\n" + source(result["about"])
 
 
+def plan_table(result: dict) -> str:
+    rows = [[name, f"{found['plan']:.2f}", f"{found['run']:.2f}", f"{found['plan / run']:.2f}"] for name, found in result["peak_gb"].items()]
+    return table(["", "GB, planned", "GB, of the run", "planned / run"], rows) + "\n\n" + source(result["about"])
+
+
 def page_with_tables(page: str) -> str:
-    for name, make in (("step", step_table), ("logprob", logprob_table), ("growth", growth_table), ("lora", lora_table)):
+    for name, make in (("step", step_table), ("logprob", logprob_table), ("growth", growth_table), ("lora", lora_table), ("plan", plan_table)):
         path = RESULTS / f"{name}.json"
         new = make(json.loads(path.read_text())) if path.exists() else "Not measured yet."
         page = re.sub(rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- end -->)", lambda _: new, page, count=1, flags=re.S)

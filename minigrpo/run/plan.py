@@ -245,33 +245,36 @@ def explain(args, make_plan, samples_note: str) -> str:
     if plan.peak <= room:
         return "\n".join([*lines, "fits"])
     lines.append("does not fit; lighter, a setting at a time:")
-    for changed, words in lighter(args, plan, make_plan, room):
-        lines.append(f"  {words:<62}{changed.peak / 1e9:8.2f} GB" + ("  fits" if changed.peak <= room else ""))
-    if changed.peak > room:
+    for plan, words in lighter(args, plan, make_plan, room):
+        lines.append(f"  {words:<62}{plan.peak / 1e9:8.2f} GB" + ("  fits" if plan.peak <= room else ""))
+    if plan.peak > room:
         lines.append("  nothing more to save here: a smaller --model, fewer --max_pixels, or a larger device")
     return "\n".join(lines)
 
 
 def lighter(args, plan: Plan, make_plan, room: float):
     """(plan, all settings changed so far) until it fits: the setting that bears on the phase where the peak is."""
-    sizes, words = {"rollout": "rollout_rows"}, {}
+    part = "micro_tokens" if hasattr(args, "micro_tokens") else "micro_batch"
+    least, words, spent = {"rollout_rows": getattr(args, "group_size", 1), "micro_batch": 1, "micro_tokens": 512}, {}, set()
     while plan.peak > room:
-        lasting = sum(plan.lasting.values())
-        name = sizes.get(plan.worst, "micro_tokens" if hasattr(args, "micro_tokens") else "micro_batch")
-        least = {"rollout_rows": getattr(args, "group_size", 1), "micro_batch": 1}.get(name, 512)
-        if lasting > 0.9 * room and not args.lora_rank:
-            words["lora_rank"] = 16
-        elif plan.worst != "optimiser step" and getattr(args, name) > least:
-            words[name] = max(least, getattr(args, name) // 4)
+        name = "rollout_rows" if plan.worst == "rollout" else part
+        if (sum(plan.lasting.values()) > 0.9 * room or plan.worst == "optimiser step") and not args.lora_rank:
+            change = {"lora_rank": 16, "freeze": [part for part in args.freeze if part != "language"]}
+        elif name not in spent and getattr(args, name) > least[name]:
+            change = {name: max(least[name], getattr(args, name) // 4)}
         elif plan.worst != "rollout" and not args.activation_checkpointing:
-            words["activation_checkpointing"] = True
+            change = {"activation_checkpointing": True}
         elif not args.lora_rank:
-            words["lora_rank"] = 16
+            change = {"lora_rank": 16, "freeze": [part for part in args.freeze if part != "language"]}
         else:
             return
-        args = replace(args, **words, **({"freeze": [p for p in args.freeze if p != "language"]} if "lora_rank" in words else {}))
-        plan = make_plan(args)
-        yield plan, " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in words.items())
+        changed = make_plan(replace(args, **change))
+        if changed.peak >= plan.peak and name in change:  # a group stays whole: no smaller part than that
+            spent.add(name)
+            continue
+        args, plan = replace(args, **change), changed
+        words |= {key: value for key, value in change.items() if key != "freeze"}
+        yield plan, " ".join(f"--{key}" if value is True else f"--{key} {value}" for key, value in words.items())
 
 
 def on_gpu(args) -> bool:
