@@ -65,8 +65,10 @@ def lora_table(result: dict) -> str:
 
 
 def plan_table(result: dict) -> str:
-    rows = [[name, f"{found['plan']:.2f}", f"{found['run']:.2f}", f"{found['plan / run']:.2f}"] for name, found in result["peak_gb"].items()]
-    return table(["", "GB, planned", "GB, of the run", "planned / run"], rows) + "\n\n" + source(result["about"])
+    rows = [[name, f"{found['plan']:.2f}", *(f"{found[run]:.2f} ({found['plan'] / found[run]:.2f})" for run in ("run, freed at once", "run"))]
+            for name, found in result["peak_gb"].items()]
+    head = ["", "GB, planned", "GB of the run, freed memory given back (planned / run)", "GB of the run as it is (planned / run)"]
+    return table(head, rows) + "\n\n" + source(result["about"])
 
 
 def page_with_tables(page: str) -> str:

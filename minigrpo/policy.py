@@ -44,7 +44,7 @@ class Prompts:
         made = self.levels.new_empty(len(self.patches), *self.levels.shape)
         for channel, grey in enumerate(self.patches.unflatten(1, (len(self.levels), -1)).unbind(1)):  # (patches, 256)
             seen = self.levels[channel].index_select(1, grey.flatten().int())  # by channel, and not by an int64 for every pixel
-            made[:, channel] = seen.view(len(self.levels[channel]), *grey.shape).transpose(0, 1)
+            made[:, channel] = seen.unflatten(1, grey.shape).transpose(0, 1)
         return made.flatten(1)
 
     def to(self, device: torch.device) -> "Prompts":

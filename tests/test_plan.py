@@ -68,6 +68,9 @@ def test_a_plan_is_what_the_step_takes(hub, samples, settings):
     update()  # the gradients are there in the measurement, and then the optimiser's states
     optimizer.step()
     assert plan.lasting["optimiser"] == pytest.approx(sum(x.nbytes for s in optimizer.state_dict()["state"].values() for x in s.values()), rel=0.01)
+    # Bug of our own first plan: it let go of the optimiser, and its states with it, before the rollout and the update.
+    lasting = sum(plan.lasting.get(name, 0) for name in ("weights", "reference", "optimiser"))
+    assert plan.peaks["rollout"] - plan.phases["rollout"] == pytest.approx(lasting, rel=0.01)
     for name, run in (("update", update), ("rollout", rollout)):
         gradients = plan.lasting["gradients"] if name == "update" and len(micro_batches(prompts, mask, range(4), args.micro_tokens)) == 1 else 0
         assert plan.phases[name] - gradients == pytest.approx(peak_bytes(run), rel=0.1), name
