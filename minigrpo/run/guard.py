@@ -44,7 +44,7 @@ class Skipped:
     def __init__(self, folder: Path, args: Any, before: int):
         self.folder, self.largest, self.most, self.count = folder / "skipped", args.max_grad_norm, args.max_skipped, before
 
-    def trusts(self, grad_norm: torch.Tensor, step: int, batch: Callable[[], list[dict]], update: int = 0) -> bool:
+    def trusts(self, grad_norm: torch.Tensor, step: int, update: int, batch: Callable[[], list[dict]]) -> bool:
         """Whether to take the update; if not, `batch` gives the rows to write down. All ranks decide alike, on the same norm."""
         norm = float(grad_norm)
         if math.isfinite(norm) and norm <= self.largest:
@@ -54,8 +54,8 @@ class Skipped:
         path.parent.mkdir(exist_ok=True)
         write_aside(path, json.dumps({"step": step, "update": update, "grad_norm": str(norm), "batch": batch()}, indent=1) + "\n")
         if first():
-            _warn(f"step {step}: gradient norm {norm:.3g}, update {update} skipped, the {self.count}. of at most {self.most}; its batch: "
-                  f"{path}")
+            _warn(f"step {step}: gradient norm {norm:.3g}, update {update} skipped, {self.count} so far, at {self.most} the run stops; "
+                  f"its batch: {path}")
         return False
 
     def stop_if_too_many(self) -> None:
