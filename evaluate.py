@@ -22,7 +22,7 @@ from minigrpo.metrics import (breakdown, compare, constant_boxes, constant_repor
                               markdown_table)
 from minigrpo.policy import Policy
 from minigrpo.run.args import at_least_one, check_pixels, input_errors, parse_args
-from minigrpo.run.distributed import first, gathered, join
+from minigrpo.run.distributed import first, gathered, join, rank, ranks
 from minigrpo.run.plots import draw_samples
 from minigrpo.run.report import write_report
 from minigrpo.run.validate import greedy_answers
@@ -82,7 +82,7 @@ def main() -> None:
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty: give another --output_dir")
         gathered(None)  # all have looked before one writes
-        samples = read_jsonl(args.data, task=args.task, verify_images=first())
+        samples = read_jsonl(args.data, task=args.task, part=(rank(), ranks()))
         samples = ask_to_think(samples) if args.think else samples
         clinical, missing = load_clinical(args.reward_weights, args.device) if args.reward_weights else (None, [])
         baseline, _, before = read_answers(args.baseline, samples, "--baseline") if args.baseline else (None, None, {})

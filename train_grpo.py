@@ -27,15 +27,15 @@ from minigrpo.lora import adapters_off, add_adapters
 from minigrpo.loss import (AGGREGATIONS, ESTIMATORS, KINDS, LEVELS, SCALES, denominator_of, group_advantages, grpo_loss,
                            overlong_filter, soft_overlong_penalty)
 from minigrpo.policy import Policy, Prompts
-from minigrpo.rewards import Scores, reward_fn
+from minigrpo.rewards import reward_fn
 from minigrpo.rewards.weights import cache_dir
 from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
-from minigrpo.run.distributed import (deal, first, in_order, join, lost_rank, owned, ranks, say, share, share_weights,
+from minigrpo.run.distributed import (deal, first, in_order, join, lost_rank, owned, rank, ranks, say, share, share_weights,
                                       sum_gradients, total)
 from minigrpo.run.folder import (graceful_stop, last_checkpoint, load_optimizers, open_run, save_best, save_checkpoint, save_final,
                                  stop_early)
 from minigrpo.run.groups import Groups, micro_batches, of_all_ranks, padding_share
-from minigrpo.run.guard import Skipped, halving, in_time
+from minigrpo.run.guard import Skipped, halving, in_time, stop_if_unscored
 from minigrpo.run.log import JsonLines, Means, Timer, group_rows, rollout_stats
 from minigrpo.run.plan import explain, plan_grpo
 from minigrpo.run.plots import draw_curves
@@ -171,8 +171,8 @@ class GrpoArguments(RunArguments):
             (self.level == "sequence" and min(self.clip_low, self.clip_high) > 0.01,
              f"--level sequence: a mean over the answer hardly moves and will not meet --clip_low {self.clip_low} or "
              f"--clip_high {self.clip_high}; GSPO has 3e-4 and 4e-4"),
-            (self.prompts_per_step // self.updates_per_rollout < ranks(), f"{self.prompts_per_step // self.updates_per_rollout} prompts an "
-             f"update for {ranks()} processes: some wait for the others; raise --prompts_per_step or lower --updates_per_rollout"),
+            ((prompts := self.prompts_per_step // self.updates_per_rollout) < ranks(), f"{prompts} prompts an update for {ranks()} "
+             "processes: some wait for the others; raise --prompts_per_step or lower --updates_per_rollout"),
         ]
         return [note for holds, note in notes if holds]
 
@@ -186,8 +186,8 @@ def main() -> None:
         checkpoint = last_checkpoint(args)
         reward = reward_fn(args.reward, box_scale=args.box_scale, weights_dir=args.reward_weights,
                            device=args.reward_device or args.device, cache=cache_dir() / "references.sqlite")
-        found = read_jsonl(args.train_data, task=args.task, verify_images=first())
-        validation = read_jsonl(args.eval_data, task=args.task, verify_images=first()) if args.eval_data else []
+        found = read_jsonl(args.train_data, task=args.task, part=(rank(), ranks()))
+        validation = read_jsonl(args.eval_data, task=args.task, part=(rank(), ranks())) if args.eval_data else []
         validation = [sample for sample in validation if sample.task in reward.tasks]
         train = [sample for sample in found if sample.task in reward.tasks]
         if not train:
@@ -225,7 +225,8 @@ def main() -> None:
 
     B, G = args.prompts_per_step, args.group_size
     with lock, lost_rank(folder), graceful_stop() as stopping:
-        for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="grpo", disable=not first())):
+        for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="grpo",
+                                 disable=not first())):
             timer, means, skipped_before = Timer(), Means(), skipped.count
             wanted, replaced = list(range(B)), 0
             for refill in range(1 + args.dynamic_sampling):  # once, unless groups without spread are to be replaced
@@ -265,20 +266,21 @@ def main() -> None:
                 ref_logprob = None
                 if args.kl_coef:
                     with adapters_off(reference):
-                        ref_logprob = halving(args, "micro_tokens", lambda: score_all(reference, prompts, rollout, args))  # (R, T)
+                        ref_logprob = halving(args, "micro_tokens", lambda: score_all(reference, prompts, rollout, args))
                 old_logprob = (halving(args, "micro_tokens", lambda: score_all(policy, prompts, rollout, args))
                                if args.rollout_cap else rollout.logprob)
-            answers = Answers(rollout.tokens, mask, advantage, old_logprob, ref_logprob, rollout.logprob if args.rollout_cap else None)
+            answers = Answers(rollout.tokens, mask, advantage, old_logprob, ref_logprob, rollout.logprob)
             with timer.phase("update"):
                 parts = []
                 for number, among in enumerate(updates):
+                    span = slice(among.start * G, among.stop * G)
                     # Of the whole update, or the learning rate would depend on micro_tokens and on the number of ranks.
-                    denominator = total(denominator_of(mask[among.start * G:among.stop * G], how=args.how, max_tokens=args.max_new_tokens))
+                    denominator = total(denominator_of(mask[span], how=args.how, max_tokens=args.max_new_tokens))
                     update_loss, figures, done = halving(args, "micro_tokens", lambda: accumulate(
                         policy, prompts, answers, among, denominator, args), undo=policy.model.zero_grad)
                     sum_gradients(policy.parameters())
                     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
-                    if skipped.trusts(grad_norm, step, lambda: group_rows(own.take(list(among)), advantage[among.start * G:], None), number):
+                    if skipped.trusts(grad_norm, step, number, lambda: group_rows(own.take(list(among)), advantage[span])):
                         optimizer.step()
                         share_weights(policy.parameters())
                         means.add_all(figures)
@@ -290,7 +292,7 @@ def main() -> None:
                    "skipped_updates": skipped.count - skipped_before, **timer.row(),
                    **efficiency(policy, prompts, rollout, timer.seconds, padding_share(prompts, mask, parts), limits)}
             if validation and (step + 1) % args.eval_steps == 0:
-                row["eval_reward"] = mean_reward(policy, validation, reward, args.rollout_rows, args.max_new_tokens)
+                row["eval_reward"] = halving(args, "rollout_rows", lambda: mean_reward(policy, validation, reward, args))
                 if row["eval_reward"] > best:
                     best = row["eval_reward"]
                     save_best(folder, step + 1, policy)
@@ -320,7 +322,7 @@ class Answers:
     advantage: Tensor  # [R]
     old_logprob: Tensor  # [R, T]
     ref_logprob: Tensor | None  # [R, T], with --kl_coef
-    rollout_logprob: Tensor | None  # [R, T], with --rollout_cap
+    rollout_logprob: Tensor  # [R, T] the sampler's own
 
 
 def accumulate(policy: Policy, prompts: Prompts, answers: Answers, among: range, denominator: Tensor,
@@ -341,18 +343,6 @@ def accumulate(policy: Policy, prompts: Prompts, answers: Answers, among: range,
         tokens = answers.mask[rows].sum()
         means.add(tokens, entropy=entropy.detach().sum() / tokens.clamp(min=1), **stats)
     return update_loss, means, parts
-
-
-def stop_if_unscored(scores: Scores, most: float, step: int) -> None:
-    """Says which answers the reward failed on, and ends the run when they are more than a share `most`."""
-    failed = len(scores.valid) - sum(scores.valid)
-    if failed:
-        reasons = "; ".join(scores.errors or ["NaN"])
-        text = f"step {step}: the reward could not score {failed} of {len(scores.valid)} answers: {reasons}"
-        if failed > most * len(scores.valid):
-            sys.exit(f"train_grpo.py: error: {text}\nThis is more than --max_unscored {most}. Mend the reward, then --resume "
-                     "goes on from the last checkpoint")
-        tqdm.write(text)
 
 
 def make_optimizers(policy: Policy, args: GrpoArguments) -> list[torch.optim.Optimizer]:

@@ -20,7 +20,7 @@ from minigrpo.lora import add_adapters
 from minigrpo.loss import aggregate
 from minigrpo.policy import Policy
 from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
-from minigrpo.run.distributed import deal, first, join, lost_rank, owned, ranks, say, share_weights, sum_gradients, total
+from minigrpo.run.distributed import deal, first, join, lost_rank, owned, rank, ranks, say, share_weights, sum_gradients, total
 from minigrpo.run.folder import (graceful_stop, last_checkpoint, load_optimizers, open_run, save_best, save_checkpoint, save_final,
                                  stop_early)
 from minigrpo.run.guard import Skipped, halving
@@ -123,8 +123,8 @@ def main() -> None:
         args = parse_args(SftArguments, __doc__)
         join(args.device)  # the other processes of torchrun, if there are any
         checkpoint = last_checkpoint(args)
-        train = with_traces(read_jsonl(args.train_data, task=args.task, verify_images=first()))  # with a trace: asked to think
-        validation = with_traces(read_jsonl(args.eval_data, task=args.task, verify_images=first())) if args.eval_data else []
+        train = with_traces(read_jsonl(args.train_data, task=args.task, part=(rank(), ranks())))  # with a trace: asked to think
+        validation = with_traces(read_jsonl(args.eval_data, task=args.task, part=(rank(), ranks()))) if args.eval_data else []
         if args.plan is not None:
             batch = batch_at(group_by_image(train), 0, args.batch_size, args.seed)
             return print(explain(args, lambda args: plan_sft(args, passes(batch, args.questions_per_image, args.micro_batch),
@@ -182,7 +182,7 @@ def main() -> None:
             sum_gradients(policy.parameters())
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
             rate = learning_rate_at(step, args.max_steps, args.learning_rate, args.warmup)
-            taken = skipped.trusts(grad_norm, step, lambda: [vars(row) for _, rows in answers for row in rows if row])
+            taken = skipped.trusts(grad_norm, step, 0, lambda: [vars(row) for _, rows in answers for row in rows if row])
             if taken:
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:

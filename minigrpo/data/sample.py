@@ -129,9 +129,10 @@ def scan_jsonl(path: str | os.PathLike) -> tuple[list[Sample], list[tuple[int, s
     return samples, errors, users
 
 
-def read_jsonl(path: str | os.PathLike, *, task: str = "all", verify_images: bool = True) -> list[Sample]:
+def read_jsonl(path: str | os.PathLike, *, task: str = "all", verify_images: bool = True, part: tuple[int, int] = (0, 1)) -> list[Sample]:
     """The samples of one JSONL file, all lines checked and, with `verify_images`, each distinct image decoded once.
 
+    Processes that read the same file can share out the decoding: `part` (k, n) decodes every n-th image, from the k-th.
     `task` keeps the samples of one task. A conversation without question and answer takes those of its first turn.
     Image paths are absolute or relative to the file. DataError tells up to ten errors, each with file, line and mend.
     """
@@ -144,7 +145,8 @@ def read_jsonl(path: str | os.PathLike, *, task: str = "all", verify_images: boo
         raise DataError(f"{file}:1: the file is empty: write one JSON object a line")
     if verify_images:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the GIL
-            found = zip(users.values(), pool.map(_decode_error, users))
+            images = list(users)[part[0]::part[1]]
+            found = zip((users[image] for image in images), pool.map(_decode_error, images))
             _raise(file, [(line, text) for line, text in found if text])
     kept = [sample for sample in samples if task in ("all", sample.task)]
     if not kept:

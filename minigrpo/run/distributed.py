@@ -5,6 +5,7 @@ are summed, and each rank keeps the optimiser state of some parameters, steps th
 Rajbhandari et al. 1910.02054). In one process every function here gives back what it was given.
 """
 
+import atexit
 import os
 import sys
 import time
@@ -50,6 +51,7 @@ def join(device: str) -> None:
             raise ValueError(f"--nproc-per-node is above the {torch.cuda.device_count()} GPUs of this node: one process a GPU")
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+    atexit.register(dist.destroy_process_group)  # or gloo's threads, still running, abort a process that has ended well
 
 
 def is_lost(error: RuntimeError) -> bool:

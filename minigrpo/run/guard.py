@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from minigrpo.rewards import Scores
-from minigrpo.run.distributed import first, rank
+from minigrpo.run.distributed import first, gathered, rank
 from minigrpo.run.files import write_aside
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ class Skipped:
     def __init__(self, folder: Path, args: Any, before: int):
         self.folder, self.largest, self.most, self.count = folder / "skipped", args.max_grad_norm, args.max_skipped, before
 
-    def trusts(self, grad_norm: torch.Tensor, step: int, batch: Callable[[], list[dict]], update: int = 0) -> bool:
+    def trusts(self, grad_norm: torch.Tensor, step: int, update: int, batch: Callable[[], list[dict]]) -> bool:
         """Whether to take the update; if not, `batch` gives the rows to write down. All ranks decide alike, on the same norm."""
         norm = float(grad_norm)
         if math.isfinite(norm) and norm <= self.largest:
@@ -54,8 +54,8 @@ class Skipped:
         path.parent.mkdir(exist_ok=True)
         write_aside(path, json.dumps({"step": step, "update": update, "grad_norm": str(norm), "batch": batch()}, indent=1) + "\n")
         if first():
-            _warn(f"step {step}: gradient norm {norm:.3g}, update {update} skipped, the {self.count}. of at most {self.most}; its batch: "
-                  f"{path}")
+            _warn(f"step {step}: gradient norm {norm:.3g}, update {update} skipped, {self.count} so far, at {self.most} the run stops; "
+                  f"its batch: {path}")
         return False
 
     def stop_if_too_many(self) -> None:
@@ -84,7 +84,23 @@ def in_time(reward: Callable, answers: list[str], samples: list, size: int, seco
         values, valid = values + share.values, valid + share.valid
         for name in names:
             parts[name] += share.parts.get(name, [math.nan] * count)
-    return Scores(values, valid, parts)
+    errors = list(dict.fromkeys([error for share in shares if share for error in share.errors] + ["it took too long"] * bool(late)))
+    return Scores(values, valid, parts, errors)
+
+
+def stop_if_unscored(scores: Scores, most: float, step: int) -> None:
+    """Says which of the step's answers the reward failed on, and ends the run where they are more than a share `most`."""
+    everyone = gathered((scores.valid, scores.errors))
+    valid = [ok for theirs, _ in everyone for ok in theirs]
+    failed = len(valid) - sum(valid)
+    if failed:
+        reasons = "; ".join(dict.fromkeys(error for _, errors in everyone for error in errors)) or "NaN"
+        text = f"step {step}: the reward could not score {failed} of {len(valid)} answers: {reasons}"
+        if failed > most * len(valid):
+            sys.exit(f"{Path(sys.argv[0]).name}: error: {text}\nThis is more than --max_unscored {most}. Mend the reward, then --resume "
+                     "goes on from the last checkpoint" if first() else 1)
+        if first():
+            _warn(text)
 
 
 def _warn(text: str) -> None:

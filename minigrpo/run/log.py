@@ -113,8 +113,8 @@ def rollout_stats(groups: Groups, opened: bool = False) -> dict[str, float]:
     return stats
 
 
-def group_rows(groups: Groups, advantage: torch.Tensor, count: int) -> list[dict]:
-    """The first groups of a step in full, for rollouts.jsonl: where one sees a reward being hacked. advantage [B G]."""
+def group_rows(groups: Groups, advantage: torch.Tensor, count: int | None = None) -> list[dict]:
+    """The first groups of a step (or all) in full, for rollouts.jsonl: where one sees a reward being hacked. advantage [B G]."""
     size = groups.rewards.shape[1]
     rows = []
     for b, sample in enumerate(groups.samples[:count]):

@@ -9,6 +9,7 @@ from minigrpo.data import Sample
 from minigrpo.generate import generate
 from minigrpo.policy import Policy
 from minigrpo.run.distributed import first, gathered, rank, ranks, total
+from minigrpo.run.guard import in_time
 
 
 def greedy_answers(policy: Policy, samples: list[Sample], batch_size: int, max_new_tokens: int, show: bool = True
@@ -27,11 +28,14 @@ def greedy_answers(policy: Policy, samples: list[Sample], batch_size: int, max_n
     return [found[i][0] for i in range(len(samples))], [found[i][1] for i in range(len(samples))]
 
 
-def mean_reward(policy: Policy, samples: list[Sample], reward, batch_size: int, max_new_tokens: int) -> float:
-    """Of greedy answers to the samples, over those that could be scored."""
-    scores = reward(greedy_answers(policy, samples, batch_size, max_new_tokens, show=False)[0], samples)
-    values = [value for value, ok in zip(scores.values, scores.valid) if ok]
-    return sum(values) / max(1, len(values))
+def mean_reward(policy: Policy, samples: list[Sample], reward, args) -> float:
+    """Of greedy answers to the samples, over those that could be scored in time; the first rank scores."""
+    (answers, _), mean = greedy_answers(policy, samples, args.rollout_rows, args.max_new_tokens, show=False), 0.0
+    if first():
+        scores = in_time(reward, answers, samples, 1, args.reward_timeout)
+        values = [value for value, ok in zip(scores.values, scores.valid) if ok]
+        mean = sum(values) / max(1, len(values))
+    return gathered(mean)[0]
 
 
 @torch.no_grad()
