@@ -13,7 +13,6 @@ The defaults are the paper's. Other papers' settings are files: configs/dapo.yam
 """
 
 import math
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 
