@@ -1,6 +1,9 @@
 """Data order: every sample once an epoch, the same after a resume."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
+import torch
 
 from minigrpo.data import Sample, batch_at, group_by_image, prefetch
 
@@ -22,6 +25,23 @@ def test_groups_share_their_image():
         [("a", "grounding"), ("b", "grounding"), ("a", "grounding"), ("a", "report"), (None, "report"), (None, "report"), ("a", "grounding")])]
     groups = [[s.id for s in group] for group in group_by_image(samples)]
     assert groups == [["0", "2", "3", "6"], ["1"], ["4"], ["5"]]
+
+
+def test_what_is_made_ahead_takes_no_thread_from_the_caller():
+    """Bug: SFT took twice as long, for torch in the prefetching thread had helpers of its own, more threads than cores, and OpenMP
+    then puts the caller's to sleep at every operation. Setting the number alone was undone by torch's first look at it."""
+    def make(step):
+        torch.ones(200_000).to(torch.uint8)  # large enough to be shared out
+        return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert [threads for _, threads in prefetch(make, range(3))] == [1, 1, 1] and torch.get_num_threads() == 2
+        later = ThreadPoolExecutor(1).submit(torch.get_num_threads)
+        assert later.result() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_prefetch_gives_every_step_in_order_and_passes_errors_on():

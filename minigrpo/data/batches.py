@@ -22,8 +22,15 @@ def batch_at(items: list[T], step: int, size: int, seed: int) -> list[T]:
 
 
 def prefetch(make: Callable[[int], T], steps: range) -> Iterator[tuple[int, T]]:
-    """(step, make(step)) for steps that go up by one, the next one made in a thread while the caller works on this one."""
+    """(step, make(step)) for steps that go up by one, the next one made in a thread while the caller works on this one.
+
+    The thread does torch's work without helpers: with more threads than cores OpenMP waits asleep, and every operation of the
+    caller pays for waking.
+    """
     with ThreadPoolExecutor(1) as pool:
+        threads = torch.get_num_threads()
+        pool.submit(lambda: (torch.get_num_threads(), torch.set_num_threads(1))).result()  # asked first: asking sets it, once a thread
+        torch.set_num_threads(threads)  # of threads to come, which the line before has set, too
         coming = pool.submit(make, steps.start) if steps else None
         for step in steps:
             found = coming.result()
