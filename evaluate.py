@@ -11,7 +11,6 @@ answers the same whatever the film shows, as well as one can: the best box of ea
 """
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,8 +20,9 @@ from minigrpo.data import Sample, ask_to_think, read_jsonl
 from minigrpo.metrics import (breakdown, compare, constant_boxes, constant_report, evaluate_answers, load_clinical,
                               markdown_table)
 from minigrpo.policy import Policy
-from minigrpo.run.args import at_least_one, check_pixels, input_errors, parse_args
+from minigrpo.run.args import at_least_one, check_box_scale, check_pixels, checked_device, input_errors, parse_args
 from minigrpo.run.distributed import first, gathered, join, rank, ranks
+from minigrpo.run.files import make_folder
 from minigrpo.run.plots import draw_samples
 from minigrpo.run.report import write_report
 from minigrpo.run.validate import greedy_answers
@@ -62,16 +62,15 @@ class EvaluateArguments:
         check_pixels(self.max_pixels)
         if self.report_items < 0:
             raise ValueError(f"--report_items must not be negative, got {self.report_items}")
-        if self.box_scale is not None and not 0 < self.box_scale < float("inf"):
-            raise ValueError(f"--box_scale must be above 0, got {self.box_scale}: 1 for fractions, 1000 for Qwen3-VL's own")
+        if self.box_scale is not None:
+            check_box_scale(self.box_scale)
         if (self.model is None) == (self.predictions is None):
             raise ValueError("give either --model, to answer the questions, or --predictions, to score stored answers")
         if self.model == "constant" and not self.train_data:
             raise ValueError("--model constant needs --train_data, to choose its answers from")
         if self.model == "constant" and (self.opened or self.box_scale not in (None, 1)):
             raise ValueError("--model constant writes boxes in 0..1 and never thinks: leave out --opened and --box_scale")
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = checked_device(self.device)
 
 
 def main() -> None:
@@ -121,16 +120,6 @@ def main() -> None:
         write_report(folder / "report.html", samples, answers, items, title=f"{metrics['model']} on {args.data}",
                      count=args.report_items, **reading)
     print(table)
-
-
-def make_folder(folder: Path) -> None:
-    """The output folder; ValueError where none can be made or nothing can be written into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output_dir {folder} cannot be made ({error.strerror}): give another") from None
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"--output_dir {folder} cannot be written into: give another, or change its permissions")
 
 
 def constant_answers(train: list[Sample], samples: list[Sample]) -> list[str]:

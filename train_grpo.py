@@ -28,7 +28,7 @@ from minigrpo.loss import (AGGREGATIONS, ESTIMATORS, KINDS, LEVELS, SCALES, deno
 from minigrpo.policy import Policy, Prompts
 from minigrpo.rewards import reward_fn
 from minigrpo.rewards.weights import cache_dir
-from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
+from minigrpo.run.args import RunArguments, at_least_one, check_box_scale, checked_device, input_errors, parse_args
 from minigrpo.run.distributed import (deal, first, in_order, join, lost_rank, owned, rank, ranks, say, share, share_weights,
                                       sum_gradients, total)
 from minigrpo.run.folder import (graceful_stop, last_checkpoint, load_optimizers, open_run, save_best, save_checkpoint, save_final,
@@ -129,8 +129,7 @@ class GrpoArguments(RunArguments):
             raise ValueError(f"--reward_timeout must be above 0 seconds, got {self.reward_timeout}")
         if self.group_size < 2:
             raise ValueError("--group_size must be at least 2: an answer alone has no group to be better than")
-        if not 0 < self.box_scale < float("inf"):
-            raise ValueError(f"--box_scale must be above 0, got {self.box_scale}: 1 for fractions, 1000 for Qwen3-VL's own")
+        check_box_scale(self.box_scale)
         if self.temperature <= 0:
             raise ValueError(f"--temperature must be above 0, got {self.temperature}: greedy answers of a group are all equal")
         for name in ("dynamic_sampling", "soft_overlong", "dual_clip", "cispo_cap", "rollout_cap", "kl_coef"):
@@ -139,8 +138,8 @@ class GrpoArguments(RunArguments):
         if self.soft_overlong > self.max_new_tokens:
             raise ValueError(f"--soft_overlong {self.soft_overlong} is longer than the longest answer, "
                              f"--max_new_tokens {self.max_new_tokens}")
-        if self.reward_device and self.reward_device.split(":")[0] not in ("cpu", "cuda"):
-            raise ValueError(f"--reward_device {self.reward_device!r} is no device: write cpu, cuda, or cuda:1 for the second GPU")
+        if self.reward_device:
+            self.reward_device = checked_device(self.reward_device, "--reward_device")
         if not 0 <= self.max_unscored <= 1:
             raise ValueError(f"--max_unscored must lie in 0..1, got {self.max_unscored}: it is a share of the answers")
         if self.cispo_cap == 0:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from minigrpo.data import Sample, load_image, parse_boxes, split_thinking
 from minigrpo.generate import generate
 from minigrpo.policy import Policy
-from minigrpo.run.args import at_least_one, input_errors, parse_args
+from minigrpo.run.args import at_least_one, check_box_scale, input_errors, parse_args
 
 
 @dataclass
@@ -24,10 +24,13 @@ class AskArguments:
     output: str | None = field(default=None, metadata={"help": "where the film with its boxes goes; default: beside the "
                                                                "image, as NAME-boxes.png"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
+    box_scale: float = field(default=1.0, metadata={
+        "help": "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL"})
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
 
     def check(self) -> None:
         at_least_one(self, "max_new_tokens")
+        check_box_scale(self.box_scale)
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"--temperature must be 0 (greedy) or more, got {self.temperature}")
 
@@ -48,7 +51,7 @@ def main() -> None:
     sample = Sample("asked", args.image, "conversation", args.question, "")
     answer = generate(policy, policy.encode([sample]), max_new_tokens=args.max_new_tokens, temperature=args.temperature).texts[0]
     print(answer)
-    if boxes := parse_boxes(split_thinking(answer, policy.opened)[1]):
+    if boxes := parse_boxes(split_thinking(answer, policy.opened)[1], args.box_scale):
         draw_boxes(film, boxes).save(drawn)
         print(f"boxes drawn into {drawn}")
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 
 import evaluate
 import train_grpo
@@ -13,6 +14,7 @@ import train_sft
 from minigrpo import ask
 from minigrpo.data import check, clean, openi, phantom as phantom_films, sharegpt
 from minigrpo.data.convert import adapter_main
+from minigrpo.run import files
 from tests import fake_sets
 
 
@@ -51,7 +53,7 @@ def test_an_output_folder_that_cannot_be_made_stops_before_sampling(fails, phant
     for place in (tmp_path / "file", tmp_path / "file/below/it"):
         said = fails(evaluate.main, "--model", "x", "--data", phantom / "test.jsonl", "--output_dir", place)
         assert f"--output_dir {place} cannot be made" in said
-    monkeypatch.setattr(evaluate.os, "access", lambda *given: False)  # root may write anywhere
+    monkeypatch.setattr(files.os, "access", lambda *given: False)  # root may write anywhere
     said = fails(evaluate.main, "--model", "x", "--data", phantom / "test.jsonl", "--output_dir", tmp_path / "read-only")
     assert "cannot be written into" in said
     assert (tmp_path / "file").read_text() == "mine"
@@ -106,6 +108,31 @@ def test_bad_optimizer_settings_leave_no_run_folder(fails, phantom, tmp_path, pr
     """Bug: --grad_clip 0 zeroed every gradient in silence; a bad learning rate was a traceback that left a run folder behind."""
     said = fails(program.main, "--model", "tiny", "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run", *extra)
     assert message in said and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("program", [train_sft, train_grpo])
+@pytest.mark.parametrize("extra, message", [
+    (["--device", "gpu"], "--device 'gpu' is no device: write cpu, cuda"), (["--device", "cuda"], "finds no GPU here; write cpu"),
+    (["--lora_alpha", 16], "add --lora_rank, or leave them out"), (["--lora_targets", "q_proj"], "add --lora_rank")])
+def test_settings_that_this_machine_or_run_has_no_use_for(fails, phantom, tmp_path, program, extra, message, monkeypatch):
+    """Bug: --device cuda without a GPU was a traceback; --lora_alpha without --lora_rank trained all weights in silence."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = fails(program.main, "--model", "tiny", "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run", *extra)
+    assert message in said and not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_cannot_be_made(fails, phantom, tmp_path):
+    """Bug: --output_dir at or below a file was a NotADirectoryError."""
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file/below/it"):
+        said = fails(train_sft.main, "--model", "tiny", "--train_data", phantom / "train.jsonl", "--output_dir", place)
+        assert f"--output_dir {place} cannot be made" in said
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_in_place_of_a_jsonl_file(fails, phantom):
+    """Bug: `check FOLDER` said that there was no such file."""
+    assert f"{phantom} is a folder: name the JSONL file in it" in fails(check.main, phantom)
 
 
 @pytest.mark.parametrize("extra", [["--warmup", "-1"], ["--warmup", "nan"], ["--beta2", "1"]])

@@ -138,6 +138,19 @@ def member(name, **more):
     return info
 
 
+def test_a_tar_that_fills_the_disk(tmp_path, monkeypatch):
+    """Bug: an archive was unpacked whatever its size: 40 KB of zeros packed tight become 40 MB."""
+    weights = pytest.importorskip("minigrpo.rewards.weights")
+    monkeypatch.setattr(weights, "MOST_UNPACKED", 30_000_000)
+    with tarfile.open(tmp_path / "bomb.tar.gz", "w:gz") as tar:
+        for number in range(4):
+            tar.addfile(member(f"zeros-{number}", size=10_000_000), io.BytesIO(bytes(10_000_000)))
+    assert (tmp_path / "bomb.tar.gz").stat().st_size < 100_000
+    with pytest.raises(ValueError, match=r"cannot be unpacked .*\(it holds more than 0 GB\)"):
+        weights.unpack(tmp_path / "bomb.tar.gz", tmp_path / "in/folder")
+    assert not any((tmp_path / "in").iterdir())
+
+
 @pytest.mark.parametrize("entry", [
     member("../outside.txt", size=4), member("/tmp/minigrpo-outside.txt", size=4), member("link", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
     member("hard", type=tarfile.LNKTYPE, linkname="../../outside.txt"), member("dev", type=tarfile.CHRTYPE, devmajor=1, devminor=5)])

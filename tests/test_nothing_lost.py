@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import train_grpo
 import train_sft
-from minigrpo.run import files, folder
+from minigrpo.run import files, folder, log
 from minigrpo.run.guard import in_time
 from minigrpo.rewards import Scores
 from tests.processes import finish, run, start
@@ -210,6 +210,27 @@ def test_a_full_disk_costs_a_checkpoint_and_no_step(place, whole):
     assert "checkpoint of step 2 not saved ([Errno 28] No space left on device); the newest is none. Training goes on" in said
     assert "step 3 not saved" not in said
     assert_same(whole("train_grpo"), place.folder / "full")
+
+
+def no_room_for_a_line(rank):
+    """The line of step 2 finds a full disk."""
+    write = log.JsonLines.write
+
+    def full(self, row):
+        if row["step"] == 2 and self.path.name == "metrics.jsonl":
+            self.file.close()
+            self.file = open("/dev/full", "w")
+        write(self, row)
+    log.JsonLines.write = full
+
+
+def test_a_full_disk_at_a_log_line_ends_the_run_and_loses_nothing(place, whole):
+    """Bug: it was a traceback, out of which nobody reads that --resume goes on."""
+    words = place("train_sft", "full-line", "--save_steps", 1)
+    said = run("train_sft", words, place.folder / "full-line.log", prepare=no_room_for_a_line, code=1)
+    assert "metrics.jsonl cannot be written (No space left on device). Make room, then --resume" in said and "Traceback" not in said
+    run("train_sft", [*words, "--resume"], place.folder / "full-line.log")
+    assert_same(whole("train_sft"), place.folder / "full-line")
 
 
 @pytest.mark.parametrize("program", ["train_sft", pytest.param("train_grpo", marks=pytest.mark.slow)])

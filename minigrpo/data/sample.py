@@ -104,6 +104,8 @@ def scan_jsonl(path: str | os.PathLike) -> tuple[list[Sample], list[tuple[int, s
     Images must exist, but none is opened. A conversation without question and answer takes those of its first turn.
     """
     file = Path(path)
+    if file.is_dir():
+        raise DataError(f"{file} is a folder: name the JSONL file in it")
     if not file.is_file():
         raise DataError(f"{file}: no such file: check the path, or make the data first")
     samples: list[Sample] = []

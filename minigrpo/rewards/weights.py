@@ -22,6 +22,7 @@ from huggingface_hub import hf_hub_download
 
 T = TypeVar("T")
 
+MOST_UNPACKED = 10**10  # bytes of an archive's files; RadGraph's have about half a GB
 REPO = "StanfordAIMI/RRG_scorers"  # holds the files of SIZES, tagged MIT
 SIZES = {"radgraph-xl.tar.gz": "416 MB", "radgraph.tar.gz": "a BERT, hundreds of MB", "chexbert.pth": "1.31 GB"}
 
@@ -61,7 +62,7 @@ def unpack(archive: Path, folder: Path) -> Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
             scratch = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-")
             with tarfile.open(archive, "r:gz") as tar:
-                tar.extractall(scratch, filter="data")
+                tar.extractall(scratch, filter=_bounded(MOST_UNPACKED))
             os.chmod(scratch, 0o755)
             os.replace(scratch, folder)
         except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
@@ -71,6 +72,19 @@ def unpack(archive: Path, folder: Path) -> Path:
                 raise ValueError(f"{archive} cannot be unpacked into {folder} ({error}): fetch it again, or unpack it by "
                                  "hand") from error
     return folder
+
+
+def _bounded(most: int) -> Callable:
+    """tarfile's `data` filter, until the members are more than `most` bytes in all: a small archive can hold a full disk."""
+    left = most
+
+    def keep(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+        nonlocal left
+        left -= member.size
+        if left < 0:
+            raise tarfile.TarError(f"it holds more than {most // 10**9} GB")
+        return tarfile.data_filter(member, folder)
+    return keep
 
 
 def cache_dir() -> Path:

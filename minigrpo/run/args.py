@@ -93,14 +93,31 @@ class RunArguments:
             if "language" in self.freeze:
                 raise ValueError("--freeze language with --lora_rank: the adapters are in the language model, and all else is frozen "
                                  "already; leave out --freeze")
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        elif self.lora_alpha != RunArguments.lora_alpha or self.lora_targets != list(LINEAR):
+            raise ValueError("--lora_alpha and --lora_targets are of adapters: add --lora_rank, or leave them out to train the weights")
+        self.device = checked_device(self.device)
+
+
+def checked_device(name: str, argument: str = "--device") -> str:
+    """What --device (or another `argument`) means on this machine: auto is cuda where there is one. ValueError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"{argument} {name!r} is no device: write cpu, cuda, or cuda:1 for the second GPU")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"{argument} {name}: torch {torch.__version__} finds no GPU here; write cpu")
+    return name
 
 
 def check_pixels(number: int) -> None:
     if number and number < SMALLEST:
         raise ValueError(f"--max_pixels {number} is less than one token of 32 x 32 pixels: give {SMALLEST} or more, or 0 for what "
                          "--model was made for")
+
+
+def check_box_scale(number: float) -> None:
+    if not 0 < number < float("inf"):
+        raise ValueError(f"--box_scale must be above 0, got {number}: 1 for fractions, 1000 for Qwen3-VL's own")
 
 
 def at_least_one(args, name: str) -> None:

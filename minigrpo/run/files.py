@@ -12,6 +12,16 @@ from typing import IO
 CHECKSUMS = "checksums.json"
 
 
+def make_folder(folder: Path) -> None:
+    """A program's output folder; ValueError where none can be made or nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be made ({error.strerror}): give another") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output_dir {folder} cannot be written into: give another, or change its permissions")
+
+
 def write_aside(path: Path, text: str) -> None:
     """The file with this text, or as it was before."""
     aside = path.with_name(path.name + ".part")

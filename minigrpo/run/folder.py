@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from minigrpo.lora import check_checkpoint, merge_adapters, save_adapters
 from minigrpo.policy import Policy
 from minigrpo.run.distributed import any_rank, first, gathered, rank, say
-from minigrpo.run.files import damage, lock, seal, write_aside
+from minigrpo.run.files import damage, lock, make_folder, seal, write_aside
 
 WRITING = (OSError, SafetensorError)  # what a full disk raises
 STOP_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}  # 75, EX_TEMPFAIL: run the same command again with --resume
@@ -33,7 +33,7 @@ def open_run(args) -> tuple[Path, AbstractContextManager]:
     folder, held = Path(args.output_dir), nullcontext()
     if first():
         before = _check_folder(folder, args)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         held = lock(folder / ".lock")
         if held is None:
             raise ValueError(f"{folder} is in use: another process is writing this run. Give another --output_dir")
@@ -53,7 +53,7 @@ def _check_folder(folder: Path, args) -> dict | None:
         if not args.resume:
             raise ValueError(f"{folder} already holds a run. Give another --output_dir, or --resume to continue it")
         return json.loads((folder / "args.json").read_text())
-    if folder.exists() and any(path.name not in (".lock", "args.json.part") for path in folder.iterdir()):
+    if folder.is_dir() and any(path.name not in (".lock", "args.json.part") for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run. Give another --output_dir")
     return None
 

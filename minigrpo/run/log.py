@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ class JsonLines:
     again. Every rank has the same rows; the first writes them."""
 
     def __init__(self, path: Path, start_step: int):
-        kept = []
+        self.path, kept = path, []
         if path.exists():
             for line in path.read_text().splitlines():
                 try:
@@ -40,9 +41,14 @@ class JsonLines:
 
     def write(self, row: dict) -> None:
         if self.file:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            try:
+                self.file.write(json.dumps(row) + "\n")
+                self.file.flush()
+                os.fsync(self.file.fileno())
+            except OSError as error:  # a full disk: what follows could not be kept either
+                self.file = None
+                sys.exit(f"{Path(sys.argv[0]).name}: error: {self.path} cannot be written ({error.strerror}). Make room, then --resume goes "
+                         "on from the last checkpoint")
 
 
 class Timer:
