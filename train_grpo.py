@@ -130,11 +130,13 @@ class GrpoArguments(RunArguments):
         if self.group_size < 2:
             raise ValueError("--group_size must be at least 2: an answer alone has no group to be better than")
         check_box_scale(self.box_scale)
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"--temperature must be above 0, got {self.temperature}: greedy answers of a group are all equal")
         for name in ("dynamic_sampling", "soft_overlong", "dual_clip", "cispo_cap", "rollout_cap", "kl_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must be 0 or more, got {getattr(self, name)}")
+        if self.kl_coef == math.inf:
+            raise ValueError("--kl_coef inf: nothing but the KL would count, and the loss would be NaN")
         if self.soft_overlong > self.max_new_tokens:
             raise ValueError(f"--soft_overlong {self.soft_overlong} is longer than the longest answer, "
                              f"--max_new_tokens {self.max_new_tokens}")

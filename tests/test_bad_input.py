@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ import train_sft
 from minigrpo import ask
 from minigrpo.data import check, clean, openi, phantom as phantom_films, sharegpt
 from minigrpo.data.convert import adapter_main
+from minigrpo.rewards import Scores
 from minigrpo.run import files
+from minigrpo.run.args import parse_args
+from minigrpo.run.guard import in_time
 from tests import fake_sets
 
 
@@ -135,7 +139,7 @@ def test_a_folder_in_place_of_a_jsonl_file(fails, phantom):
     assert f"{phantom} is a folder: name the JSONL file in it" in fails(check.main, phantom)
 
 
-@pytest.mark.parametrize("extra", [["--warmup", "-1"], ["--warmup", "nan"], ["--beta2", "1"]])
+@pytest.mark.parametrize("extra", [["--warmup", "-1"], ["--warmup", "2"], ["--beta2", "1"]])
 def test_bad_sft_settings(fails, phantom, tmp_path, extra):
     said = fails(train_sft.main, "--model", "tiny", "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run", *extra)
     assert f"{extra[0]} must lie in 0..1" in said
@@ -218,3 +222,71 @@ def test_phantom_arguments(fails, tmp_path, extra, message):
     extra = [str(word).format(tmp_path) for word in extra]
     assert message in fails(phantom_films.main, "--output_dir", tmp_path / "films", "--train", 1, "--test", 1, "--seed", 0, *extra)
     assert not (tmp_path / "films").exists()
+
+
+@pytest.mark.parametrize("text, message", [
+    ("learning_rate: abc", "--learning_rate/--learning-rate: invalid float value: 'abc'"), ("learning_rate: [1, 2]", "learning_rate takes one value, got [1, 2]"),
+    ("learning_rate: {a: 1}", "learning_rate takes one value, got {'a': 1}"), ("learning_rate:", "run.yaml: learning_rate is empty: give it"),
+    ("group_size: 2.5", "--group-size: invalid int value: '2.5'"), ("group_size: true", "--group-size: invalid int value: 'True'"),
+    ("bf16: maybe", "--bf16: "), ("train_data: [a, b]", "train_data takes one value"), ("kl_estimator: k4", "--kl-estimator: invalid choice: 'k4'"),
+    ("freeze: vision", "freeze takes a list, got 'vision'"), ("freeze: [eyes]", "invalid choice: 'eyes'"), ("track: wandb", "track takes a list"),
+    ("lora_targets: []", "lora_targets is empty"), ("1: 2\nlr: 3", "run.yaml: unknown settings: 1, lr"), ("a: [", "run.yaml is not YAML")])
+def test_a_settings_file_is_checked_like_the_command_line(fails, tmp_path, text, message):
+    """Bug: a list, a blank or a fraction in the place of a number was a traceback, some only when the model had been loaded."""
+    (tmp_path / "run.yaml").write_text(text)
+    assert message in fails(train_grpo.main, tmp_path / "run.yaml", "--model", "m", "--train_data", "t", "--output_dir", tmp_path / "run")
+
+
+def test_a_wrong_word_is_not_lost_behind_the_usage(fails):
+    """Bug: the one line that says what is wrong stood behind sixty lines that list all arguments."""
+    said = fails(train_grpo.main, "--model", "m", "--learning_rate", "fast")
+    assert len(said.splitlines()) < 5 and "usage: program.py [settings.yaml] --name value ... (--help" in said
+
+
+def test_an_unknown_optimizer_in_a_settings_file(fails, tmp_path):
+    """Bug: choices were those of the command line alone, so `optimizer: sgd` trained with Muon and said nothing."""
+    (tmp_path / "run.yaml").write_text("optimizer: sgd")
+    said = fails(train_sft.main, tmp_path / "run.yaml", "--model", "m", "--train_data", "t", "--output_dir", tmp_path / "run")
+    assert "--optimizer: invalid choice: 'sgd'" in said
+
+
+def test_settings_files_that_cannot_be_read(fails, tmp_path):
+    """Bug: a folder called x.yaml was a traceback, and bytes that are no text an error that named no file."""
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfea")
+    assert "folder.yaml cannot be read" in fails(train_sft.main, tmp_path / "folder.yaml")
+    assert "bytes.yaml is not YAML or JSON" in fails(train_sft.main, tmp_path / "bytes.yaml")
+
+
+def test_a_run_s_args_json_is_a_settings_file(tmp_path):
+    """What is empty in it was left out; a settings file of another encoding is read, too."""
+    given = ["--model", "m", "--train_data", "t", "--output_dir", "o"]
+    args = parse_args(train_grpo.GrpoArguments, "", [*given, "--freeze", "vision", "--bf16"])
+    (tmp_path / "args.json").write_text(json.dumps(asdict(args)), encoding="utf-16")
+    assert parse_args(train_grpo.GrpoArguments, "", [str(tmp_path / "args.json")]) == args
+    again = parse_args(train_grpo.GrpoArguments, "", [str(tmp_path / "args.json"), "--freeze", "projector", "--bf16", "false"])
+    assert again.freeze == ["projector"] and not again.bf16
+
+
+@pytest.mark.parametrize("extra, message", [
+    (["--max_grad_norm", "nan"], "--max_grad_norm is nan"), (["--reward_timeout", "nan"], "--reward_timeout is nan"),
+    (["--temperature", "nan"], "--temperature is nan"), (["--temperature", "inf"], "--temperature must be above 0"),
+    (["--kl_coef", "nan"], "--kl_coef is nan"), (["--kl_coef", "inf"], "--kl_coef inf"), (["--clip_low", "nan"], "--clip_low is nan"),
+    (["--seed", 10**18], "is too large"), (["--device", "cpu:abc"], "'cpu:abc' is no device")])
+def test_numbers_that_are_none(fails, phantom, tmp_path, extra, message):
+    """Bug: nan passes a test for `<= 0`; the run skipped every update, or ended in a traceback after the first rollout."""
+    said = fails(train_grpo.main, "--model", "m", "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run", *extra)
+    assert message in said and not (tmp_path / "run").exists()
+
+
+def test_a_reward_without_a_time_limit():
+    """Bug: --reward_timeout inf was an OverflowError after the first rollout."""
+    assert in_time(lambda answers, samples: Scores([1.0], [True]), ["a"], [None], 1, float("inf")).values == [1.0]
+
+
+def test_a_gpu_that_is_not_there(fails, phantom, tmp_path, monkeypatch):
+    """Bug: --device cuda:7 on a machine of one GPU was a traceback."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    said = fails(train_sft.main, "--model", "m", "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run", "--device", "cuda:7")
+    assert "--device cuda:7: there are 1 GPUs here" in said

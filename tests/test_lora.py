@@ -292,10 +292,5 @@ def test_frozen_parts_stay_what_they_were(train, base, program, part):
     assert {where[name] for name in before if not torch.equal(before[name], after[name])} == set(PARTS) - {part}
 
 
-def test_all_frozen_is_refused_and_a_settings_file_takes_a_list(train, tmp_path):
+def test_all_frozen_is_refused(train, tmp_path):
     assert "nothing is left to train" in stop(train, "--lora_rank", 0, "--freeze", *PARTS, folder=tmp_path / "run")
-    for text, message in (("freeze: vision", "takes a list of vision, projector, language, got 'vision'"), ("freeze: [eyes]", "got ['eyes']")):
-        (tmp_path / "run.yaml").write_text(text)
-        with pytest.raises(ValueError) as error:
-            train_grpo.parse_args(train_grpo.GrpoArguments, "", [str(tmp_path / "run.yaml"), *"--model m --train_data t --output_dir o".split()])
-        assert message in str(error.value)

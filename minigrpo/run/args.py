@@ -17,7 +17,8 @@ from minigrpo.run.distributed import is_lost, speak_in_turn
 
 T = TypeVar("T")
 PARTS = ("vision", "projector", "language")  # of a Qwen3-VL, to freeze
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # and the module that each needs
+TRACKERS = ("tensorboard", "wandb")  # named like the packages that they need
+LARGEST_SEED = 2**40
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the language model's, for adapters
 
 
@@ -65,31 +66,31 @@ class RunArguments:
 
     def check(self) -> None:
         """Settings that can't work are an error now, not after hours."""
+        for name, value in vars(self).items():
+            if value != value:  # NaN passes every test for being too small or too large
+                raise ValueError(f"--{name} is nan: give it a number")
+        if abs(self.seed) > LARGEST_SEED:
+            raise ValueError(f"--seed {self.seed} is too large: the seeds of epochs and steps are made of it; {LARGEST_SEED} at most")
         for name in ("max_steps", "save_steps", "keep_checkpoints", "eval_steps", "max_skipped"):
             at_least_one(self, name)
         if self.max_grad_norm <= 0:
             raise ValueError(f"--max_grad_norm must be above 0, got {self.max_grad_norm}: larger gradients are skipped")
         for name in self.track:
-            if find_spec(TRACKERS.get(name, "no_such_module")) is None:
-                raise ValueError(f"--track {name}: " + (f"pip install {name}, or pip install -e '.[track]' in the clone" if name in TRACKERS
-                                 else f"choose from {', '.join(TRACKERS)}"))
+            if find_spec(name) is None:
+                raise ValueError(f"--track {name}: pip install {name}, or pip install -e '.[track]' in the clone")
         check_pixels(self.max_pixels)
         if self.plan is not None and (self.model == "tiny" or not 0 <= self.plan < float("inf")):
             raise ValueError("--plan is for a checkpoint, and takes the GB of a device or nothing: a tiny model fits anywhere"
                              if self.model == "tiny" else f"--plan takes the GB of a device, got {self.plan}")
         if self.lora_rank < 0:
             raise ValueError(f"--lora_rank must be 0 (off) or more, got {self.lora_rank}")
-        for name, allowed in (("freeze", PARTS), ("lora_targets", LINEAR)):  # a settings file may hold anything
-            chosen = getattr(self, name)
-            if not isinstance(chosen, list) or not set(chosen) <= set(allowed):
-                raise ValueError(f"--{name} takes a list of {', '.join(allowed)}, got {chosen!r}")
         if set(self.freeze) == set(PARTS):
             raise ValueError(f"--freeze {' '.join(self.freeze)}: nothing is left to train")
         if self.lora_rank:
             if find_spec("peft") is None:
                 raise ValueError("--lora_rank needs peft: pip install peft, or pip install -e '.[lora]' in the clone")
-            if self.lora_alpha <= 0 or not self.lora_targets:
-                raise ValueError(f"--lora_rank {self.lora_rank} needs --lora_alpha above 0 and at least one of --lora_targets")
+            if self.lora_alpha <= 0:
+                raise ValueError(f"--lora_rank {self.lora_rank} needs --lora_alpha above 0, got {self.lora_alpha}")
             if "language" in self.freeze:
                 raise ValueError("--freeze language with --lora_rank: the adapters are in the language model, and all else is frozen "
                                  "already; leave out --freeze")
@@ -99,13 +100,20 @@ class RunArguments:
 
 
 def checked_device(name: str, argument: str = "--device") -> str:
-    """What --device (or another `argument`) means on this machine: auto is cuda where there is one. ValueError for a device that is not there."""
+    """What --device (or another `argument`) means on this machine: auto is cuda where there is one. ValueError for a device that is
+    not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda"):
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"{argument} {name!r} is no device: write cpu, cuda, or cuda:1 for the second GPU")
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"{argument} {name}: torch {torch.__version__} finds no GPU here; write cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"{argument} {name}: there are {torch.cuda.device_count()} GPUs here, and the first is cuda:0")
     return name
 
 
@@ -128,25 +136,42 @@ def at_least_one(args, name: str) -> None:
 def parse_args(kind: type[T], description: str, argv: list[str] | None = None) -> T:
     """`program.py --name value ...` or `program.py settings.yaml --name value ...`; the command line wins."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(kind, description=description)
+    parser = HfArgumentParser(kind, description=description, usage="%(prog)s [settings.yaml] --name value ... (--help lists them all)")
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        settings = read_settings(Path(argv.pop(0)))
-        for action in parser._actions:
-            if action.dest in settings:
-                action.default, action.required = settings.pop(action.dest), False
-        if settings:
-            parser.error(f"unknown settings in the file: {', '.join(settings)}")
+        path = Path(argv.pop(0))
+        argv = words_of(read_settings(path), parser, path) + argv
     args = kind(**vars(parser.parse_args(argv)))
     if hasattr(args, "check"):
         args.check()
     return args
 
 
+def words_of(settings: dict, parser: HfArgumentParser, path: Path) -> list[str]:
+    """Settings as the words of a command line, so that types and choices are checked as there. ValueError names file and setting."""
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    if unknown := [str(name) for name in settings if name not in actions]:
+        raise ValueError(f"{path}: unknown settings: {', '.join(unknown)}")
+    words = []
+    for name, value in settings.items():
+        takes_list = actions[name].nargs == "+"
+        if value in (None, []):  # as args.json writes what was left out
+            if value != parser.get_default(name):
+                raise ValueError(f"{path}: {name} is empty: give it a value, or leave it out")
+        elif isinstance(value, dict) or isinstance(value, list) != takes_list:
+            raise ValueError(f"{path}: {name} takes {'a list' if takes_list else 'one value'}, got {value!r}")
+        else:
+            words += [f"--{name}", *map(str, value)] if takes_list else [f"--{name}={value}"]
+    return words
+
+
 def read_settings(path: Path) -> dict:
+    """The `name: value` pairs of a YAML or JSON file."""
     try:
-        settings = yaml.safe_load(path.read_text())  # JSON is YAML, too
+        settings = yaml.safe_load(path.read_bytes())  # JSON is YAML, too; bytes, so that YAML finds out the encoding
     except FileNotFoundError:
         raise ValueError(f"{path}: no such settings file") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a settings file ({error.strerror})") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML or JSON: {error}") from None
     if not isinstance(settings, dict):

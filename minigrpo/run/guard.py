@@ -119,7 +119,7 @@ def _within(seconds: float, work: Callable, *given: Any) -> Any:
 
     thread = threading.Thread(target=run, daemon=True)  # so that one that hangs cannot keep the process
     thread.start()
-    thread.join(seconds)
+    thread.join(min(seconds, threading.TIMEOUT_MAX))  # inf, for no limit, would be an OverflowError
     if not result:
         return None
     value, error = result[0]
