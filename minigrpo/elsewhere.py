@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from minigrpo.data import Sample, load_image, read_jsonl
+from minigrpo.data.sample import upright
 from minigrpo.rewards import reward_fn
 from minigrpo.run.args import input_errors, parse_args
 
@@ -73,9 +74,9 @@ def _reward(spec: str):
 
 
 def _png(path: str) -> bytes:
-    """As our loader shows it: other loaders turn films of more than 8 bits white."""
+    """As our loader shows it: other loaders turn films of more than 8 bits white, or leave them on their side."""
     with Image.open(path) as image:
-        plain = image.mode in ("L", "RGB")
+        plain = image.mode in ("L", "RGB") and upright(image) is image
     if plain:
         return Path(path).read_bytes()
     load_image(path).save(stream := io.BytesIO(), "PNG")
@@ -93,14 +94,16 @@ class ElsewhereArguments:
 def main() -> None:
     with input_errors():
         args = parse_args(ElsewhereArguments, __doc__)
+        if Path(args.output).exists():
+            raise ValueError(f"{args.output} exists already: give another --output")
+        if not Path(args.output).parent.is_dir():
+            raise ValueError(f"--output {args.output} can't be written: its folder does not exist")
         samples = read_jsonl(args.data, task=args.task)
         try:
             import pandas
             import pyarrow  # noqa: F401  what pandas writes parquet with
         except ImportError:
             raise ValueError("parquet needs pandas and pyarrow: pip install pandas pyarrow") from None
-        if Path(args.output).exists():
-            raise ValueError(f"{args.output} exists already: give another --output")
     pandas.DataFrame([verl_row(sample, i) for i, sample in enumerate(samples)]).to_parquet(args.output)
     print(f"{args.output}: {len(samples)} rows")
 

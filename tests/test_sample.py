@@ -86,6 +86,13 @@ def without(record: dict, name: str) -> dict:
     (REPORT | {"image": "."}, "does not exist", "check the path"),
     (REPORT | {"image": "x" * 5000}, "does not exist", "check the path"),
     (REPORT | {"image": "a\0b"}, "does not exist", "check the path"),
+    (REPORT | {"image": "films\\film.png"}, "does not exist", "with / and not \\"),
+    (REPORT | {"turns": [["Effusion?", "No."]]}, '"turns" are for conversations', 'set "task" to "conversation"'),
+    (REPORT | {"turns": 5}, '"turns" are for conversations', 'or leave them out'),
+    (REPORT | {"question": "<|image_pad|> Report."}, '"question" holds <|image_pad|>', "remove it"),
+    (REPORT | {"answer": "Clear.<|im_end|>"}, '"answer" holds <|im_end|>', "remove it"),
+    (TALK | {"turns": [["Effusion?", "No\ud83d"]]}, '"turns" holds \'\\ud83d\', half a character', "write it anew"),
+    (REPORT | {"question": "\udc00?"}, '"question" holds \'\\udc00\', half a character', "write it anew"),
 ])
 def test_refuses_a_bad_line(write, line, wrong, mend):
     file = write(BOX, line)
@@ -156,3 +163,53 @@ def test_8_bit_images_keep_their_values(tmp_path, mode):
     Image.new("L", (5, 4), 255).convert(mode).save(tmp_path / "film.png")
     image = load_image(tmp_path / "film.png")
     assert image.mode == "RGB" and (np.asarray(image) == 255).all()
+
+
+def test_turns_of_a_report_do_not_take_the_place_of_its_answer(write):
+    """Bug: train_sft.py trained on the turns of any task, and 5 in their place was a traceback in the middle of a run."""
+    with pytest.raises(DataError, match="this is a report"):
+        read_jsonl(write(REPORT | {"turns": [["Weather?", "Fine."]]}))
+    assert read_jsonl(write(REPORT | {"turns": []}))[0].answer == "No effusion."
+
+
+@pytest.mark.parametrize("head, end", [(b"\xef\xbb\xbf", b"\n"), (b"", b"\r\n"), (b"\xef\xbb\xbf", b"\r\n\r\n")])
+def test_files_of_windows_editors(write, head, end):
+    found = read_jsonl(write(head + end.join(json.dumps(line).encode() for line in (REPORT, BOX)) + end))
+    assert [sample.id for sample in found] == ["r", "g"]
+
+
+@pytest.mark.parametrize("orientation, corner", [(1, (0, 0)), (3, (-1, -1)), (6, (0, -1)), (8, (-1, 0))])
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_photo_is_shown_the_right_way_up(tmp_path, orientation, corner, suffix):
+    """Bug: a film photographed with the phone on its side was seen lying, and its boxes were of another picture."""
+    pixels = np.full((60, 90), 40, np.uint8)
+    pixels[:12, :12] = 250
+    note = Image.Exif()
+    note[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / f"film.{suffix}", exif=note)
+    image = load_image(tmp_path / f"film.{suffix}")
+    assert image.size == ((90, 60) if orientation in (1, 3) else (60, 90))
+    assert np.asarray(image)[..., 0][corner] > 200
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_a_broken_orientation_note_is_none(tmp_path):
+    Image.new("L", (9, 6), 77).save(tmp_path / "film.jpg", exif=b"Exif\0\0MM\0*nonsense")
+    assert load_image(tmp_path / "film.jpg").size == (9, 6)
+
+
+def test_images_that_no_run_can_take(write, tmp_path):
+    """Bug: the image processor refused a strip in the middle of a run; floats from 0 to 1 all became black."""
+    Image.new("L", (1005, 5)).save(tmp_path / "strip.png")
+    Image.fromarray(np.random.default_rng(0).random((6, 8), dtype=np.float32)).save(tmp_path / "floats.tif")
+    file = write(REPORT | {"image": "strip.png"}, REPORT | {"id": "r2", "image": "floats.tif"})
+    with pytest.raises(DataError) as error:
+        read_jsonl(file)
+    strip, floats = str(error.value).splitlines()
+    assert f"{file}:1: " in strip and "more than 200 times the other" in strip and f"{file}:2: " in floats and "store 8 or 16 bits" in floats
+
+
+def test_32_bit_films_are_scaled_not_clipped(tmp_path):
+    """Bug: grey levels above 65,535 all became white."""
+    Image.fromarray(np.array([[0, 500_000, 1_000_000]], np.int32)).save(tmp_path / "film.tif")
+    assert np.asarray(load_image(tmp_path / "film.tif"))[0, :, 0].tolist() == [0, 128, 255]

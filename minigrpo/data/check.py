@@ -26,7 +26,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from .sample import DataError, Sample, scan_jsonl
+from .sample import DataError, Sample, check_image, scan_jsonl, upright
 from .sheet import draw_sheet
 
 
@@ -57,6 +57,8 @@ class File:
 def look(path: str) -> Film:
     try:
         with Image.open(path) as image:
+            check_image(image)
+            image = upright(image)
             image.load()  # open() reads the header only; a truncated file shows here
             digest = hashlib.blake2b(f"{image.size} {image.mode}".encode(), digest_size=16)
             digest.update(image.tobytes())
@@ -164,7 +166,10 @@ def check(paths: list[Path], *, model: str | None = None, workers: int | None = 
     if model:
         from transformers import AutoTokenizer
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-        tokenizer, processor = AutoTokenizer.from_pretrained(model), Qwen2VLImageProcessorPil.from_pretrained(model)
+        try:
+            tokenizer, processor = AutoTokenizer.from_pretrained(model), Qwen2VLImageProcessorPil.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--model {model} has no tokenizer and image processor to count with ({str(error).splitlines()[0]})") from None
     files = [File(path, *scan_jsonl(path)) for path in paths]
     films = look_at_all(files, workers or os.cpu_count() or 1)
     for file in files:
@@ -185,6 +190,8 @@ def main() -> None:
     args = parser.parse_args()
     if len(set(map(os.path.abspath, args.files))) < len(args.files):
         parser.error("the same file is named twice")
+    if args.workers is not None and args.workers < 1:
+        parser.error(f"--workers must be at least 1, got {args.workers}")
     began = time.process_time()
     try:
         text, errors, files = check(args.files, model=args.model, workers=args.workers)

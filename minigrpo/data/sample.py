@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from .schema import TASKS, image_names, is_text, record_errors
 
 SHOWN = 10  # errors told at once
 LONGEST = 16_000_000  # bytes of a line: a sample with a long conversation has some thousands
 MOST_PIXELS = 100_000_000  # of an image: a mammogram has 20 million; a small file can claim billions
+MOST_STRETCHED = 200  # longer side over shorter: Qwen3-VL's processor refuses more, and would in the middle of a run
 
 
 class DataError(ValueError):
@@ -47,27 +48,42 @@ class Sample:
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
-    """The image as 8-bit RGB. PIL alone would clip 16-bit grey at 255, and so turn a film white."""
+    """The image as 8-bit RGB, the right way up. PIL alone would clip 16-bit grey at 255, and so turn a film white."""
     with Image.open(path) as image:
-        _check_size(image)
+        check_image(image)
+        image = upright(image)
         if not image.mode.startswith("I"):
             return image.convert("RGB")
         pixels = np.asarray(image).astype(np.float64)
     # Detectors give 12, 14 or 16 bits, all stored in a 16-bit file: the fewest that hold the film are its own.
-    full = next((full for full in (4095, 16383) if pixels.max() <= full), 65535)
+    full = next((full for full in (4095, 16383, 65535) if pixels.max() <= full), pixels.max())
     return Image.fromarray((pixels * (255 / full)).round().clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
-def _check_size(image: Image.Image) -> None:
-    """Before any pixel is decoded."""
+def check_image(image: Image.Image) -> None:
+    """Before any pixel is decoded: ValueError for an image that no run can take."""
+    size = f"{image.width} x {image.height} pixels"
     if image.width * image.height > MOST_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS // 10**6} million: make it smaller")
+        raise ValueError(f"{size}, more than {MOST_PIXELS // 10**6} million: make it smaller")
+    if max(image.size) > MOST_STRETCHED * min(image.size):
+        raise ValueError(f"{size}: one side is more than {MOST_STRETCHED} times the other, so it is no film: crop it")
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, and which of them is white is not known: store 8 or 16 bits")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image as viewers show it, and as boxes were drawn on it: a camera stores it on its side, with a note (EXIF) to turn it."""
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except Exception:  # the note itself may be broken in many ways, and is then none
+        return image
+    return ImageOps.exif_transpose(image) if turned else image
 
 
 def _decode_error(path: str) -> str | None:
     try:
         with Image.open(path) as image:
-            _check_size(image)
+            check_image(image)
             image.load()  # open() reads the header only; a truncated file shows here
     except Exception as error:  # PIL's decoders raise a dozen kinds, all of which mean the same
         return f"image {path} cannot be read ({error}): fetch it again, or remove the line"
@@ -120,7 +136,8 @@ def scan_jsonl(path: str | os.PathLike) -> tuple[list[Sample], list[tuple[int, s
         images = [os.path.abspath(file.parent / name) for name in image_names(record)]
         for image in images:
             if users.setdefault(image, line) == line and not os.path.isfile(image):
-                found.append(f"image {image} does not exist: check the path (relative to {file.parent})")
+                found.append(f"image {image} does not exist: check the path (relative to {file.parent})"
+                             + ", with / and not \\" * ("\\" in image))
         errors += [(line, text) for text in found]
         if not found:
             known = {name: record[name] for name in Sample.__dataclass_fields__ if record.get(name) is not None}

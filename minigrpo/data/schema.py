@@ -1,6 +1,7 @@
 """What can be wrong with one line of a JSONL file, each error with its mend."""
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,8 @@ from .boxes import parse_boxes
 
 TASKS = ("report", "grounding", "classification", "conversation")
 KINDS = ("anatomy", "abnormality", "phrase")
+# What no tokenizer takes (half of a character's UTF-16), and what Qwen3-VL's takes for the chat's own marks.
+_UNUSABLE = re.compile(r"[\ud800-\udfff]|<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|vision_pad)\|>")
 
 
 def is_text(value: Any) -> bool:
@@ -23,6 +26,15 @@ def _box_error(box: Any) -> str | None:
     if box[0] >= box[2] or box[1] >= box[3]:
         return f"box {box} has no area: write [x1, y1, x2, y2] with x1 < x2 and y1 < y2"
     return None
+
+
+def _text_error(name: str, text: Any) -> str | None:
+    found = _UNUSABLE.search(text) if isinstance(text, str) else None
+    if not found:
+        return None
+    if found[0].startswith("<"):
+        return f'"{name}" holds {found[0]}, a mark of the chat that belongs to the program: remove it ("image" says where images are)'
+    return f'"{name}" holds {ascii(found[0])}, half a character: its text was cut or decoded wrongly; write it anew'
 
 
 def image_names(record: dict) -> list[str]:
@@ -46,9 +58,14 @@ def record_errors(record: dict) -> Iterator[str]:
         pairs = isinstance(turns, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in turns)
         if not turns or not pairs or not all(is_text(text) for turn in turns for text in turn):
             yield '"turns" is missing or ill-formed: write [[question, answer], ...], none of them empty'
+    elif record.get("turns"):
+        yield f'"turns" are for conversations, and this is a {task}: set "task" to "conversation", or leave them out'
     for name in ("question", "answer"):  # a conversation may leave them to its first turn
         if not is_text(record.get(name)) and not (task == "conversation" and record.get(name) is None):
             yield f'"{name}" is missing, empty or no text: write it, or remove the line'
+    talk = [text for turn in record["turns"] if isinstance(turn, list) for text in turn] if isinstance(record.get("turns"), list) else []
+    named = [(name, record.get(name)) for name in ("id", "question", "answer", "thinking")] + [("turns", text) for text in talk]
+    yield from filter(None, (_text_error(name, text) for name, text in named))
     for name in ("label", "thinking", "source", "patient"):
         if not isinstance(record.get(name), str | None):
             yield f'"{name}" is {record[name]!r}, not text: put it in quotes, or leave it out'
