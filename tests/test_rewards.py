@@ -207,6 +207,24 @@ def test_refuses_bad_calls(user_module):
         reward_fn("user_rewards:short")(["a", "b"], [report()] * 2)
 
 
+@pytest.mark.parametrize("given", [None, 1.0, ["good"]])
+def test_a_reward_that_gives_no_list_of_numbers_is_named(monkeypatch, given):
+    """Bug: a forgotten `return` was "'NoneType' object is not iterable", and no reward was named."""
+    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(reward=lambda answers, samples: given))
+    with pytest.raises(ValueError, match="reward 'mine:reward' gave .*: return a list with a number, or None, for each answer"):
+        reward_fn("mine:reward")(["a"], [report()])
+
+
+@pytest.mark.parametrize("code, reason", [("def f(:", "SyntaxError: "), ("1 / 0", "ZeroDivisionError: "), ("import no_such_thing", "No module named 'no_such")])
+def test_a_reward_s_module_that_fails_is_named(tmp_path, monkeypatch, code, reason):
+    """Bug: a traceback; or, where it imports what is not there, the advice to write module:function."""
+    (tmp_path / "broken_rewards.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError) as error:
+        reward_fn("broken_rewards:f")
+    assert reason in str(error.value) and str(error.value).endswith("mend broken_rewards")
+
+
 def test_rows_are_scored_alone():
     """Order and neighbours change nothing: the value belongs to the answer."""
     rng = random.Random(0)

@@ -102,7 +102,10 @@ def scored(call: Callable, rows: list[int], name: str, errors: list[str]) -> "Sc
 
 def _add(scores: Scores, rows: list[int], weight: float, name: str, result) -> None:
     if not isinstance(result, Scores):
-        values = [math.nan if value is None else float(value) for value in result]
+        try:
+            values = [math.nan if value is None else float(value) for value in result]
+        except (TypeError, ValueError):
+            raise ValueError(f"reward {name!r} gave {repr(result)[:60]}: return a list with a number, or None, for each answer") from None
         result = Scores(values, [math.isfinite(value) for value in values])
     parts = {name: result.values} | {f"{name}.{part}": values for part, values in result.parts.items()}
     for part, values in parts.items():

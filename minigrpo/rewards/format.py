@@ -2,6 +2,7 @@
 
 from ..data.boxes import CLOSE, parse_boxes, split_thinking
 from ..data.sample import Sample
+from ..data.thinking import asks_to_think
 
 
 def well_formed(answer: str, sample: Sample, opened: bool, box_scale: float) -> bool:
@@ -9,7 +10,7 @@ def well_formed(answer: str, sample: Sample, opened: bool, box_scale: float) -> 
     one elsewhere; a text after it; and for grounding at least one box inside the image.
     """
     _, text, ok = split_thinking(answer, opened)
-    if (opened or sample.question.rstrip().endswith("/think")) and CLOSE not in answer:
+    if (opened or asks_to_think(sample.question)) and CLOSE not in answer:
         return False
     if sample.task == "grounding":
         inside = [0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 for x1, y1, x2, y2 in parse_boxes(text, box_scale)]

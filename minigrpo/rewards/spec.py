@@ -42,9 +42,10 @@ def _load(name: str, spec: str) -> tuple[Callable, set[str]]:
         raise _error(spec, f"unknown reward {name!r}; {known}; your own is written module:function")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        mend = "write module:function, and put the module's folder on PYTHONPATH"
-        raise _error(spec, f"cannot load {name!r} ({error}): {mend}") from error
+    except Exception as error:  # a module of the user's own may fail in any way
+        absent = isinstance(error, AttributeError | ValueError) or getattr(error, "name", "") == module
+        mend = "write module:function, and put the module's folder on PYTHONPATH" if absent else f"mend {module}"
+        raise _error(spec, f"cannot load {name!r} ({type(error).__name__}: {error}): {mend}") from error
     if not callable(function):
         raise _error(spec, f"{name!r} is no function: write one that takes (answers, samples)")
     return function, set(TASKS)
