@@ -11,6 +11,7 @@ answers the same whatever the film shows, as well as one can: the best box of ea
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,6 +69,10 @@ class EvaluateArguments:
             raise ValueError("give either --model, to answer the questions, or --predictions, to score stored answers")
         if self.model == "constant" and not self.train_data:
             raise ValueError("--model constant needs --train_data, to choose its answers from")
+        if self.train_data and self.model != "constant":
+            raise ValueError("--train_data is where --model constant takes its answers from: leave it out with other models")
+        if self.train_data and os.path.realpath(self.train_data) == os.path.realpath(self.data):
+            raise ValueError(f"--train_data {self.train_data} is the --data to be answered: the constant answers would be chosen on it")
         if self.model == "constant" and (self.opened or self.box_scale not in (None, 1)):
             raise ValueError("--model constant writes boxes in 0..1 and never thinks: leave out --opened and --box_scale")
         self.device = checked_device(self.device)

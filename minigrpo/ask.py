@@ -30,6 +30,8 @@ class AskArguments:
 
     def check(self) -> None:
         at_least_one(self, "max_new_tokens")
+        if not self.question.strip():
+            raise ValueError("--question is empty: ask something")
         check_box_scale(self.box_scale)
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"--temperature must be 0 (greedy) or more, got {self.temperature}")
@@ -40,7 +42,7 @@ def main() -> None:
         args = parse_args(AskArguments, __doc__)
         try:
             film = load_image(args.image)
-        except OSError as error:
+        except Exception as error:  # PIL's decoders raise a dozen kinds
             raise ValueError(f"--image {args.image} cannot be read as an image ({error})") from None
         drawn = Path(args.output or Path(args.image).with_name(f"{Path(args.image).stem}-boxes.png"))
         if drawn.exists():

@@ -25,6 +25,9 @@ VIDEO = {"size": {"longest_edge": 25_165_824, "shortest_edge": 4096}, "video_pro
 def read_config(name_or_dir: str) -> Qwen3VLConfig:
     """config.json of a folder or a model on the hub; whatever is not a dense Qwen3-VL is refused by its name."""
     folder = Path(name_or_dir)
+    if str(name_or_dir) == "tiny" and not folder.exists():
+        raise ValueError("only train_sft.py makes a `tiny` model (from --train_data, as `python -m minigrpo.tiny` does): give the folder "
+                         "of a checkpoint, such as RUN/final")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{name_or_dir} is no checkpoint: it holds no config.json. Give a folder that "
                          "save_pretrained wrote, such as RUN/final, or a model's name on the hub")

@@ -8,11 +8,12 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
 import train_grpo
 import train_sft
-from minigrpo import ask
+from minigrpo import ask, elsewhere, tiny
 from minigrpo.data import check, clean, openi, phantom as phantom_films, sharegpt
 from minigrpo.data.convert import adapter_main
 from minigrpo.rewards import Scores
@@ -290,3 +291,50 @@ def test_a_gpu_that_is_not_there(fails, phantom, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     said = fails(train_sft.main, "--model", "m", "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run", "--device", "cuda:7")
     assert "--device cuda:7: there are 1 GPUs here" in said
+
+
+@pytest.mark.parametrize("program", [train_sft, train_grpo])
+def test_validation_on_the_training_data(fails, phantom, tmp_path, program):
+    """Bug: best/ was chosen on what had been trained on, and nothing said so."""
+    said = fails(program.main, "--model", "m", "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run",
+                 "--eval_data", phantom / "films/../train.jsonl")
+    assert "is the training data" in said
+
+
+def test_the_constant_answer_is_not_chosen_on_the_test_data(fails, phantom, tmp_path):
+    """Bug: the baseline was the best answer to the very films that it was scored on; with another model --train_data did nothing."""
+    words = ["--data", phantom / "test.jsonl", "--output_dir", tmp_path / "out", "--train_data", phantom / "test.jsonl"]
+    assert "would be chosen on it" in fails(evaluate.main, "--model", "constant", *words)
+    assert "leave it out with other models" in fails(evaluate.main, "--model", "m", *words)
+
+
+@pytest.mark.parametrize("program, words", [(train_grpo, ["--train_data", "{}/train.jsonl"]), (evaluate, ["--data", "{}/test.jsonl"])])
+def test_tiny_where_only_train_sft_makes_it(fails, phantom, tmp_path, program, words):
+    """Bug: `tiny` was looked for on the hub."""
+    words = [word.format(phantom) for word in words]
+    assert "only train_sft.py makes a `tiny` model" in fails(program.main, "--model", "tiny", *words, "--output_dir", tmp_path / "out")
+
+
+def test_films_and_questions_that_ask_cannot_take(fails, tmp_path):
+    """Bug: a strip of a film was a traceback after the model had been loaded."""
+    Image.new("L", (1005, 5)).save(tmp_path / "strip.png")
+    assert "strip.png cannot be read" in fails(ask.main, "--model", "/nowhere", "--image", tmp_path / "strip.png")
+    assert "--question is empty" in fails(ask.main, "--model", "/nowhere", "--image", tmp_path / "strip.png", "--question", " ")
+
+
+def test_a_tiny_model_s_folder_that_cannot_be_made(fails, phantom, tmp_path):
+    """Bug: a NotADirectoryError's traceback."""
+    (tmp_path / "file").write_text("mine")
+    said = fails(tiny.main, "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "file/below")
+    assert "cannot be made" in said and (tmp_path / "file").read_text() == "mine"
+
+
+def test_arguments_of_check(fails, phantom):
+    """Bug: "max_workers must be greater than 0" names no argument of ours."""
+    assert "--workers must be at least 1" in fails(check.main, phantom / "test.jsonl", "--workers", 0)
+    assert "--model /nowhere has no tokenizer" in fails(check.main, phantom / "test.jsonl", "--model", "/nowhere")
+
+
+def test_a_parquet_file_in_a_folder_that_is_not_there(fails, phantom, tmp_path):
+    """Bug: a traceback after all films had been read."""
+    assert "its folder does not exist" in fails(elsewhere.main, "--data", phantom / "test.jsonl", "--output", tmp_path / "no/x.parquet")

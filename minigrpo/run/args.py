@@ -1,6 +1,6 @@
 """Arguments of the programs: dataclasses on the command line, or from a YAML or JSON file, and their errors."""
 
-import json
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +26,8 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 class RunArguments:
     """What every training program takes."""
 
-    model: str = field(metadata={"help": "checkpoint folder or hub name of a dense Qwen3-VL"})
+    model: str = field(metadata={"help": "checkpoint folder or hub name of a dense Qwen3-VL; for train_sft.py also `tiny`: a small "
+                                         "random one"})
     train_data: str = field(metadata={"help": "JSONL file of training samples"})
     output_dir: str = field(metadata={"help": "run folder to make: args.json, metrics.jsonl, curves.png, checkpoints/, final/"})
     task: str = field(default="all", metadata={"help": "train on samples of this task only",
@@ -78,6 +79,9 @@ class RunArguments:
         for name in self.track:
             if find_spec(name) is None:
                 raise ValueError(f"--track {name}: pip install {name}, or pip install -e '.[track]' in the clone")
+        if self.eval_data and os.path.realpath(self.eval_data) == os.path.realpath(self.train_data):
+            raise ValueError(f"--eval_data {self.eval_data} is the training data: best/ would hold what knows it by heart. Keep some "
+                             "patients apart")
         check_pixels(self.max_pixels)
         if self.plan is not None and (self.model == "tiny" or not 0 <= self.plan < float("inf")):
             raise ValueError("--plan is for a checkpoint, and takes the GB of a device or nothing: a tiny model fits anywhere"
