@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from minigrpo.data import Sample, ask_to_think, read_jsonl
+from minigrpo.data import TASKS, Sample, ask_to_think, read_jsonl
 from minigrpo.metrics import (breakdown, compare, constant_boxes, constant_report, evaluate_answers, load_clinical,
                               markdown_table)
 from minigrpo.policy import Policy
@@ -38,7 +38,7 @@ class EvaluateArguments:
     predictions: str | None = field(default=None, metadata={
         "help": "instead of a model: an evaluation's folder or its predictions.jsonl, whose answers are scored anew"})
     task: str = field(default="all", metadata={"help": "evaluate samples of this task only",
-                                               "choices": ["report", "grounding", "classification", "conversation", "all"]})
+                                               "choices": [*TASKS, "all"]})
     baseline: str | None = field(default=None, metadata={"help": "another evaluation's folder, to compare with item by item"})
     train_data: str | None = field(default=None, metadata={"help": "where `--model constant` takes its answers from"})
     reward_weights: str | None = field(default=None, metadata={

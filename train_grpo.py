@@ -110,8 +110,6 @@ class GrpoArguments(RunArguments):
     learning_rate: float = field(default=1e-6, metadata={"help": "constant; 1e-6 in the paper, about 1e-4 for a tiny model"})
     roofline: bool = field(default=False, metadata={
         "help": "measure at the start what the machine can do, and log which share of it each phase reaches"})
-    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decoupled weight decay"})
-    grad_clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
 
     def check(self) -> None:
         super().check()
@@ -120,11 +118,6 @@ class GrpoArguments(RunArguments):
         if self.prompts_per_step % self.updates_per_rollout:
             raise ValueError(f"--prompts_per_step {self.prompts_per_step} must be a multiple of "
                              f"--updates_per_rollout {self.updates_per_rollout}, so that every update has as many prompts")
-        for name in ("learning_rate", "grad_clip"):  # a clip at 0 would zero every gradient
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} must be a number above 0, got {getattr(self, name)}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"--weight_decay must be 0 or more, got {self.weight_decay}")
         if self.reward_timeout <= 0:
             raise ValueError(f"--reward_timeout must be above 0 seconds, got {self.reward_timeout}")
         if self.group_size < 2:

@@ -49,18 +49,11 @@ class SftArguments(RunArguments):
         "help": "muon (matrices; AdamW for the rest) learns from random weights in half the steps: for --model tiny",
         "choices": ["adamw", "muon"]})
     beta2: float = field(default=0.999, metadata={"help": "AdamW's memory of squared gradients; 0.98 for short runs"})
-    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decoupled weight decay"})
-    grad_clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
 
     def check(self) -> None:
         super().check()
         for name in ("batch_size", "questions_per_image", "micro_batch"):
             at_least_one(self, name)
-        for name in ("learning_rate", "grad_clip"):  # a clip at 0 would zero every gradient
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} must be a number above 0, got {getattr(self, name)}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"--weight_decay must be 0 or more, got {self.weight_decay}")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"--warmup must lie in 0..1, got {self.warmup}: it is a share of the steps")
         if not 0 <= self.beta2 < 1:

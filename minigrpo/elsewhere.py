@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from minigrpo.data import Sample, load_image, read_jsonl
+from minigrpo.data import TASKS, Sample, load_image, read_jsonl
 from minigrpo.data.sample import upright
 from minigrpo.rewards import reward_fn
 from minigrpo.run.args import input_errors, parse_args
@@ -88,7 +88,7 @@ class ElsewhereArguments:
     data: str = field(metadata={"help": "JSONL file of samples"})
     output: str = field(metadata={"help": "parquet file to make; the films are in it"})
     task: str = field(default="all", metadata={"help": "samples of this task only",
-                                               "choices": ["report", "grounding", "classification", "conversation", "all"]})
+                                               "choices": [*TASKS, "all"]})
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Arguments of the programs: dataclasses on the command line, or from a YAML or JSON file, and their errors."""
 
+import math
 import os
 import sys
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from minigrpo.checkpoint import SMALLEST
+from minigrpo.data import TASKS
 from minigrpo.run.distributed import is_lost, speak_in_turn
 
 T = TypeVar("T")
@@ -24,20 +26,22 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 @dataclass
 class RunArguments:
-    """What every training program takes."""
+    """What every training program takes; each adds a learning rate of its own."""
 
     model: str = field(metadata={"help": "checkpoint folder or hub name of a dense Qwen3-VL; for train_sft.py also `tiny`: a small "
                                          "random one"})
     train_data: str = field(metadata={"help": "JSONL file of training samples"})
     output_dir: str = field(metadata={"help": "run folder to make: args.json, metrics.jsonl, curves.png, checkpoints/, final/"})
     task: str = field(default="all", metadata={"help": "train on samples of this task only",
-                                               "choices": ["report", "grounding", "classification", "conversation", "all"]})
+                                               "choices": [*TASKS, "all"]})
     max_steps: int = field(default=300, metadata={"help": "optimisation steps (for GRPO: rollout batches)"})
     save_steps: int = field(default=50, metadata={"help": "save a checkpoint to resume from every so many steps"})
     keep_checkpoints: int = field(default=2, metadata={"help": "how many of the newest checkpoints stay"})
     eval_data: str | None = field(default=None, metadata={
         "help": "JSONL file of validation samples; the weights that do best on them are kept in best/"})
     eval_steps: int = field(default=50, metadata={"help": "validate every so many steps, if there is --eval_data"})
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decoupled weight decay"})
+    grad_clip: float = field(default=1.0, metadata={"help": "gradients of a larger norm are scaled down to it"})
     max_grad_norm: float = field(default=1e4, metadata={
         "help": "an update whose gradient norm is above this, or not a number, is skipped and its batch kept in skipped/"})
     max_skipped: int = field(default=10, metadata={"help": "stop the run when so many updates were skipped"})
@@ -74,6 +78,11 @@ class RunArguments:
             raise ValueError(f"--seed {self.seed} is too large: the seeds of epochs and steps are made of it; {LARGEST_SEED} at most")
         for name in ("max_steps", "save_steps", "keep_checkpoints", "eval_steps", "max_skipped"):
             at_least_one(self, name)
+        for name in ("learning_rate", "grad_clip"):  # a clip at 0 would zero every gradient
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} must be a number above 0, got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"--weight_decay must be 0 or more, got {self.weight_decay}")
         if self.max_grad_norm <= 0:
             raise ValueError(f"--max_grad_norm must be above 0, got {self.max_grad_norm}: larger gradients are skipped")
         for name in self.track:
@@ -83,7 +92,7 @@ class RunArguments:
             raise ValueError(f"--eval_data {self.eval_data} is the training data: best/ would hold what knows it by heart. Keep some "
                              "patients apart")
         check_pixels(self.max_pixels)
-        if self.plan is not None and (self.model == "tiny" or not 0 <= self.plan < float("inf")):
+        if self.plan is not None and (self.model == "tiny" or not 0 <= self.plan < math.inf):
             raise ValueError("--plan is for a checkpoint, and takes the GB of a device or nothing: a tiny model fits anywhere"
                              if self.model == "tiny" else f"--plan takes the GB of a device, got {self.plan}")
         if self.lora_rank < 0:
@@ -128,7 +137,7 @@ def check_pixels(number: int) -> None:
 
 
 def check_box_scale(number: float) -> None:
-    if not 0 < number < float("inf"):
+    if not 0 < number < math.inf:
         raise ValueError(f"--box_scale must be above 0, got {number}: 1 for fractions, 1000 for Qwen3-VL's own")
 
 
