@@ -338,3 +338,21 @@ def test_arguments_of_check(fails, phantom):
 def test_a_parquet_file_in_a_folder_that_is_not_there(fails, phantom, tmp_path):
     """Bug: a traceback after all films had been read."""
     assert "its folder does not exist" in fails(elsewhere.main, "--data", phantom / "test.jsonl", "--output", tmp_path / "no/x.parquet")
+
+
+def test_resume_in_a_folder_that_holds_no_run(fails, phantom, tmp_path):
+    """Bug: --resume called any folder with a `final` a finished run, and removed the `checkpoints` in it."""
+    for name in ("final", "checkpoints"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+    (tmp_path / "mine/checkpoints/thesis.txt").write_text("precious")
+    said = fails(train_sft.main, "--model", "tiny", "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "mine", "--resume")
+    assert "is not empty and holds no run" in said and (tmp_path / "mine/checkpoints/thesis.txt").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", "7"])
+def test_arguments_of_a_run_that_were_edited(fails, phantom, tmp_path, text):
+    """Bug: "Expecting value: line 1" named no file, and 7 was a traceback."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/args.json").write_text(text)
+    said = fails(train_sft.main, "--model", "tiny", "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run", "--resume")
+    assert f"{tmp_path}/run/args.json does not hold a run's arguments" in said

@@ -52,7 +52,10 @@ def _check_folder(folder: Path, args) -> dict | None:
     if (folder / "args.json").exists():
         if not args.resume:
             raise ValueError(f"{folder} already holds a run. Give another --output_dir, or --resume to continue it")
-        return json.loads((folder / "args.json").read_text())
+        try:
+            return dict(json.loads((folder / "args.json").read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / 'args.json'} does not hold a run's arguments ({error}): put back what the run wrote") from None
     if folder.is_dir() and any(path.name not in (".lock", "args.json.part") for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run. Give another --output_dir")
     return None
@@ -68,7 +71,7 @@ def last_checkpoint(args) -> Path | None:
         if probe is None:
             raise ValueError(f"{folder} is in use: another process is writing this run. Wait for it, or end it")
         probe.close()
-    if (folder / "final").exists():
+    if (folder / "final").exists() and (folder / "args.json").exists():  # else nothing in it is ours to remove
         if first():
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # what a kill right after the last step has left
         say(f"{folder} is finished: its model is {folder / 'final'}")
