@@ -15,8 +15,6 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from minigrpo.data import TASKS, Sample, ask_to_think, read_jsonl
 from minigrpo.metrics import (breakdown, compare, constant_boxes, constant_report, evaluate_answers, load_clinical,
                               markdown_table)
@@ -142,6 +140,7 @@ def constant_answers(train: list[Sample], samples: list[Sample]) -> list[str]:
 
 def write_predictions(path: Path, samples: list[Sample], answers: list[str], cut_off: list[bool] | None,
                       items: list[dict] | None = None) -> None:
+    """predictions.jsonl: an answer a line, as the model wrote it, and with `items` its scores."""
     nothing = [None] * len(samples)
     with path.open("w") as file:
         for sample, answer, cut, item in zip(samples, answers, cut_off or nothing, items or nothing):

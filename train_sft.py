@@ -32,7 +32,7 @@ from minigrpo.run.validate import mean_loss
 from minigrpo.tiny import TINY_PIXELS, tiny_policy
 
 
-IMAGE = 1000  # what an image costs beside so many characters of text, roughly, where ranks share out a batch
+IMAGE = 1000  # an image costs about as much as so many characters of text: for sharing out a batch over ranks
 
 
 @dataclass

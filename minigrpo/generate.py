@@ -30,7 +30,8 @@ CHECK_EVERY = {"cpu": 1}  # steps between looks at which rows have ended; elsewh
 @torch.no_grad()
 def generate(policy: Policy, prompts: Prompts, *, group_size: int = 1, max_new_tokens: int, temperature: float = 1.0,
              seed: int | None = None, rows_at_once: int | None = None) -> Rollout:
-    """Sample `group_size` answers to each prompt from softmax(logits / temperature), nothing cut off; 0 is greedy.
+    """Sample `group_size` answers, of at most `max_new_tokens` tokens, to each of B prompts from softmax(logits / temperature),
+    nothing cut off; temperature 0 is greedy. R = B group_size rows.
 
     Greedy log-probs are those of temperature 1. Every row draws from a random stream of its own (`random_streams`), so its
     answer depends on the seed and on its prompt's number, and not on who else is in the batch. Without a seed, one is drawn.

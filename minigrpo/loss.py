@@ -99,6 +99,10 @@ def policy_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: T
     `dual_clip` c, where A < 0, at most -c A (1912.09729). level "sequence" (GSPO 2507.18071): rho is the geometric mean
     of the answer's ratios, at every token of it. kind "cispo" (MiniMax-M1 2506.13585): -sg(min(rho, cispo_cap)) A logp,
     and the clips are not used. The gradient reaches logprob alone.
+
+    Statistics, scalars without gradient over the tokens of the mask: "clip_high", "clip_low", "clip_dual", the shares whose
+    gradient each clip took ("clip_high" with cispo: whose weight the cap cut; the others are then absent, as is "clip_dual"
+    without dual_clip), and "ratio_deviation", the mean of |rho - 1|.
     """
     _one_of("level", level, LEVELS)
     _one_of("kind", kind, KINDS)
@@ -182,6 +186,8 @@ def grpo_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Ten
     RadVLM-GRPO (2512.10691) sets clip 0.2 / 0.28, dual_clip 3, k3 with kl_coef 0.01, token-mean. All log-probs are [R, T].
     `kl_ratio` multiplies each token's KL by its rho. `rollout_logprob`, the sampler's own where it differs from the scorer
     that gave old_logprob, weighs the policy term by sg(min(exp(old - rollout), rollout_cap)), as V-trace does (1802.01561).
+    Statistics: those of `policy_loss`; "kl", nats per token, with ref_logprob (also where kl_coef is 0); "rollout_weight", the
+    mean of those weights, with rollout_logprob.
     """
     if kl_coef and ref_logprob is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprob")
@@ -205,11 +211,12 @@ def grpo_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Ten
 
 
 def _exact(x: Tensor) -> Tensor:
+    """fp32, or float64 where x has it: sums over thousands of bf16 tokens would lose the last ones."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _unmasked(x: Tensor, mask: Tensor) -> Tensor:
-    """x where the mask is set, 0 elsewhere: unlike x * mask, this lets no NaN through, forward or backward."""
+    """x in `_exact` where the mask is set, 0 elsewhere: unlike x * mask, this lets no NaN through, forward or backward."""
     return torch.where(mask, _exact(x), 0.0)
 
 
@@ -219,6 +226,7 @@ def _finite_exp(x: Tensor) -> Tensor:
 
 
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """For statistics: without gradient, 0 for an empty mask."""
     return _unmasked(x.detach(), mask).sum() / mask.sum().clamp(min=1)
 
 

@@ -48,6 +48,7 @@ class Prompts:
         return made.flatten(1)
 
     def to(self, device: torch.device) -> "Prompts":
+        """A copy on `device`."""
         return Prompts(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def numbered(self, places: list[int]) -> "Prompts":
@@ -86,6 +87,7 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
+        """Of keys and values, which is what each decoding step reads of it."""
         return sum(x.nbytes for x in (*self.keys, *self.values))
 
     def select(self, prompts: Tensor) -> "Prefix":
@@ -145,9 +147,11 @@ class Policy:
         return self.head.device
 
     def parameters(self) -> list[torch.nn.Parameter]:
+        """Those that are trained: neither frozen nor, with adapters, of the base model."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def to(self, device: str, *, autocast: bool = False) -> "Policy":
+        """The same model on `device`, moved and not copied; `autocast` computes in bfloat16."""
         moved = Policy(self.model.to(device), self.tokenizer, self.image_processor, autocast=autocast)
         moved.adapters, moved.video = self.adapters, self.video
         return moved
@@ -169,7 +173,8 @@ class Policy:
     # ---- prompts ------------------------------------------------------------------------------------------------
 
     def encode(self, samples: list[Sample]) -> Prompts:
-        """Chat template, image slots, pixels and M-RoPE positions of B samples; images come before the question."""
+        """B samples as prompts: chat template, image slots, pixels and M-RoPE positions. Images come before the question, and the
+        prompt ends where the assistant's answer begins."""
         images = self._images(samples)
         return self._prompts([self._chat(sample.question, slots) for sample, slots in zip(samples, images.slots)], images)
 

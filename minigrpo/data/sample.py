@@ -25,6 +25,8 @@ class DataError(ValueError):
 
 @dataclass
 class Sample:
+    """One line of a JSONL file: a question about a film (or several, or none) with its answer."""
+
     id: str
     image: str | list[str] | None  # absolute path(s); None for a question about no film
     task: str  # one of TASKS

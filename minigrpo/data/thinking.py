@@ -10,6 +10,7 @@ SWITCH = "/think"  # as RadVLM-GRPO has it; Qwen3-VL-Thinking gets no suffix, si
 
 
 def asks_to_think(question: str) -> bool:
+    """Whether the question ends in the switch."""
     return question.rstrip().endswith(SWITCH)
 
 

@@ -28,6 +28,8 @@ __all__ = ["REWARDS", "Reward", "Scores", "dice", "gleu", "length", "radcliq_v1"
 
 @dataclass
 class Scores:
+    """What a reward says of N answers, in their order; every list has N entries, but for `errors`."""
+
     values: list[float]  # 0.0 where valid is False, so that no NaN travels on
     valid: list[bool]  # False: could not be scored, and must not count as a bad answer
     parts: dict[str, list[float]] = field(default_factory=dict)  # each term unweighted; NaN where it gave nothing

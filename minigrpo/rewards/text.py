@@ -7,6 +7,7 @@ from ..data.sample import Sample
 
 
 def ngrams(tokens: Sequence[str], n: int) -> Counter:
+    """How often each run of n tokens occurs."""
     return Counter(zip(*(tokens[start:] for start in range(n))))
 
 

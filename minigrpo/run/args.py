@@ -131,17 +131,20 @@ def checked_device(name: str, argument: str = "--device") -> str:
 
 
 def check_pixels(number: int) -> None:
+    """ValueError for a --max_pixels that holds no image token."""
     if number and number < SMALLEST:
         raise ValueError(f"--max_pixels {number} is less than one token of 32 x 32 pixels: give {SMALLEST} or more, or 0 for what "
                          "--model was made for")
 
 
 def check_box_scale(number: float) -> None:
+    """ValueError for a --box_scale that nothing can be divided by."""
     if not 0 < number < math.inf:
         raise ValueError(f"--box_scale must be above 0, got {number}: 1 for fractions, 1000 for Qwen3-VL's own")
 
 
 def at_least_one(args, name: str) -> None:
+    """ValueError for an argument `name` that is below 1."""
     if getattr(args, name) < 1:
         raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
 

@@ -15,6 +15,8 @@ from minigrpo.run.distributed import gathered, ranks, total
 
 @dataclass
 class Groups:
+    """B questions, their G answers each, and what these were worth."""
+
     samples: list[Sample]  # B
     rollout: Rollout  # R answers; row r answers sample r // G
     rewards: Tensor  # [B, G]
@@ -38,6 +40,7 @@ class Groups:
                       [self.prompt_tokens[g] for g in places])
 
     def to(self, device: torch.device) -> "Groups":
+        """With the tensors of the rollout on `device`; rewards stay on the CPU."""
         r = self.rollout
         moved = Rollout(*(x.to(device) for x in (r.tokens, r.mask, r.logprob, r.finished)), r.texts, r.row_steps, r.bytes_read)
         return replace(self, rollout=moved)

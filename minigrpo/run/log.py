@@ -76,6 +76,7 @@ class Means:
         self.sums = sums or {}
 
     def add(self, weight: float, **figures: torch.Tensor) -> None:
+        """Figures of one micro-batch or update, each the mean over `weight` tokens (or of one update: weight 1)."""
         for name, value in figures.items():
             total = self.sums.setdefault(name, [0.0, 0.0])
             total[0] += float(weight) * float(value)
@@ -96,7 +97,8 @@ class Means:
 
 
 def rollout_stats(groups: Groups, opened: bool = False) -> dict[str, float]:
-    """What a step's answers and rewards looked like; thinking and answer apart where thinking was asked for. docs/metrics.md says what each figure means."""
+    """What a step's answers and rewards looked like; thinking and answer apart where thinking was asked for. What each figure
+    means: docs/metrics.md."""
     rewards, valid, rollout = groups.rewards, groups.valid, groups.rollout
     counted = rewards[valid]
     spread = torch.tensor([row[ok].std().item() if ok.sum() > 1 else 0.0 for row, ok in zip(rewards, valid)])
