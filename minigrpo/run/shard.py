@@ -55,9 +55,10 @@ def whole(policy: Policy):
 
 def in_step(policy: Policy, mine: list[T], spare: Callable[[], list[T]] = list) -> list[tuple[T, float]]:
     """What this rank passes through sharded layers, each with weight 1, filled up to the most that a rank has: with its own first,
-    or one of `spare` where it has none, at weight 0."""
-    fill = max(gathered(len(mine))) - len(mine) if policy.sharded else 0
-    return [(part, 1.0) for part in mine] + [(part, 0.0) for part in (mine or spare())[:1] * fill if fill]
+    or the first of `spare` where it has none, at weight 0."""
+    missing = max(gathered(len(mine))) - len(mine) if policy.sharded else 0
+    again = (mine or spare())[:1] * missing if missing else []
+    return [(part, 1.0) for part in mine] + [(part, 0.0) for part in again]
 
 
 @torch.no_grad()
