@@ -1,5 +1,6 @@
 """--shard over real processes and gloo, in float64: the run of one process that holds everything, whoever has more to do."""
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from minigrpo.policy import Policy
 from minigrpo.run.distributed import join, rank
 from minigrpo.run.guard import halving
 from minigrpo.run.shard import full, in_step, shard, whole
-from tests.processes import run
+from tests.processes import finish, run, start
 from tests.test_distributed import assert_same_run, exactly, place, rows  # noqa: F401
 
 ADAM = ["--optimizer", "adamw"]
@@ -81,9 +82,9 @@ def test_gradients_are_the_unsharded_ones_whoever_has_more_to_do(place, phantom)
     assert "as one" in said and "view" not in said
 
 
-def sharded(rank, gradients=None, stop=False):
+def sharded(rank, gradients=None, stop=False, die=False):
     """As `exactly`, with the gradients put together from all ranks, and what each rank holds beside them. `stop` leaves the last
-    checkpoint where it is, as a kill would."""
+    checkpoint where it is, as a kill would; with `die`, rank 1 is killed in its third update, before its first pass."""
     exactly(rank)
     if stop:
         train_sft.save_final = train_grpo.save_final = lambda *given: None
@@ -92,6 +93,8 @@ def sharded(rank, gradients=None, stop=False):
     def filling(*given):
         found = in_step(*given)
         filled.append(sum(not weight for _, weight in found))
+        if die and rank == 1 and len(filled) == 3:
+            os.kill(os.getpid(), 9)
         if gradients:
             Path(f"{gradients}.filled-{rank}").write_text(str(sum(filled)))
         return found
@@ -160,6 +163,15 @@ def test_a_run_resumes_sharded_or_not(place, plain, program, before, after):
                    prepare=partial(sharded, stop=not more))
         assert ("step-000001" in said and "note: --shard" not in said) == bool(more)
     assert_same_run(plain(program), place.folder / name)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_while_the_other_is_inside_a_layer_ends_the_run(place):
+    """A gathering that fails, fails in the middle of autograd; it must still end with the message and not with a traceback."""
+    words = [*place("train_grpo", "dead", "--save_steps", 1), *SMALL["train_grpo"], "--shard"]
+    assert finish(start("train_grpo", words, place.folder / "dead.log", ranks=2, prepare=partial(sharded, die=True))) == [1, -9]
+    said = (place.folder / "dead.log-0").read_text()
+    assert "another rank has died" in said and "step-000001" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("kind, more, said", [
