@@ -14,7 +14,6 @@ The defaults are the paper's. Other papers' settings are files: configs/dapo.yam
 
 import math
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,6 +38,7 @@ from minigrpo.run.log import JsonLines, Means, Timer, group_rows, rollout_stats
 from minigrpo.run.plan import explain, plan_grpo
 from minigrpo.run.plots import draw_curves
 from minigrpo.run.roofline import efficiency, measure_roofline
+from minigrpo.run.shard import apart, clip_gradients, in_step, shard, whole
 from minigrpo.run.track import tracker
 from minigrpo.run.validate import mean_reward
 
@@ -164,6 +164,7 @@ class GrpoArguments(RunArguments):
             (self.level == "sequence" and min(self.clip_low, self.clip_high) > 0.01,
              f"--level sequence: a mean over the answer hardly moves and will not meet --clip_low {self.clip_low} or "
              f"--clip_high {self.clip_high}; GSPO has 3e-4 and 4e-4"),
+            (self.shard and ranks() == 1, "--shard: there is one process, which holds all; torchrun starts more"),
             ((prompts := self.prompts_per_step // self.updates_per_rollout) < ranks(), f"{prompts} prompts an update for {ranks()} "
              "processes: some wait for the others; raise --prompts_per_step or lower --updates_per_rollout"),
         ]
@@ -190,7 +191,11 @@ def main() -> None:
             raise ValueError(f"--reward {args.reward} covers no sample of --eval_data {args.eval_data} (--task {args.task})")
         if args.plan is not None:
             return print(explain(args, lambda args: plan_grpo(args, train, make_optimizers), f"every answer of {args.max_new_tokens} tokens"))
-        load = partial(Policy.from_pretrained, device=args.device, autocast=args.bf16, max_pixels=args.max_pixels)
+
+        def load(model: str) -> Policy:
+            policy = Policy.from_pretrained(model, device=args.device, autocast=args.bf16, max_pixels=args.max_pixels)
+            return shard(policy) if args.shard else policy
+
         train, validation = (ask_to_think(found) if args.think else found for found in (train, validation))
         if args.lora_rank:
             policy = reference = add_adapters(load(args.model), args, checkpoint)
@@ -224,7 +229,7 @@ def main() -> None:
             wanted, replaced = list(range(B)), 0
             for refill in range(1 + args.dynamic_sampling):  # once, unless groups without spread are to be replaced
                 seed = args.seed + 1_000_000 * refill  # data and sampling depend on (seed, step) alone: a run can resume
-                with timer.phase("rollout"):
+                with timer.phase("rollout"), whole(policy):
                     mine = share(len(wanted))  # the places of this rank's prompts; all of them where there is one
                     batch = batch_at(train, step, B, seed)
                     samples = [batch[place] for place in mine]
@@ -256,12 +261,13 @@ def main() -> None:
             advantage = group_advantages(own.rewards, scale=args.advantage_scale, leave_one_out=args.leave_one_out,
                                          valid=own.valid).view(-1).to(policy.device)  # (R,)
             with timer.phase("reference"), torch.no_grad():
-                ref_logprob = None
+                ref_logprob, old_logprob = None, rollout.logprob
                 if args.kl_coef:
-                    with adapters_off(reference):
+                    with adapters_off(reference), whole(reference):
                         ref_logprob = halving(args, "micro_tokens", lambda: score_all(reference, prompts, rollout, args))
-                old_logprob = (halving(args, "micro_tokens", lambda: score_all(policy, prompts, rollout, args))
-                               if args.rollout_cap else rollout.logprob)
+                if args.rollout_cap:
+                    with whole(policy):
+                        old_logprob = halving(args, "micro_tokens", lambda: score_all(policy, prompts, rollout, args))
             answers = Answers(rollout.tokens, mask, advantage, old_logprob, ref_logprob, rollout.logprob)
             with timer.phase("update"):
                 parts = []
@@ -270,9 +276,9 @@ def main() -> None:
                     # Of the whole update, or the learning rate would depend on micro_tokens and on the number of ranks.
                     denominator = total(denominator_of(mask[span], how=args.how, max_tokens=args.max_new_tokens))
                     update_loss, figures, done = halving(args, "micro_tokens", lambda: accumulate(
-                        policy, prompts, answers, among, denominator, args), undo=policy.model.zero_grad)
+                        policy, prompts, answers, among, denominator, args), undo=policy.model.zero_grad, alone=not policy.sharded)
                     sum_gradients(policy.parameters())
-                    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
+                    grad_norm = clip_gradients(policy.parameters(), args.grad_clip)
                     if skipped.trusts(grad_norm, step, number, lambda: group_rows(own.take(list(among)), advantage[span])):
                         optimizer.step()
                         share_weights(policy.parameters())
@@ -285,7 +291,8 @@ def main() -> None:
                    "skipped_updates": skipped.count - skipped_before, **timer.row(),
                    **efficiency(policy, prompts, rollout, timer.seconds, padding_share(prompts, mask, parts), limits)}
             if validation and (step + 1) % args.eval_steps == 0:
-                row["eval_reward"] = halving(args, "rollout_rows", lambda: mean_reward(policy, validation, reward, args))
+                with whole(policy):
+                    row["eval_reward"] = halving(args, "rollout_rows", lambda: mean_reward(policy, validation, reward, args))
                 if row["eval_reward"] > best:
                     best = row["eval_reward"]
                     save_best(folder, step + 1, policy)
@@ -323,7 +330,8 @@ def accumulate(policy: Policy, prompts: Prompts, answers: Answers, among: range,
     """Gradients of one update over the prompts `among`, a micro-batch at a time: the loss, its figures and the micro-batches."""
     update_loss, means = torch.zeros((), device=policy.device), Means()
     parts = micro_batches(prompts, answers.mask, among, args.micro_tokens)
-    for part, rows in parts:
+    # A rank without a prompt in this update goes with its first one, at weight 0.
+    for (part, rows), weight in in_step(policy, parts, lambda: micro_batches(prompts, answers.mask, range(1), args.micro_tokens)):
         logprob, entropy = policy.score(prompts.select(part), answers.tokens[rows], answers.mask[rows],
                                         temperature=args.temperature, entropy=True)  # (r, T)
         loss, stats = grpo_loss(
@@ -331,7 +339,9 @@ def accumulate(policy: Policy, prompts: Prompts, answers: Answers, among: range,
             ref_logprob=answers.ref_logprob[rows] if args.kl_coef else None,
             rollout_logprob=answers.rollout_logprob[rows] if args.rollout_cap else None,
             denominator=denominator, **args.loss_settings())
-        loss.backward()
+        (weight * loss).backward()
+        if not weight:  # only to keep step with ranks that have more
+            continue
         update_loss += loss.detach()
         tokens = answers.mask[rows].sum()
         means.add(tokens, entropy=entropy.detach().sum() / tokens.clamp(min=1), **stats)
@@ -339,7 +349,7 @@ def accumulate(policy: Policy, prompts: Prompts, answers: Answers, among: range,
 
 
 def make_optimizers(policy: Policy, args: GrpoArguments) -> list[torch.optim.Optimizer]:
-    return [torch.optim.AdamW(owned(policy.parameters()), lr=args.learning_rate, weight_decay=args.weight_decay)]
+    return [torch.optim.AdamW(apart(owned(policy.parameters())), lr=args.learning_rate, weight_decay=args.weight_decay)]
 
 
 def score_all(policy: Policy, prompts: Prompts, rollout: Rollout, args: GrpoArguments) -> Tensor:

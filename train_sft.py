@@ -27,6 +27,7 @@ from minigrpo.run.guard import Skipped, halving
 from minigrpo.run.log import JsonLines
 from minigrpo.run.plan import explain, plan_sft
 from minigrpo.run.plots import draw_curves
+from minigrpo.run.shard import apart, clip_gradients, in_step, shard, whole
 from minigrpo.run.track import tracker
 from minigrpo.run.validate import mean_loss
 from minigrpo.tiny import TINY_PIXELS, tiny_policy
@@ -59,6 +60,8 @@ class SftArguments(RunArguments):
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"--beta2 must lie in 0..1, 1 left out, got {self.beta2}")
         parse_weights(self.task_weights)
+        if self.shard and self.optimizer == "muon":
+            raise ValueError("--shard with --optimizer muon: Muon needs whole matrices, and a rank has slices; use --optimizer adamw")
         if self.lora_rank and self.model == "tiny":
             raise ValueError("--lora_rank with --model tiny: adapters beside random weights learn nothing; train it whole first")
 
@@ -89,7 +92,7 @@ def make_optimizers(policy: Policy, args: SftArguments) -> list[torch.optim.Opti
     parameters = owned(policy.parameters())
     adam = dict(lr=args.learning_rate, betas=(0.9, args.beta2), weight_decay=args.weight_decay)
     if args.optimizer == "adamw":
-        return [torch.optim.AdamW(parameters, **adam)]
+        return [torch.optim.AdamW(apart(parameters), **adam)]
     matrices = {id(p) for name, p in policy.model.named_parameters() if p.dim() == 2 and "embed" not in name}
     muon = [p for p in parameters if id(p) in matrices]
     # A patch filter adds up 1536 pixels that are bright or dark together: a step that suits the other parameters, taken by
@@ -129,6 +132,8 @@ def main() -> None:
             policy = load(checkpoint or args.model)
         else:
             policy = tiny_policy(train, seed=args.seed, pixels=args.max_pixels or TINY_PIXELS).to(args.device, autocast=args.bf16)
+        if args.shard:
+            shard(policy)
         folder, lock = open_run(args)
         images = group_by_image(train)
 
@@ -142,6 +147,8 @@ def main() -> None:
     best = min(log.past("eval_loss"), default=math.inf)
     say(f"SFT: {len(train)} samples on {len(images)} images, {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M trained parameters, "
         f"{ranks()} x {args.device}")
+    if args.shard and ranks() == 1:
+        say("note: --shard: there is one process, which holds all; torchrun starts more")
 
     def encoded(step: int) -> tuple[list, int]:  # the passes of this rank, and the images of each
         batch, most = batch_at(images, step, args.batch_size, args.seed), args.micro_batch
@@ -155,12 +162,14 @@ def main() -> None:
     def accumulate(step: int, made: tuple[list, int], count: torch.Tensor) -> float:
         """Gradients of a step's passes, and their loss; the passes are made anew where they have become too large."""
         total_loss, (parts, most) = 0.0, made
-        for prompts, blocks in parts if most == args.micro_batch else encoded(step)[0]:
+        parts = parts if most == args.micro_batch else encoded(step)[0]
+        # A rank that has no image in this step goes with the first of all, at weight 0.
+        for (prompts, blocks), weight in in_step(policy, parts, lambda: [policy.encode_turns([images[0][:1]])]):
             prefix = policy.prefill(prompts)  # the image, and what precedes the questions about it, once for them all
-            loss = sum(aggregate(-weight_of(rows) * policy.score(prefix, tokens, mask), mask, denominator=count)
-                       for tokens, mask, rows in blocks)
-            loss.backward()
-            total_loss += loss.item()
+            loss = sum(own * aggregate(-weight_of(rows) * policy.score(prefix, tokens, mask), mask, denominator=count)
+                       for (tokens, mask, rows), own in in_step(policy, blocks))
+            (weight * loss).backward()
+            total_loss += weight * loss.item()
         return total_loss
 
     with lock, lost_rank(folder), graceful_stop() as stopping:
@@ -170,10 +179,11 @@ def main() -> None:
             zero = torch.zeros((), device=policy.device)
             answer_tokens = int(total(sum((mask.sum() for mask, _ in answers), zero)))
             count = total(sum(((mask * weight_of(rows)).sum() for mask, rows in answers), zero))  # of the whole batch
-            loss = halving(args, "micro_batch", lambda: accumulate(step, made, count), undo=policy.model.zero_grad)
+            loss = halving(args, "micro_batch", lambda: accumulate(step, made, count), undo=policy.model.zero_grad,
+                           alone=not policy.sharded)
             loss = total(torch.tensor(loss, dtype=torch.float64)).item()
             sum_gradients(policy.parameters())
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
+            grad_norm = clip_gradients(policy.parameters(), args.grad_clip)
             rate = learning_rate_at(step, args.max_steps, args.learning_rate, args.warmup)
             taken = skipped.trusts(grad_norm, step, 0, lambda: [vars(row) for _, rows in answers for row in rows if row])
             if taken:
@@ -189,7 +199,8 @@ def main() -> None:
                    "skipped_updates": int(not taken), "tokens_per_second": answer_tokens / seconds, "seconds": seconds}
             if validation and (step + 1) % args.eval_steps == 0:
                 parts = passes(group_by_image(validation), args.questions_per_image, args.micro_batch)
-                row["eval_loss"] = mean_loss(policy, map(policy.encode_turns, parts))
+                with whole(policy):
+                    row["eval_loss"] = mean_loss(policy, map(policy.encode_turns, parts))
                 if row["eval_loss"] < best:
                     best = row["eval_loss"]
                     save_best(folder, step + 1, policy)

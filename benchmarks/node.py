@@ -1,6 +1,6 @@
-"""What docs/node.md states: two ranks beside one, the cost of a checkpoint, and memory over many steps.
+"""What docs/node.md states: two ranks beside one, with --shard and without, the cost of a checkpoint, and memory over many steps.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.node --what ranks checkpoint soak
+    OMP_NUM_THREADS=1 python -m benchmarks.node --what ranks shard checkpoint soak
 
 Every run is `torchrun` or the program itself, as a user starts it, one thread a process, tiny model, phantom films.
 """
@@ -27,8 +27,8 @@ RESULTS = Path(__file__).parent / "results/node.json"
 
 @dataclass
 class NodeArguments:
-    what: list[str] = field(default_factory=lambda: ["ranks", "checkpoint", "soak"], metadata={
-        "help": "what to measure", "choices": ["ranks", "checkpoint", "soak"]})
+    what: list[str] = field(default_factory=lambda: ["ranks", "shard", "checkpoint", "soak"], metadata={
+        "help": "what to measure", "choices": ["ranks", "shard", "checkpoint", "soak"]})
     steps: int = field(default=12, metadata={"help": "steps of each run for ranks and checkpoint; the first two are left out"})
     rounds: int = field(default=3, metadata={"help": "runs of one and of two ranks, in turn"})
     soak: int = field(default=500, metadata={"help": "GRPO steps of the soak"})
@@ -67,6 +67,19 @@ def measure_ranks(folder: Path, args: NodeArguments) -> dict:
                 run(words(program, folder, name, args.steps), ranks)
                 medians[ranks].append(statistics.median(map(seconds, rows(folder / name)[2:])))
         found[program] = {"one": medians[1], "two": medians[2], "speed_up": [a / b for a, b in zip(medians[1], medians[2])]}
+    return found
+
+
+def measure_shard(folder: Path, args: NodeArguments) -> dict:
+    """Median seconds of a GRPO step on two ranks, and of its update, without and with --shard, runs in turn."""
+    found = {"plain": [], "shard": [], "plain_update": [], "shard_update": []}
+    for number in range(args.rounds):
+        for kind, more in (("plain", []), ("shard", ["--shard"])):
+            name = f"shard-{number}-{kind}"
+            run(words("train_grpo", folder, name, args.steps, *more), 2)
+            steps = rows(folder / name)[2:]
+            found[kind].append(statistics.median(map(seconds, steps)))
+            found[f"{kind}_update"].append(statistics.median(row["seconds_update"] for row in steps))
     return found
 
 

@@ -98,10 +98,11 @@ def set_budget(processor: Qwen2VLImageProcessorPil, max_pixels: int) -> None:
     processor.size = {"longest_edge": max_pixels, "shortest_edge": min(processor.size["shortest_edge"], max_pixels // 4)}
 
 
-def save(folder: str | Path, model: Qwen3VLForConditionalGeneration, tokenizer, processor, video: dict | None) -> None:
-    """Write a checkpoint folder; see above."""
+def save(folder: str | Path, model: Qwen3VLForConditionalGeneration, tokenizer, processor, video: dict | None,
+         weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a checkpoint folder, see above; `weights` in place of the model's own, where those are sharded."""
     folder = Path(folder)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     processor.save_pretrained(folder)
     path = folder / "preprocessor_config.json"  # the class that AutoProcessor makes; config.json would do, but vLLM asks here

@@ -112,6 +112,7 @@ class Policy:
         self.language_model, self.visual = model.model.language_model, model.model.visual
         self.head = model.lm_head.weight  # [V, d]
         self.autocast, self.activation_checkpointing = autocast, False
+        self.sharded = False  # whether ranks hold slices of the decoder layers, see run/shard.py
         self.adapters = None  # the PeftModel around `model`, see lora.py
         self.video = {}  # settings of the checkpoint's video processor, kept for those who use it
         self.opened = checkpoints.opens_thinking(tokenizer)  # for split_thinking: answers begin inside <think>
@@ -136,11 +137,11 @@ class Policy:
         policy.video = video
         return policy
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a checkpoint folder that transformers and vLLM load unchanged."""
+    def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write a checkpoint folder that transformers and vLLM load unchanged; `weights` in place of the model's own, by name."""
         if self.adapters is not None:
             raise ValueError("adapters are no part of a plain checkpoint: merge_adapters first, or save_adapters alone")
-        checkpoints.save(folder, self.model, self.tokenizer, self.image_processor, self.video)
+        checkpoints.save(folder, self.model, self.tokenizer, self.image_processor, self.video, weights)
 
     @property
     def device(self) -> torch.device:
@@ -333,8 +334,9 @@ class Policy:
         hidden = prefix.hidden.repeat_interleave(group, 0)[:, None]  # predicts the first token
         mask = mask.bool()
         longest = int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1  # part of a batch is padded to the whole's longest
-        if longest > 1:
-            hidden = torch.cat([hidden, self.follow(prefix, tokens[:, :longest - 1])], dim=1)  # (R, longest, d)
+        if longest > 1 or self.sharded:  # sharded layers want the same passes on every rank, whatever its answers
+            followed = self.follow(prefix, tokens[:, :max(1, longest - 1)])
+            hidden = torch.cat([hidden, followed], dim=1)[:, :longest]  # (R, longest, d)
         within = mask[:, :longest]
         # Only answer tokens are projected onto the vocabulary, and not in bf16: the sampler doesn't either.
         found = linear_logprob(hidden[within], self.head, tokens[mask], temperature=temperature, entropy=entropy)
@@ -366,17 +368,19 @@ class Policy:
             return x, k, v
 
         keys, values = [], []
-        for number in range(len(self.language_model.layers)):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x, k, v = checkpoint(block, number, x, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, k, v = block(number, x)
+        graded, work = torch.is_grad_enabled(), block
+        if self.activation_checkpointing and graded:
+            work = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+        for number, layer in enumerate(self.language_model.layers):
+            # A sharded layer gathers its weights around its own call; without gradient they are all there already.
+            x, k, v = layer(work, number, x) if self.sharded and graded else work(number, x)
             keys.append(k)
             values.append(v)
         return self.language_model.norm(x), keys, values
 
     def _precision(self):
-        return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
+        # A weight is used once a pass, so a cache of bf16 copies saves nothing, and would keep those of layers that are let go.
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=not self.sharded) if self.autocast else nullcontext()
 
 
 class AnswerCache:

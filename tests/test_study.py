@@ -130,13 +130,14 @@ def test_settings_parse_and_are_the_papers(path):
         return
     if path.stem in ("sft", "cold_start"):
         args = parse_args(SftArguments, "", [str(path)])
-        assert args.learning_rate == 1e-5 and args.freeze == [] and args.bf16
+        assert args.learning_rate == 1e-5 and args.freeze == [] and args.bf16 and args.shard and args.max_pixels == 262144
         return
     args = parse_args(GrpoArguments, "", [str(path)])
     start, mode, task = path.stem.split("-")
     assert (args.prompts_per_step, args.group_size, args.updates_per_rollout, args.max_steps) == (512, 8, 4, 300)
     assert (args.learning_rate, args.kl_coef, args.clip_low, args.clip_high, args.dual_clip) == (1e-6, 0.01, 0.2, 0.28, 3.0)
     assert args.max_new_tokens == (1024 if (mode, task) == ("direct", "report") else 4096)
+    assert args.shard and args.max_pixels == 262144  # one budget in SFT, RL and evaluation
     assert args.task == task and args.reward == {"report": "report=radcliq", "grounding": "grounding=soft_f1"}[task]
     assert set(parse_spec(args.reward)) == {task}
     assert args.think == ((start, mode) == ("domain", "thinking"))

@@ -65,6 +65,8 @@ class RunArguments:
     bf16: bool = field(default=False, metadata={"help": "compute in bfloat16 (weights and optimiser stay in fp32)"})
     activation_checkpointing: bool = field(default=False, metadata={
         "help": "keep the input of each layer alone for the backward pass, which computes the rest anew: less memory, more time"})
+    shard: bool = field(default=False, metadata={
+        "help": "under torchrun, cut up the decoder layers over the ranks (FSDP2): for full fine-tuning of 8B on cards of 80 GB; slower"})
     plan: float | None = field(default=None, metadata={
         "nargs": "?", "const": 0.0, "metavar": "GB",
         "help": "load nothing, and print what the run will take of the memory at hand, or of so many GB, and the settings that fit"})
@@ -99,6 +101,9 @@ class RunArguments:
             raise ValueError(f"--lora_rank must be 0 (off) or more, got {self.lora_rank}")
         if set(self.freeze) == set(PARTS):
             raise ValueError(f"--freeze {' '.join(self.freeze)}: nothing is left to train")
+        if self.shard and (self.lora_rank or "language" in self.freeze):
+            raise ValueError(f"--shard with {'--lora_rank' if self.lora_rank else '--freeze language'}: it cuts up layers that are trained, "
+                             "and here theirs are frozen; leave out --shard")
         if self.lora_rank:
             if find_spec("peft") is None:
                 raise ValueError("--lora_rank needs peft: pip install peft, or pip install -e '.[lora]' in the clone")

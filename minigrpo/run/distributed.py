@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 PATIENCE = timedelta(minutes=30)  # for a rank that neither answers nor dies
 BUCKET = 2**26  # numbers that travel at once: a call for each of hundreds of tensors would cost more than the transfer
@@ -147,11 +148,21 @@ def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Losses are divided by the count of all ranks, so their gradients add up. What no rank has a gradient for keeps none."""
     if ranks() == 1:
         return
+    parameters = unsharded(parameters)
     touched = total(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32))
     reached = [p for p, times in zip(parameters, touched.tolist()) if times]
     for p in reached:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     _together([p.grad for p in reached], dist.all_reduce)
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether this rank has a slice of it alone: the decoder layers with --shard, whose gradients FSDP2 sums (shard.py)."""
+    return isinstance(x, DTensor)
+
+
+def unsharded(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    return [p for p in parameters if not is_sharded(p)]
 
 
 def owners(parameters: Iterable[torch.nn.Parameter]) -> list[int]:
@@ -165,13 +176,17 @@ def owners(parameters: Iterable[torch.nn.Parameter]) -> list[int]:
 
 
 def owned(parameters: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-    return [p for p, owner in zip(parameters, owners(parameters)) if owner == rank()]
+    """What this rank's optimiser steps: its share of the whole parameters, and its slices of all sharded ones."""
+    whole = unsharded(parameters)
+    kept = {id(p) for p, owner in zip(whole, owners(whole)) if owner == rank()}
+    return [p for p in parameters if is_sharded(p) or id(p) in kept]
 
 
 @torch.no_grad()
 def share_weights(parameters: list[torch.nn.Parameter]) -> None:
     """After a step: every rank sends the parameters that it owns."""
     if ranks() > 1:
+        parameters = unsharded(parameters)
         owner_of = owners(parameters)
         for source in range(ranks()):
             _together([p for p, owner in zip(parameters, owner_of) if owner == source],

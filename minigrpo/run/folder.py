@@ -11,6 +11,7 @@ import signal
 import sys
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -19,12 +20,14 @@ from safetensors.torch import save_file
 
 from minigrpo.lora import check_checkpoint, merge_adapters, save_adapters
 from minigrpo.policy import Policy
-from minigrpo.run.distributed import any_rank, first, gathered, rank, say
+from minigrpo.run.distributed import any_rank, first, gathered, is_sharded, rank, ranks, say
 from minigrpo.run.files import damage, lock, make_folder, seal, write_aside
+from minigrpo.run.shard import full, full_weights, slice_like
 
 WRITING = (OSError, SafetensorError)  # what a full disk raises
 STOP_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}  # 75, EX_TEMPFAIL: run the same command again with --resume
-LEFT_OPEN = {"resume", "max_steps", "save_steps", "output_dir", "device", "keep_checkpoints", "track", "reward_timeout"}
+LEFT_OPEN = {"resume", "max_steps", "save_steps", "output_dir", "device", "keep_checkpoints", "track", "reward_timeout",
+             "shard"}
 
 
 def open_run(args) -> tuple[Path, AbstractContextManager]:
@@ -129,17 +132,18 @@ def save_checkpoint(folder: Path, step: int, policy: Policy, *optimizers: torch.
 
 def _save_aside(aside: Path, policy: Policy, optimizers) -> Exception | None:
     """Every rank writes the optimiser state that it keeps, the first one also the weights. Returns what went wrong on this rank."""
-    problem = None
+    problem, weights = None, full_weights(policy)
     try:
         if first():
             shutil.rmtree(aside, ignore_errors=True)
-            save_adapters(policy, aside) if policy.adapters else policy.save_pretrained(aside)
+            save_adapters(policy, aside) if policy.adapters else policy.save_pretrained(aside, weights)
     except WRITING as error:
         problem = error
     if any_rank(problem is not None):
         return problem
+    state = optimizer_state(policy, optimizers)
     try:
-        save_file(optimizer_state(policy, optimizers), aside / f"optimizer-{rank():05d}.safetensors")
+        save_file(state, aside / f"optimizer-{rank():05d}.safetensors")
     except WRITING as error:
         problem = error
     gathered(None)
@@ -147,10 +151,17 @@ def _save_aside(aside: Path, policy: Policy, optimizers) -> Exception | None:
 
 
 def optimizer_state(policy: Policy, optimizers) -> dict[str, torch.Tensor]:
-    """"parameter:figure" -> tensor, by the parameters' names, so that any number of ranks can share it out anew."""
-    name_of = {id(p): name for name, p in policy.model.named_parameters()}
-    return {f"{name_of[id(p)]}:{figure}": value.contiguous() for optimizer in optimizers
-            for p, figures in optimizer.state.items() for figure, value in figures.items()}
+    """"parameter:figure" -> tensor, by the parameters' names, so that any number of ranks can share it out anew, sharded or not.
+
+    Sharded parameters come together one by one, and the ranks take turns in keeping them.
+    """
+    name_of, keeper = {id(p): name for name, p in policy.model.named_parameters()}, cycle(range(ranks()))
+    state = {}
+    for p, figures in [item for optimizer in optimizers for item in optimizer.state.items()]:
+        found = {f"{name_of[id(p)]}:{figure}": full(value).contiguous() for figure, value in figures.items()}  # on all ranks
+        if not is_sharded(p) or next(keeper) == rank():
+            state |= found
+    return state
 
 
 def load_optimizers(checkpoint: Path, policy: Policy, *optimizers: torch.optim.Optimizer) -> int:
@@ -167,7 +178,7 @@ def load_optimizers(checkpoint: Path, policy: Policy, *optimizers: torch.optim.O
             for p in group["params"]:
                 found = by_name.get(name_of[id(p)], [])
                 if found:
-                    state[number] = {key.rsplit(":", 1)[1]: _tensor(place[key], key) for key in found}
+                    state[number] = {key.rsplit(":", 1)[1]: slice_like(p, _tensor(place[key], key)) for key in found}
                 number += 1
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return step_of(checkpoint)
@@ -185,13 +196,14 @@ def _tensor(file: Path, key: str) -> torch.Tensor:
 
 def save_best(folder: Path, step: int, policy: Policy) -> None:
     """RUN/best/step-000040: the weights (with LoRA: adapters) that were best on --eval_data so far, in place of the ones before."""
+    weights = full_weights(policy)
     if not first():
         return
     place = folder / "best" / f"step-{step:06d}"
     aside = place.with_suffix(".part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        save_adapters(policy, aside) if policy.adapters else policy.save_pretrained(aside)
+        save_adapters(policy, aside) if policy.adapters else policy.save_pretrained(aside, weights)
         seal(aside, place)
     except WRITING as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -211,10 +223,11 @@ def save_final(folder: Path, policy: Policy) -> None:
         save_adapters(policy, aside / "adapter")
     if policy.adapters:
         merge_adapters(policy)
+    weights = full_weights(policy)
     if first():
         if not (aside / "adapter").exists():
             shutil.rmtree(aside, ignore_errors=True)
-        policy.save_pretrained(aside)
+        policy.save_pretrained(aside, weights)
         seal(aside, folder / "final")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     gathered(None)

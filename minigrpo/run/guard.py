@@ -18,17 +18,21 @@ from minigrpo.run.files import write_aside
 T = TypeVar("T")
 
 
-def halving(args: Any, name: str, work: Callable[[], T], undo: Callable[[], Any] = lambda: None) -> T:
+def halving(args: Any, name: str, work: Callable[[], T], undo: Callable[[], Any] = lambda: None, *, alone: bool = True) -> T:
     """work(), and where memory runs out undo() and work() again with args.NAME halved, until it fits or cannot be less.
 
-    The smaller size stays for the rest of the run. It changes nothing but rounding. Each rank does this by itself.
+    The smaller size stays for the rest of the run. It changes nothing but rounding. Each rank does this by itself; where the
+    others take part in the work (`alone` False, sharded layers), it cannot go back without them, and the run ends.
     """
     while True:
         try:
             return work()
         except torch.OutOfMemoryError:
             size = getattr(args, name)
-            if size <= 1:
+            if not alone:
+                _warn(f"rank {rank()}: out of memory with --{name} {size}; with --shard a rank cannot go back alone: --resume with a "
+                      f"smaller --{name}, or with --activation_checkpointing")
+            if size <= 1 or not alone:
                 raise
         # Outside of `except`, or the traceback would keep the tensors of the failed try alive.
         undo()

@@ -244,6 +244,8 @@ def explain(args, make_plan, samples_note: str) -> str:
         lines.append("  not counted: the CUDA context, about half a GB, and what the allocator loses between blocks")
     else:
         lines.append("  not counted: what glibc keeps of freed memory, measured at up to 18%; MALLOC_MMAP_THRESHOLD_=262144 gives it back")
+    if args.shard:
+        lines.append("  not counted: what --shard saves (docs/node.md has the arithmetic); this is a rank that holds all layers whole")
     if plan.peak <= room:
         return "\n".join([*lines, "fits"])
     lines.append("does not fit; lighter, a setting at a time:")
