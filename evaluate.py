@@ -161,10 +161,15 @@ def read_answers(place: str, samples: list[Sample], argument: str) -> tuple[list
             continue
         try:
             row = json.loads(line)
-            answers[row["id"]] = row["answer"] + ""
-            rows[row["id"]] = row
+            name = row["id"]
+            answers[name] = row["answer"] + ""
+            if not isinstance(row.get("cut_off"), bool | None):
+                raise TypeError
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}:{number}: not a prediction: a line is an object with id and answer, two texts") from None
+            raise ValueError(f"{path}:{number}: not a prediction: a line is an object with id and answer, two texts, and perhaps cut_off, "
+                             "true or false") from None
+        if rows.setdefault(name, row) is not row:
+            raise ValueError(f"{path}:{number}: a second answer to {name}: which one counts? Remove the other")
     absent = [s.id for s in samples if s.id not in answers]
     if absent:
         raise ValueError(f"{argument} {place} has no answer for {len(absent)} of the samples, such as {absent[0]}: "

@@ -12,7 +12,8 @@ def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, *, temperatur
                    entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(hidden @ weight.T / temperature)[target], in fp32 (float64 stays float64), in nats.
 
-    hidden [N, d], weight [V, d], target [N] integers in 0..V-1 -> log-prob [N], or (log-prob [N], entropy [N]).
+    hidden [N, d], weight [V, d], target [N] int64 in 0..V-1 -> log-prob [N], or (log-prob [N], entropy [N]). Other shapes, and a
+    temperature of 0 or less, raise ValueError.
     Gradients for hidden and weight are exact, those of a frozen weight are never computed, and at most `tile` rows
     of logits exist at any time, forward and backward (with the entropy a second copy). Of 128, 256 and 512 rows,
     512 was the fastest on a CPU at V = 16,384 and 151,936: fewer read the weights too often.

@@ -356,3 +356,19 @@ def test_arguments_of_a_run_that_were_edited(fails, phantom, tmp_path, text):
     (tmp_path / "run/args.json").write_text(text)
     said = fails(train_sft.main, "--model", "tiny", "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run", "--resume")
     assert f"{tmp_path}/run/args.json does not hold a run's arguments" in said
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda rows: [*rows, rows[0] | {"answer": "Other."}], "a second answer to"), (lambda rows: [rows[0] | {"cut_off": "yes"}, *rows[1:]], "cut_off")])
+def test_predictions_that_contradict_themselves(fails, phantom, stored, tmp_path, change, message):
+    """Bug: of two answers with one id the last counted in silence; a cut_off that is no truth value was a traceback."""
+    write_rows(stored[0], change(stored[1]))
+    said = fails(evaluate.main, "--predictions", stored[0], "--data", phantom / "test.jsonl", "--output_dir", tmp_path / "out")
+    assert f"{stored[0]}/predictions.jsonl:" in said and message in said and not (tmp_path / "out").exists()
+
+
+def test_validation_that_never_comes(fails, phantom, tmp_path):
+    """Bug: with --eval_steps above --max_steps there was no eval_loss and no best/, and nothing said so."""
+    said = fails(train_sft.main, "--model", "tiny", "--train_data", phantom / "train.jsonl", "--eval_data", phantom / "test.jsonl",
+                 "--output_dir", tmp_path / "run", "--max_steps", 20)
+    assert "--eval_steps 50 is above --max_steps 20" in said

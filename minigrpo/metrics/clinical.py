@@ -148,13 +148,14 @@ def f1_of(five: bool, macro: bool):
 
 
 def conditions() -> tuple[str, ...]:
-    from ..rewards.chexbert import CONDITIONS
-    return tuple(CONDITIONS)
+    """CheXbert's fourteen, in the order of its labels."""
+    from ..rewards.chexbert import CONDITIONS  # seconds to import, so only here
+    return CONDITIONS
 
 
 def five_columns() -> list[int]:
-    names = [name.lower() for name in conditions()]
-    return [names.index(name.lower()) for name in FIVE]
+    """Where CheXpert's five stand among the fourteen."""
+    return [conditions().index(name) for name in FIVE]
 
 
 CHEXBERT = {"chexbert_micro14": f1_of(False, False), "chexbert_macro14": f1_of(False, True),

@@ -93,6 +93,8 @@ class RunArguments:
         if self.eval_data and os.path.realpath(self.eval_data) == os.path.realpath(self.train_data):
             raise ValueError(f"--eval_data {self.eval_data} is the training data: best/ would hold what knows it by heart. Keep some "
                              "patients apart")
+        if self.eval_data and self.eval_steps > self.max_steps:
+            raise ValueError(f"--eval_data would never be looked at: --eval_steps {self.eval_steps} is above --max_steps {self.max_steps}")
         check_pixels(self.max_pixels)
         if self.plan is not None and (self.model == "tiny" or not 0 <= self.plan < math.inf):
             raise ValueError("--plan is for a checkpoint, and takes the GB of a device or nothing: a tiny model fits anywhere"
