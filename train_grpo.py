@@ -201,6 +201,9 @@ def main() -> None:
             policy = reference = add_adapters(load(args.model), args, checkpoint)
         else:
             policy, reference = load(checkpoint or args.model), load(args.model).freeze() if args.kl_coef else None
+            if reference and [p.shape for p in policy.model.parameters()] != [p.shape for p in reference.model.parameters()]:
+                raise ValueError(f"--model {args.model} has other layers or tokens than {checkpoint}, so it can't be its reference: resume "
+                                 "with the --model that the run began with")
         reward.opened = policy.opened  # Thinking's chat template writes the first <think> itself
         folder, lock = open_run(args)
 

@@ -17,7 +17,7 @@ from minigrpo import ask, elsewhere, tiny
 from minigrpo.data import check, clean, openi, phantom as phantom_films, sharegpt
 from minigrpo.data.convert import adapter_main
 from minigrpo.rewards import Scores
-from minigrpo.run import files
+from minigrpo.run import files, folder
 from minigrpo.run.args import parse_args
 from minigrpo.run.guard import in_time
 from tests import fake_sets
@@ -372,3 +372,13 @@ def test_validation_that_never_comes(fails, phantom, tmp_path):
     said = fails(train_sft.main, "--model", "tiny", "--train_data", phantom / "train.jsonl", "--eval_data", phantom / "test.jsonl",
                  "--output_dir", tmp_path / "run", "--max_steps", 20)
     assert "--eval_steps 50 is above --max_steps 20" in said
+
+
+def test_resuming_with_a_model_of_another_shape(fails, phantom, samples, policy, tmp_path):
+    """Bug: GRPO went on with a reference of other layers and another vocabulary, and its KL meant nothing."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/args.json").write_text("{}")
+    folder.save_checkpoint(tmp_path / "run", 1, policy)
+    tiny.tiny_policy(samples, width=64, vocab_size=600).save_pretrained(tmp_path / "other")
+    said = fails(train_grpo.main, "--model", tmp_path / "other", "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run", "--resume")
+    assert "has other layers or tokens than" in said and "resume with the --model that the run began with" in said
