@@ -358,9 +358,10 @@ class Policy:
             layer = self.language_model.layers[number]
             attention, y = layer.self_attn, layer.input_layernorm(x)
             heads = (*y.shape[:2], -1, attention.head_dim)
-            q = rotate(attention.q_norm(attention.q_proj(y).view(heads)), cos, sin).transpose(1, 2)  # (N, H, S, D)
-            k = rotate(attention.k_norm(attention.k_proj(y).view(heads)), cos, sin).transpose(1, 2)  # (N, K, S, D)
-            v = attention.v_proj(y).view(heads).transpose(1, 2)
+            v = attention.v_proj(y).view(heads).transpose(1, 2)  # (N, K, S, D)
+            # In bf16 the norms and the rotation give fp32, which the cache need not keep: attention takes bf16.
+            q = rotate(attention.q_norm(attention.q_proj(y).view(heads)), cos, sin).transpose(1, 2).to(v.dtype)  # (N, H, S, D)
+            k = rotate(attention.k_norm(attention.k_proj(y).view(heads)), cos, sin).transpose(1, 2).to(v.dtype)  # (N, K, S, D)
             x = x + attention.o_proj(attend(number, q, k, v).transpose(1, 2).flatten(2))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             if number < len(deepstack):

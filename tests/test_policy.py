@@ -7,7 +7,7 @@ import torch
 
 from minigrpo.data import load_image
 from minigrpo.generate import generate
-from minigrpo.policy import Policy, mrope_positions, pad_right
+from minigrpo.policy import AnswerCache, Policy, mrope_positions, pad_right
 from minigrpo.tiny import tiny_policy
 from tests.memory import peak_bytes
 
@@ -177,6 +177,17 @@ def test_bfloat16_autocast_stays_close(policy, samples):
     assert found.dtype == torch.float32
     assert (found - policy.score(prompts, tokens, mask)).abs().max() < 0.1
     assert len(generate(fast, prompts, max_new_tokens=4).texts) == 2
+
+
+def test_bfloat16_caches_hold_bfloat16(policy, samples):
+    """Bug: the norms' fp32 weights made fp32 keys, so --bf16 kept caches half as large again, and each decoding step cast all of
+    them: `--plan` for 8B showed 232 GB where 155 would do."""
+    fast, prompts, cache = policy.to("cpu", autocast=True), policy.encode(samples[:2]), AnswerCache(4)
+    with torch.no_grad():
+        prefix, zero = fast.prefill(prompts), torch.zeros(2, dtype=torch.long)
+        fast.decode(prefix, zero, zero, cache)
+    held = [*prefix.keys, *prefix.values, *(x for stores in cache.layers.values() for x in stores)]
+    assert {x.dtype for x in held} == {torch.bfloat16} and policy.prefill(prompts).keys[0].dtype == torch.float32
 
 
 def moved(policy, samples, *, compute, weights=torch.float32, steps=100):
