@@ -9,7 +9,7 @@ import pytest
 
 import evaluate
 import minigrpo.rewards
-from minigrpo.metrics import Clinical, breakdown, compare, evaluate_answers, interval, load_clinical, markdown_table
+from minigrpo.metrics import Clinical, breakdown, compare, evaluate_answers, interval, load_clinical
 from minigrpo.metrics.clinical import CHEXBERT, REPORTED, chexbert_statistics
 from tests.test_metrics import grounding, report
 

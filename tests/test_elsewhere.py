@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from minigrpo.data import load_image, read_jsonl
-from minigrpo.elsewhere import compute_score, packed, trl_reward, trl_rows, unpacked, verl_row
+from minigrpo.elsewhere import compute_score, packed, trl_reward, unpacked, verl_row
 from minigrpo.rewards import reward_fn
 
 ROOT = Path(__file__).parent.parent
