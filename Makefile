@@ -24,7 +24,7 @@ demo: install
 demo-real: install
 	$(BIN)/python -m minigrpo.demo --output_dir $(OUT)-real --seed $(SEED) --data "$(DATA)" --model $(OUT)/sft/final
 
-# The study of docs/study.md: hours; stopped and run again, it goes on. From cache it renders in seconds.
+# The study of docs/study.md: an hour and a half; stopped and run again, it goes on. From cache it renders in seconds.
 study: install
 	$(BIN)/python -m minigrpo.study
 

@@ -182,5 +182,5 @@ def curve_figure(runs: dict, tasks: tuple[str, ...], key: str, label: str):
         axis.set_xlabel("share of the run's steps", fontsize=8)
         axis.set_ylabel(label, fontsize=8)
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=7)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return fig
