@@ -54,33 +54,35 @@ def generate(policy: Policy, prompts: Prompts, *, group_size: int = 1, max_new_t
     rows = torch.arange(len(hidden), device=device)  # which of the R they are
     length, going = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)  # tokens that each has; is it still open?
     row_steps, bytes_read, weights = 0, 0, policy.decoding_bytes()
-    while True:
-        token, logprob = sample(hidden, policy.head, temperature, uniform[rows, length])  # (r,), (r,)
-        at, ended, row_steps = (rows, length), torch.isin(token, ends), row_steps + len(rows)
-        tokens[at], logprobs[at] = torch.where(going, token, tokens[at]), torch.where(going, logprob, logprobs[at])
-        mask[at] |= going  # with the end token itself, which is part of the answer
-        finished[rows] |= going & ended
-        going &= ~ended & (length + 1 < max_new_tokens)
-        fresh = None
-        if cache.written % CHECK_EVERY.get(device.type, 8) == 0:
-            groups, kept = rows_to_keep(going.view(len(prefix.mask), -1))
-            if started < B and not groups.all():
-                places = (~groups).nonzero()[:B - started, 0]
-                fresh = policy.prefill(prompts.select(slice(started, started + len(places)), trim=False))
-                prefix.put(places, fresh)
-            elif not going.any():
-                break
-            elif started == B and len(kept) < 0.8 * len(rows):  # dropping rows copies the cache, so not at every step
-                prefix, rows, token, length, going = prefix.select(groups), rows[kept], token[kept], length[kept], going[kept]
-                cache.select(kept)
-        bytes_read += weights + prefix.nbytes + cache.nbytes
-        hidden, length = policy.decode(prefix, token, length, cache), (length + 1).clamp(max=max_new_tokens - 1)
-        if fresh:
-            taken = (places[:, None] * group_size + torch.arange(group_size, device=device)).flatten()
-            first = started * group_size
-            rows[taken] = torch.arange(first, first + len(taken), device=device)
-            hidden[taken], length[taken], going[taken] = fresh.hidden.repeat_interleave(group_size, 0), 0, True
-            started += len(places)
+    with policy.precision():  # around all steps: in bf16, the weights are cast once and not for each token
+        while True:
+            with torch.autocast(device.type, enabled=False):  # as the scorer, which projects in fp32
+                token, logprob = sample(hidden, policy.head, temperature, uniform[rows, length])  # (r,), (r,)
+            at, ended, row_steps = (rows, length), torch.isin(token, ends), row_steps + len(rows)
+            tokens[at], logprobs[at] = torch.where(going, token, tokens[at]), torch.where(going, logprob, logprobs[at])
+            mask[at] |= going  # with the end token itself, which is part of the answer
+            finished[rows] |= going & ended
+            going &= ~ended & (length + 1 < max_new_tokens)
+            fresh = None
+            if cache.written % CHECK_EVERY.get(device.type, 8) == 0:
+                groups, kept = rows_to_keep(going.view(len(prefix.mask), -1))
+                if started < B and not groups.all():
+                    places = (~groups).nonzero()[:B - started, 0]
+                    fresh = policy.prefill(prompts.select(slice(started, started + len(places)), trim=False))
+                    prefix.put(places, fresh)
+                elif not going.any():
+                    break
+                elif started == B and len(kept) < 0.8 * len(rows):  # dropping rows copies the cache, so not at every step
+                    prefix, rows, token, length, going = prefix.select(groups), rows[kept], token[kept], length[kept], going[kept]
+                    cache.select(kept)
+            bytes_read += weights + prefix.nbytes + cache.nbytes
+            hidden, length = policy.decode(prefix, token, length, cache), (length + 1).clamp(max=max_new_tokens - 1)
+            if fresh:
+                taken = (places[:, None] * group_size + torch.arange(group_size, device=device)).flatten()
+                first = started * group_size
+                rows[taken] = torch.arange(first, first + len(taken), device=device)
+                hidden[taken], length[taken], going[taken] = fresh.hidden.repeat_interleave(group_size, 0), 0, True
+                started += len(places)
     longest = int(mask.any(0).sum())
     tokens, logprobs, mask = tokens[:, :longest], logprobs[:, :longest], mask[:, :longest]
     texts = [policy.tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens, mask)]

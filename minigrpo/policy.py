@@ -271,7 +271,7 @@ class Policy:
             # Padding is on the right, so the causal mask already hides it from every real token.
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
-        with self._precision():
+        with self.precision():
             x, deepstack = self.language_model.embed_tokens(prompts.ids), []
             slots = prompts.ids == self.model.config.image_token_id
             if len(prompts.grids):
@@ -315,7 +315,7 @@ class Policy:
 
     def _answers(self, prefix: Prefix, tokens: Tensor, steps: Tensor, attend: Callable) -> Tensor:
         positions = prefix.next_position.repeat_interleave(len(tokens) // len(prefix.mask))[:, None] + steps  # (R, n), on all axes
-        with self._precision():
+        with self.precision():
             # Answers are plain tokens, also where the policy sampled an <|image_pad|>: no image belongs to it.
             return self._layers(self.language_model.embed_tokens(tokens), positions.expand(3, -1, -1), attend)[0]
 
@@ -379,7 +379,8 @@ class Policy:
             values.append(v)
         return self.language_model.norm(x), keys, values
 
-    def _precision(self):
+    def precision(self):
+        """The context of every pass: bf16 for matrix products with `autocast`, else nothing."""
         # A weight is used once a pass, so a cache of bf16 copies saves nothing, and would keep those of layers that are let go.
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=not self.sharded) if self.autocast else nullcontext()
 

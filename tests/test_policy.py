@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigrpo.data import load_image
 from minigrpo.generate import generate
@@ -188,6 +189,23 @@ def test_bfloat16_caches_hold_bfloat16(policy, samples):
         fast.decode(prefix, zero, zero, cache)
     held = [*prefix.keys, *prefix.values, *(x for stores in cache.layers.values() for x in stores)]
     assert {x.dtype for x in held} == {torch.bfloat16} and policy.prefill(prompts).keys[0].dtype == torch.float32
+
+
+def test_bfloat16_casts_the_weights_once_a_rollout(policy, samples):
+    """Bug: each decoding step cast every weight anew, which took half of the time with --bf16."""
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen += func is torch.ops.aten._to_copy.default and args[0] is weight
+            return func(*args, **(kwargs or {}))
+
+    fast, prompts, counts = policy.to("cpu", autocast=True), policy.encode(samples[:1]), []
+    weight = fast.language_model.layers[0].self_attn.q_proj.weight
+    for tokens in (2, 6):
+        with Casts() as casts:
+            casts.seen = 0
+            generate(fast, prompts, max_new_tokens=tokens, seed=0)
+        counts.append(casts.seen)
+    assert counts == [2, 2]  # for the prompt, and for all of the answer
 
 
 def moved(policy, samples, *, compute, weights=torch.float32, steps=100):
