@@ -1,6 +1,6 @@
 """Ask one film one question.
 
-    python -m minigrpo.ask --model runs/demo/grounding/final --image film.png --question "Where is the heart?"
+    python -m minigrpo.ask --model runs/demo/grounding/final --image film.png --question "Where is the right lung?"
 
 Prints the answer; where it holds boxes, draws them into a copy of the film.
 """
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from minigrpo.data import Sample, load_image, parse_boxes, split_thinking
 from minigrpo.generate import generate
 from minigrpo.policy import Policy
-from minigrpo.run.args import at_least_one, check_box_scale, input_errors, parse_args
+from minigrpo.run.args import at_least_one, check_box_scale, checked_device, input_errors, parse_args
 
 
 @dataclass
@@ -26,6 +26,7 @@ class AskArguments:
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
     box_scale: float = field(default=1.0, metadata={
         "help": "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL"})
+    device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
 
     def check(self) -> None:
@@ -33,6 +34,7 @@ class AskArguments:
         if not self.question.strip():
             raise ValueError("--question is empty: ask something")
         check_box_scale(self.box_scale)
+        self.device = checked_device(self.device)
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"--temperature must be 0 (greedy) or more, got {self.temperature}")
 
@@ -49,7 +51,7 @@ def main() -> None:
             raise ValueError(f"{drawn} exists already: give another --output")
         if drawn.suffix.lower() not in (".png", ".jpg", ".jpeg") or not drawn.parent.is_dir():
             raise ValueError(f"--output {drawn} can't be written: name a .png or .jpg in a folder that exists")
-        policy = Policy.from_pretrained(args.model)
+        policy = Policy.from_pretrained(args.model, device=args.device)
     sample = Sample("asked", args.image, "conversation", args.question, "")
     answer = generate(policy, policy.encode([sample]), max_new_tokens=args.max_new_tokens, temperature=args.temperature).texts[0]
     print(answer)

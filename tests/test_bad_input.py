@@ -148,6 +148,7 @@ def test_bad_sft_settings(fails, phantom, tmp_path, extra):
 
 @pytest.mark.parametrize("extra, message", [
     (["--max_new_tokens", 0], "--max_new_tokens"), (["--temperature", -1], "--temperature"), (["--temperature", "nan"], "--temperature"),
+    (["--device", "gpu"], "--device 'gpu' is no device"),
     (["--output", "{}/drawn.foo"], "name a .png or .jpg"), (["--output", "{}/nowhere/drawn.png"], "in a folder that exists")])
 def test_ask_looks_at_its_arguments_before_it_loads_the_model(fails, phantom, tmp_path, extra, message):
     """Bug: a traceback out of `generate`, or after the answer out of PIL."""
