@@ -20,10 +20,11 @@ from minigrpo.metrics import (breakdown, compare, constant_boxes, constant_repor
                               markdown_table)
 from minigrpo.policy import Policy
 from minigrpo.run.args import at_least_one, check_box_scale, check_pixels, checked_device, input_errors, parse_args
-from minigrpo.run.distributed import first, gathered, join, rank, ranks
+from minigrpo.run.distributed import first, gathered, join, rank, ranks, say
 from minigrpo.run.files import make_folder
 from minigrpo.run.plots import draw_samples
 from minigrpo.run.report import write_report
+from minigrpo.run.roofline import note_on_bf16
 from minigrpo.run.validate import greedy_answers
 
 
@@ -80,6 +81,8 @@ def main() -> None:
     with input_errors():
         args = parse_args(EvaluateArguments, __doc__)
         join(args.device)  # the other processes of torchrun, if there are any: they share out the questions
+        if args.bf16 and (note := note_on_bf16(args.device)):
+            say(note)
         folder = Path(args.output_dir)
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty: give another --output_dir")

@@ -37,7 +37,7 @@ from minigrpo.run.guard import Skipped, halving, in_time, stop_if_unscored
 from minigrpo.run.log import JsonLines, Means, Timer, group_rows, rollout_stats
 from minigrpo.run.plan import explain, plan_grpo
 from minigrpo.run.plots import draw_curves
-from minigrpo.run.roofline import efficiency, measure_roofline
+from minigrpo.run.roofline import efficiency, measure_roofline, note_on_bf16
 from minigrpo.run.shard import apart, clip_gradients, in_step, shard, whole
 from minigrpo.run.track import tracker
 from minigrpo.run.validate import mean_reward
@@ -177,6 +177,8 @@ def main() -> None:
         join(args.device)  # the other processes of torchrun, if there are any
         if args.prompts_per_step < ranks():
             raise ValueError(f"--prompts_per_step {args.prompts_per_step} for {ranks()} processes: each needs a prompt of its own")
+        if args.bf16 and (note := note_on_bf16(args.device)):
+            say(note)
         checkpoint = last_checkpoint(args)
         reward = reward_fn(args.reward, box_scale=args.box_scale, weights_dir=args.reward_weights,
                            device=args.reward_device or args.device, cache=cache_dir() / "references.sqlite")

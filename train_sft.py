@@ -18,6 +18,7 @@ from tqdm import tqdm
 from minigrpo.data import TASKS, Sample, batch_at, group_by_image, prefetch, read_jsonl, with_traces
 from minigrpo.lora import add_adapters
 from minigrpo.loss import aggregate
+from minigrpo.muon import Muon
 from minigrpo.policy import Policy
 from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
 from minigrpo.run.distributed import deal, first, join, lost_rank, owned, rank, ranks, say, share_weights, sum_gradients, total
@@ -27,6 +28,7 @@ from minigrpo.run.guard import Skipped, halving
 from minigrpo.run.log import JsonLines
 from minigrpo.run.plan import explain, plan_sft
 from minigrpo.run.plots import draw_curves
+from minigrpo.run.roofline import note_on_bf16
 from minigrpo.run.shard import apart, clip_gradients, in_step, shard, whole
 from minigrpo.run.track import tracker
 from minigrpo.run.validate import mean_loss
@@ -101,8 +103,7 @@ def make_optimizers(policy: Policy, args: SftArguments) -> list[torch.optim.Opti
     chosen = {id(p) for p in muon + patches}
     groups = [{"params": [p for p in parameters if id(p) not in chosen], "scale": 1.0},
               {"params": patches, "scale": patches[0][0].numel() ** -0.5 if patches else 1.0}]
-    return [torch.optim.AdamW(groups, **adam), torch.optim.Muon(
-        muon, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")]
+    return [torch.optim.AdamW(groups, **adam), Muon(muon, args.learning_rate, args.weight_decay)]
 
 
 def passes(images: list[list[Sample]], questions: int, most: int) -> list[list[list[Sample]]]:
@@ -118,6 +119,8 @@ def main() -> None:
     with input_errors():
         args = parse_args(SftArguments, __doc__)
         join(args.device)  # the other processes of torchrun, if there are any
+        if args.bf16 and (note := note_on_bf16(args.device)):
+            say(note)
         checkpoint = last_checkpoint(args)
         train = with_traces(read_jsonl(args.train_data, task=args.task, part=(rank(), ranks())))  # with a trace: asked to think
         validation = with_traces(read_jsonl(args.eval_data, task=args.task, part=(rank(), ranks()))) if args.eval_data else []

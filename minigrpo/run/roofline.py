@@ -86,6 +86,18 @@ def measure_roofline(device: torch.device, dtype: torch.dtype) -> dict[str, floa
             "gb_per_second": 4 * len(memory) / _fastest(memory.sum, device) / 1e9}
 
 
+def note_on_bf16(device: str) -> str | None:
+    """What --bf16 costs on a CPU that has no bf16 instructions, as measured on a matrix product; None where it is no loss."""
+    if torch.device(device).type != "cpu":
+        return None
+    a = torch.randn(512, 512)
+    seconds = {dtype: _fastest(lambda: a.to(dtype) @ a.to(dtype), torch.device("cpu"), times=2)
+               for dtype in (torch.float32, torch.bfloat16)}
+    factor = seconds[torch.bfloat16] / seconds[torch.float32]
+    return (f"note: --bf16: this CPU has no fast bf16, a matrix product takes {factor:.0f} times as long as in fp32; leave --bf16 out"
+            if factor > 1.5 else None)
+
+
 def _fastest(run, device: torch.device, times: int = 5) -> float:
     seconds = []
     for _ in range(times + 1):  # the first one warms up
