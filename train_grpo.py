@@ -15,6 +15,7 @@ The defaults are the paper's. Other papers' settings are files: configs/dapo.yam
 import math
 from dataclasses import dataclass, field
 
+import minigrpo  # noqa: F401  before torch: it says how OpenMP's threads wait
 import torch
 from torch import Tensor
 from tqdm import tqdm

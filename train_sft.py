@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 
+import minigrpo  # noqa: F401  before torch: it says how OpenMP's threads wait
 import torch
 from tqdm import tqdm
 

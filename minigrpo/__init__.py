@@ -5,4 +5,10 @@ hand-written KV cache), `logprob.py` (log-probs without full logits), `loss.py` 
 and the loop that calls them, `train_grpo.py`.
 """
 
+import os
+
+# Read by OpenMP when torch is imported, so this comes before it. Threads that wait for work spin by default: with two
+# other programs on two cores a training step takes ten times as long. These sleep.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 __version__ = "0.1.0"

@@ -1,6 +1,14 @@
-"""On a CPU nothing computes in half precision unless asked: a processor without bf16 instructions needs 100 times as long."""
+"""What makes one CPU a hundred times as slow as another: half precision without instructions for it, threads that spin.
+
+On a CPU nothing computes in half precision unless asked.
+"""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +21,7 @@ import train_sft
 from minigrpo.muon import Muon, orthogonalize
 from minigrpo.run import roofline
 
+ROOT = Path(__file__).parent.parent
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -112,3 +121,15 @@ def test_muon_is_torchs_but_for_the_precision():
         moved = (b.detach() - w).norm()
         assert (a - b).norm() < 0.03 * moved and moved > 0.01
     assert set(optimizers[0].state[ours[0]]) == set(optimizers[1].state[theirs[0]]), "checkpoints keep their names"
+
+
+def test_threads_that_wait_sleep():
+    """Bug: they spun, and beside two busy programs on two cores a step took ten times as long. OpenMP reads the policy when
+    torch is loaded, so every program must import minigrpo before it; what OpenMP took, it says itself."""
+    for program in ("train_sft.py", "train_grpo.py", "evaluate.py"):
+        imports = re.findall(r"^(?:import|from) (minigrpo|torch)", (ROOT / program).read_text(), re.M)
+        assert imports[0] == "minigrpo", program
+    environment = {**os.environ, "OMP_DISPLAY_ENV": "VERBOSE"}
+    environment.pop("OMP_WAIT_POLICY", None)
+    done = subprocess.run([sys.executable, "-c", "import minigrpo, torch"], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert "GOMP_SPINCOUNT = '0'" in done.stderr
