@@ -150,7 +150,6 @@ class GrpoArguments(RunArguments):
                     cispo_cap=self.cispo_cap, rollout_cap=self.rollout_cap, how=self.how, max_tokens=self.max_new_tokens)
 
     def inert(self) -> list[str]:
-        """Settings that have no effect beside the others, said once in the log, so that nobody tunes them."""
         clip = self.kind == "clip"
         notes = [
             (self.updates_per_rollout == 1, "--updates_per_rollout 1: the ratio is 1 by construction, so --level, --kind, the "
@@ -165,11 +164,10 @@ class GrpoArguments(RunArguments):
             (self.level == "sequence" and min(self.clip_low, self.clip_high) > 0.01,
              f"--level sequence: a mean over the answer hardly moves and will not meet --clip_low {self.clip_low} or "
              f"--clip_high {self.clip_high}; GSPO has 3e-4 and 4e-4"),
-            (self.shard and ranks() == 1, "--shard: there is one process, which holds all; torchrun starts more"),
             ((prompts := self.prompts_per_step // self.updates_per_rollout) < ranks(), f"{prompts} prompts an update for {ranks()} "
              "processes: some wait for the others; raise --prompts_per_step or lower --updates_per_rollout"),
         ]
-        return [note for holds, note in notes if holds]
+        return super().inert() + [note for holds, note in notes if holds]
 
 
 def main() -> None:

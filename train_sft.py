@@ -151,8 +151,8 @@ def main() -> None:
     best = min(log.past("eval_loss"), default=math.inf)
     say(f"SFT: {len(train)} samples on {len(images)} images, {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M trained parameters, "
         f"{ranks()} x {args.device}")
-    if args.shard and ranks() == 1:
-        say("note: --shard: there is one process, which holds all; torchrun starts more")
+    for note in args.inert():
+        say(f"note: {note}")
 
     def encoded(step: int) -> tuple[list, int]:  # the passes of this rank, and the images of each
         batch, most = batch_at(images, step, args.batch_size, args.seed), args.micro_batch

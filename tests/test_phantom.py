@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minigrpo.data import parse_boxes, read_jsonl, templates
+from minigrpo.data import parse_boxes, phantom, read_jsonl, scenes, templates
 from minigrpo.data.phantom import DETAILS, KINDS, REMARKS, SIDES, Arguments, box_of, draw_film, film_samples, report, write_phantom
 
 SIZE = 96
@@ -199,6 +199,16 @@ def test_the_same_run_again_is_told_and_leaves_the_files(folder):
     command = [sys.executable, "-m", "minigrpo.data.phantom", *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert "already" in done.stdout and (folder / "train.jsonl").stat().st_mtime_ns == before
+
+
+def test_films_need_no_seed(tmp_path, monkeypatch):
+    for number, module in enumerate((phantom, scenes)):
+        flags = ["--output_dir", tmp_path / str(number), "--train", 1, "--test", 1, "--size", 32]
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, flags)])
+        module.main()
+    assert json.loads((tmp_path / "0/phantom.json").read_text())["seed"] == 0
+    drawn, film = np.array(Image.open(next(tmp_path.glob("0/films/*train*.png")))), draw_film(0, 0, 0, 32)
+    assert (drawn == film.pixels).all() and len((tmp_path / "1/train.jsonl").read_text().splitlines()) > 1
 
 
 def test_another_runs_folder_is_refused(folder, tmp_path):

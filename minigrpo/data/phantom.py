@@ -1,6 +1,6 @@
 """Drawn chest films with true boxes, reports and questions, so that everything runs before any real data is granted.
 
-    python -m minigrpo.data.phantom --output_dir data/phantom --train 2000 --test 200 --seed 0
+    python -m minigrpo.data.phantom --output_dir data/phantom --train 2000 --test 200
 
 A film is a sum of what the beam passes (body, heart, bones) minus the air of the lungs. A finding is drawn as a mask;
 its box is that mask's bounding box and the report is written from the same list of findings, so labels are true even where
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from minigrpo.data import templates
 from minigrpo.data.boxes import format_boxes
+from minigrpo.run.files import write_aside
 
 SPLITS = ("train", "test")
 SIDES = {"right": -1, "left": 1}  # sign of u
@@ -788,8 +789,8 @@ def write_phantom(output_dir: str | Path, arguments: Arguments, workers: int | N
         for (split, _), samples in zip(jobs, results, strict=True):
             lines[split] += [json.dumps(sample) + "\n" for sample in samples]
     for split in SPLITS:
-        (folder / f"{split}.jsonl").write_text("".join(lines[split]))
-    done.write_text(json.dumps(asdict(arguments)) + "\n")  # last: a killed run leaves no phantom.json
+        write_aside(folder / f"{split}.jsonl", "".join(lines[split]))
+    write_aside(done, json.dumps(asdict(arguments)) + "\n")  # last: a killed run leaves no phantom.json
     return True
 
 
@@ -798,7 +799,7 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--train", type=int, required=True, help="training films, one patient each")
     parser.add_argument("--test", type=int, required=True, help="test films, of other patients")
-    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same films")
     parser.add_argument("--size", type=int, default=320, help="pixels a side")
     options = vars(parser.parse_args())
     output_dir = options.pop("output_dir")

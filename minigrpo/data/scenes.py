@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, required=True, help="scenes to learn from")
     parser.add_argument("--test", type=int, default=0, help="scenes to test on")
     parser.add_argument("--reading", type=int, default=0, help="reports as text, without a film")
-    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same scenes")
     parser.add_argument("--size", type=int, default=224, help="pixels a side")
     options = vars(parser.parse_args())
     write_scenes(**options)

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from minigrpo.checkpoint import SMALLEST
 from minigrpo.data import TASKS
-from minigrpo.run.distributed import is_lost, speak_in_turn
+from minigrpo.run.distributed import is_lost, ranks, speak_in_turn
 
 T = TypeVar("T")
 PARTS = ("vision", "projector", "language")  # of a Qwen3-VL, to freeze
@@ -93,8 +93,6 @@ class RunArguments:
         if self.eval_data and os.path.realpath(self.eval_data) == os.path.realpath(self.train_data):
             raise ValueError(f"--eval_data {self.eval_data} is the training data: best/ would hold what knows it by heart. Keep some "
                              "patients apart")
-        if self.eval_data and self.eval_steps > self.max_steps:
-            raise ValueError(f"--eval_data would never be looked at: --eval_steps {self.eval_steps} is above --max_steps {self.max_steps}")
         check_pixels(self.max_pixels)
         if self.plan is not None and (self.model == "tiny" or not 0 <= self.plan < math.inf):
             raise ValueError("--plan is for a checkpoint, and takes the GB of a device or nothing: a tiny model fits anywhere"
@@ -117,6 +115,15 @@ class RunArguments:
         elif self.lora_alpha != RunArguments.lora_alpha or self.lora_targets != list(LINEAR):
             raise ValueError("--lora_alpha and --lora_targets are of adapters: add --lora_rank, or leave them out to train the weights")
         self.device = checked_device(self.device)
+
+    def inert(self) -> list[str]:
+        """Settings that have no effect beside the others, said once in the log, so that nobody tunes them."""
+        notes = [
+            (self.eval_data and self.eval_steps > self.max_steps, f"--eval_steps {self.eval_steps} is above --max_steps {self.max_steps}: "
+             "--eval_data is never looked at, and nothing is kept in best/"),
+            (self.shard and ranks() == 1, "--shard: there is one process, which holds all; torchrun starts more"),
+        ]
+        return [note for holds, note in notes if holds]
 
 
 def checked_device(name: str, argument: str = "--device") -> str:
