@@ -35,10 +35,11 @@ from minigrpo.run.folder import (graceful_stop, last_checkpoint, load_optimizers
                                  stop_early)
 from minigrpo.run.groups import Groups, micro_batches, of_all_ranks, padding_share
 from minigrpo.run.guard import Skipped, halving, in_time, stop_if_unscored
-from minigrpo.run.log import JsonLines, Means, Timer, group_rows, rollout_stats
+from minigrpo.run.log import JsonLines, Means, Timer, group_rows, peak_memory_gb, rollout_stats
 from minigrpo.run.plan import explain, plan_grpo
 from minigrpo.run.plots import draw_curves
 from minigrpo.run.roofline import efficiency, measure_roofline, note_on_bf16
+from minigrpo.run.schedule import SCHEDULES, learning_rate_at, rise_of, set_learning_rate
 from minigrpo.run.shard import apart, clip_gradients, in_step, shard, whole
 from minigrpo.run.track import tracker
 from minigrpo.run.validate import mean_reward
@@ -108,7 +109,11 @@ class GrpoArguments(RunArguments):
         "choices": list(AGGREGATIONS)})
     reward_timeout: float = field(default=600.0, metadata={
         "help": "seconds that the reward may take for a step's answers; where it hangs, they are masked"})
-    learning_rate: float = field(default=1e-6, metadata={"help": "constant; 1e-6 in the paper, about 1e-4 for a tiny model"})
+    learning_rate: float = field(default=1e-6, metadata={"help": "peak; 1e-6 in the paper, about 1e-4 for a tiny model"})
+    warmup: float = field(default=0.0, metadata={"help": "share of the steps over which the learning rate rises; 0 in the paper"})
+    lr_schedule: str = field(default="constant", metadata={
+        "help": "the learning rate after the warm-up: at its peak throughout (the paper), or falling to a tenth along a line or "
+                "half a cosine; of --max_steps, all updates of a step alike", "choices": list(SCHEDULES)})
     roofline: bool = field(default=False, metadata={
         "help": "measure at the start what the machine can do, and log which share of it each phase reaches"})
 
@@ -150,7 +155,7 @@ class GrpoArguments(RunArguments):
                     cispo_cap=self.cispo_cap, rollout_cap=self.rollout_cap, how=self.how, max_tokens=self.max_new_tokens)
 
     def inert(self) -> list[str]:
-        clip = self.kind == "clip"
+        clip, rise = self.kind == "clip", rise_of(self.max_steps, self.warmup)
         notes = [
             (self.updates_per_rollout == 1, "--updates_per_rollout 1: the ratio is 1 by construction, so --level, --kind, the "
              "clips and --cispo_cap change nothing"),
@@ -161,6 +166,10 @@ class GrpoArguments(RunArguments):
             (not clip, "--kind cispo: --clip_low, --clip_high and --dual_clip are not used"),
             (clip and self.cispo_cap != GrpoArguments.cispo_cap, f"--kind clip: --cispo_cap {self.cispo_cap} is not used"),
             (clip and not self.dual_clip, "--dual_clip 0: nothing bounds the ratio where the advantage is negative"),
+            (self.warmup > 0 and rise == 1, f"--warmup {self.warmup} of --max_steps {self.max_steps} is one step at most, so the first step "
+             "is at the peak already"),
+            (self.lr_schedule != "constant" and self.max_steps - rise <= 1, f"--lr_schedule {self.lr_schedule}: no step is left behind "
+             "the warm-up and the peak, so the learning rate never falls"),
             (self.level == "sequence" and min(self.clip_low, self.clip_high) > 0.01,
              f"--level sequence: a mean over the answer hardly moves and will not meet --clip_low {self.clip_low} or "
              f"--clip_high {self.clip_high}; GSPO has 3e-4 and 4e-4"),
@@ -273,6 +282,8 @@ def main() -> None:
                     with whole(policy):
                         old_logprob = halving(args, "micro_tokens", lambda: score_all(policy, prompts, rollout, args))
             answers = Answers(rollout.tokens, mask, advantage, old_logprob, ref_logprob, rollout.logprob)
+            rate = learning_rate_at(step, args.max_steps, args.learning_rate, args.warmup, args.lr_schedule)
+            set_learning_rate([optimizer], rate)
             with timer.phase("update"):
                 parts = []
                 for number, among in enumerate(updates):
@@ -292,7 +303,8 @@ def main() -> None:
                     parts += done
 
             row = {"step": step, **rollout_stats(groups, reward.opened), "groups_replaced": replaced, **means.row(),
-                   "skipped_updates": skipped.count - skipped_before, **timer.row(),
+                   "learning_rate": rate, "skipped_updates": skipped.count - skipped_before, **timer.row(),
+                   "peak_memory_gb": peak_memory_gb(policy.device),
                    **efficiency(policy, prompts, rollout, timer.seconds, padding_share(prompts, mask, parts), limits)}
             if validation and (step + 1) % args.eval_steps == 0:
                 with whole(policy):

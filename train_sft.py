@@ -26,10 +26,11 @@ from minigrpo.run.distributed import deal, first, join, lost_rank, owned, rank, 
 from minigrpo.run.folder import (graceful_stop, last_checkpoint, load_optimizers, open_run, save_best, save_checkpoint, save_final,
                                  stop_early)
 from minigrpo.run.guard import Skipped, halving
-from minigrpo.run.log import JsonLines
+from minigrpo.run.log import JsonLines, peak_memory_gb
 from minigrpo.run.plan import explain, plan_sft
 from minigrpo.run.plots import draw_curves
 from minigrpo.run.roofline import note_on_bf16
+from minigrpo.run.schedule import learning_rate_at, set_learning_rate
 from minigrpo.run.shard import apart, clip_gradients, in_step, shard, whole
 from minigrpo.run.track import tracker
 from minigrpo.run.validate import mean_loss
@@ -47,7 +48,8 @@ class SftArguments(RunArguments):
     task_weights: str = field(default="", metadata={
         "help": "how much each token of a task's answers counts, such as report=2; other tasks count 1. The paper repeats its "
                 "smaller sets, which costs time"})
-    learning_rate: float = field(default=1e-5, metadata={"help": "peak; 1e-5 in the paper, about 1e-3 for --model tiny"})
+    learning_rate: float = field(default=1e-5, metadata={
+        "help": "peak; it falls along half a cosine to a tenth; 1e-5 in the paper, about 1e-3 for --model tiny"})
     warmup: float = field(default=0.03, metadata={"help": "share of the steps over which the learning rate rises"})
     optimizer: str = field(default="adamw", metadata={
         "help": "muon (matrices; AdamW for the rest) learns from random weights in half the steps: for --model tiny",
@@ -58,8 +60,6 @@ class SftArguments(RunArguments):
         super().check()
         for name in ("batch_size", "questions_per_image", "micro_batch"):
             at_least_one(self, name)
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"--warmup must lie in 0..1, got {self.warmup}: it is a share of the steps")
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"--beta2 must lie in 0..1, 1 left out, got {self.beta2}")
         parse_weights(self.task_weights)
@@ -79,14 +79,6 @@ def parse_weights(text: str) -> dict[str, float]:
                              f"once, of {', '.join(TASKS)}")
         weights[task] = float(weight)
     return weights
-
-
-def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up, then half a cosine down to a tenth of the peak."""
-    rise = max(1, round(warmup * steps))
-    if step < rise:
-        return peak * (step + 1) / rise
-    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
 def make_optimizers(policy: Policy, args: SftArguments) -> list[torch.optim.Optimizer]:
@@ -188,19 +180,19 @@ def main() -> None:
             loss = total(torch.tensor(loss, dtype=torch.float64)).item()
             sum_gradients(policy.parameters())
             grad_norm = clip_gradients(policy.parameters(), args.grad_clip)
-            rate = learning_rate_at(step, args.max_steps, args.learning_rate, args.warmup)
+            rate = learning_rate_at(step, args.max_steps, args.learning_rate, args.warmup, "cosine")
             taken = skipped.trusts(grad_norm, step, 0, lambda: [vars(row) for _, rows in answers for row in rows if row])
             if taken:
+                set_learning_rate(optimizers, rate)
                 for optimizer in optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate * group.get("scale", 1.0)
                     optimizer.step()
                 share_weights(policy.parameters())
             policy.model.zero_grad()
 
             seconds = time.perf_counter() - began
             row = {"step": step, **({"loss": loss, "grad_norm": grad_norm.item()} if taken else {}), "learning_rate": rate,
-                   "skipped_updates": int(not taken), "tokens_per_second": answer_tokens / seconds, "seconds": seconds}
+                   "skipped_updates": int(not taken), "tokens_per_second": answer_tokens / seconds, "seconds": seconds,
+                   "peak_memory_gb": peak_memory_gb(policy.device)}
             if validation and (step + 1) % args.eval_steps == 0:
                 parts = passes(group_by_image(validation), args.questions_per_image, args.micro_batch)
                 with whole(policy):

@@ -43,7 +43,7 @@ def letters(answers, samples):
 
 
 def rows(run_folder, name="metrics"):
-    timeless = lambda row: {k: v for k, v in row.items() if "second" not in k}
+    timeless = lambda row: {k: v for k, v in row.items() if "second" not in k and "memory" not in k}
     return [timeless(json.loads(line)) for line in (run_folder / f"{name}.jsonl").read_text().splitlines()]
 
 

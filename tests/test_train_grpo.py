@@ -1,6 +1,7 @@
 """The arguments of train_grpo.py: that each reaches the loss, that contradictions stop the run and inert ones are said."""
 
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -14,6 +15,7 @@ import train_grpo
 from minigrpo.loss import denominator_of
 from minigrpo.run.args import parse_args
 from minigrpo.run.plots import draw_curves
+from minigrpo.run.schedule import SCHEDULES, learning_rate_at
 from train_grpo import GrpoArguments
 
 ROOT = Path(__file__).parent.parent
@@ -103,14 +105,17 @@ def test_contradictions_stop_before_training(settings, message):
     (dict(kl_coef=0, kl_estimator="k1"), "--kl_estimator and --kl_ratio are not used"),
     (dict(kl_estimator="k1"), "is 0"),
     (dict(kind="cispo"), "--dual_clip are not used"), (dict(cispo_cap=3.0), "--cispo_cap 3.0 is not used"),
-    (dict(dual_clip=0), "nothing bounds the ratio"), (dict(level="sequence"), "GSPO has 3e-4")])
+    (dict(dual_clip=0), "nothing bounds the ratio"), (dict(level="sequence"), "GSPO has 3e-4"),
+    (dict(warmup=0.001), "the first step is at the peak already"), (dict(warmup=1, lr_schedule="cosine"), "the learning rate never falls"),
+    (dict(max_steps=2, lr_schedule="linear"), "--lr_schedule linear: no step is left")])
 def test_inert_settings_are_said(settings, said):
     notes = GrpoArguments(**NEEDED, **settings).inert()
     assert len(notes) == 1 and said in notes[0]
 
 
 def test_the_papers_settings_say_nothing():
-    for settings in ({}, dict(kl_coef=0), dict(kl_estimator="k1", kl_ratio=True), dict(level="sequence", clip_low=3e-4, clip_high=4e-4)):
+    for settings in ({}, dict(kl_coef=0), dict(kl_estimator="k1", kl_ratio=True), dict(level="sequence", clip_low=3e-4, clip_high=4e-4),
+                     dict(warmup=0.1, lr_schedule="linear"), dict(warmup=1)):
         assert GrpoArguments(**NEEDED, **settings).inert() == []
 
 
@@ -167,6 +172,34 @@ def test_the_denominator_is_the_whole_updates(how, train, calls):
         assert [settings["denominator"] for _, settings in pair] == [expected] * 2
     for name in ("loss", "grad_norm"):
         assert rows(whole)[0][name] == pytest.approx(rows(parts)[0][name], rel=1e-3, abs=1e-6)
+
+
+def test_the_learning_rate_over_a_run():
+    rates = {name: [learning_rate_at(step, 21, 2.0, 0.25, name) for step in range(21)] for name in SCHEDULES}
+    for name, found in rates.items():
+        assert found[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0]) and found[5] == 2.0, "round(0.25 * 21) = 5 steps of warm-up"
+        assert found[5:] == sorted(found[5:], reverse=True) and min(found[5:]) >= 0.2
+    assert set(rates["constant"][5:]) == {2.0}
+    assert rates["linear"][13] == pytest.approx(1.1) == rates["cosine"][13], "half-way between 2 and a tenth of it"
+    assert rates["linear"][9] == pytest.approx(1.55) and rates["cosine"][9] == pytest.approx(1.1 + 0.9 * math.cos(math.pi / 4))
+    assert learning_rate_at(0, 1, 1e-6, 0.0, "constant") == learning_rate_at(7, 9, 1e-6, 0.0, "constant") == 1e-6
+    of_sft = lambda step, steps, peak, warmup: (  # as it was written in train_sft.py, to the last bit
+        peak * (step + 1) / rise if step < (rise := max(1, round(warmup * steps)))
+        else peak * (0.55 + 0.45 * math.cos(math.pi * (step - rise) / max(1, steps - rise))))
+    for case in [(step, steps, 4e-3, warmup) for steps in (1, 2, 880) for warmup in (0, 0.03, 1) for step in range(steps)]:
+        assert learning_rate_at(*case, "cosine") == of_sft(*case)
+
+
+def test_the_learning_rate_reaches_every_update_and_the_log(train, monkeypatch):
+    taken, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: taken.append(self.param_groups[0]["lr"]) or step(self))
+    folder = train("--warmup", 0.5, "--lr_schedule", "linear", "--updates_per_rollout", 2, steps=4)
+    expected = [5e-5, 1e-4, 1e-4, 5.5e-5]
+    assert taken == pytest.approx([rate for rate in expected for _ in range(2)])
+    assert [row["learning_rate"] for row in rows(folder)] == pytest.approx(expected)
+    row = rows(folder)[-1]
+    phases = sum(row[f"seconds_{name}"] for name in ("rollout", "reward", "reference", "update"))
+    assert phases <= row["seconds"] < phases + 1 and 0.05 < row["peak_memory_gb"] < 50
 
 
 def test_activation_checkpointing_reaches_the_policy_and_changes_nothing(train, monkeypatch):
@@ -227,11 +260,12 @@ def test_dynamic_sampling_is_bounded(train):
 
 
 def test_a_resumed_run_replaces_the_same_groups(train, tmp_path):
-    whole = train("--dynamic_sampling", 2, "--rollout_cap", 2)
+    settings = ["--dynamic_sampling", 2, "--rollout_cap", 2, "--warmup", 1]  # its second step has another learning rate
+    whole = train(*settings)
     with pytest.raises(SystemExit) as stop:
-        train("--dynamic_sampling", 2, "--rollout_cap", 2, folder=tmp_path / "run", reward="interrupting")
+        train(*settings, folder=tmp_path / "run", reward="interrupting")
     assert stop.value.code == 130 and len(rows(tmp_path / "run")) == 1
-    train("--dynamic_sampling", 2, "--rollout_cap", 2, "--resume", folder=tmp_path / "run")
+    train(*settings, "--resume", folder=tmp_path / "run")
     assert same(whole, tmp_path / "run") and rows(whole)[1]["groups_replaced"] > 0
 
 

@@ -26,7 +26,7 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 @dataclass
 class RunArguments:
-    """What every training program takes; each adds a learning rate of its own."""
+    """What every training program takes; each adds a learning rate and a warm-up of its own."""
 
     model: str = field(metadata={"help": "checkpoint folder or hub name of a dense Qwen3-VL; for train_sft.py also `tiny`: a small "
                                          "random one"})
@@ -83,6 +83,8 @@ class RunArguments:
         for name in ("learning_rate", "grad_clip"):  # a clip at 0 would zero every gradient
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} must be a number above 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"--warmup must lie in 0..1, got {self.warmup}: it is a share of the steps")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"--weight_decay must be 0 or more, got {self.weight_decay}")
         if self.max_grad_norm <= 0:

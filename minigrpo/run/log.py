@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import sys
 import time
 from contextlib import contextmanager
@@ -52,10 +53,10 @@ class JsonLines:
 
 
 class Timer:
-    """Seconds of each phase of a step."""
+    """Seconds of a step, from here on, and of each of its phases."""
 
     def __init__(self):
-        self.seconds: dict[str, float] = {}
+        self.began, self.seconds = time.perf_counter(), {}
 
     @contextmanager
     def phase(self, name: str):
@@ -66,7 +67,17 @@ class Timer:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def row(self) -> dict[str, float]:
-        return {f"seconds_{name}": round(value, 4) for name, value in self.seconds.items()}
+        whole = {"seconds": round(time.perf_counter() - self.began, 4)}
+        return whole | {f"seconds_{name}": round(value, 4) for name, value in self.seconds.items()}
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most that this process has held so far in 1e9 bytes, of the largest rank: resident, or on a GPU of its tensors there."""
+    if device.type == "cuda":
+        held = torch.cuda.max_memory_allocated(device)
+    else:
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return max(gathered(held)) / 1e9
 
 
 class Means:
