@@ -37,7 +37,7 @@ from minigrpo.run.groups import Groups, micro_batches, of_all_ranks, padding_sha
 from minigrpo.run.guard import Skipped, halving, in_time, stop_if_unscored
 from minigrpo.run.log import JsonLines, Means, Timer, group_rows, peak_memory_gb, rollout_stats
 from minigrpo.run.plan import explain, plan_grpo
-from minigrpo.run.plots import draw_curves
+from minigrpo.run.plots import draw_curves, due
 from minigrpo.run.roofline import efficiency, measure_roofline, note_on_bf16
 from minigrpo.run.schedule import SCHEDULES, learning_rate_at, rise_of, set_learning_rate
 from minigrpo.run.shard import apart, clip_gradients, in_step, shard, whole
@@ -234,7 +234,7 @@ def main() -> None:
     if limits:
         say(f"roofline: {limits['tflop_per_second']:.3g} TFLOP/s, {limits['gb_per_second']:.3g} GB/s")
 
-    B, G = args.prompts_per_step, args.group_size
+    B, G, redraw = args.prompts_per_step, args.group_size, due()
     with lock, lost_rank(folder), graceful_stop() as stopping:
         for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="grpo",
                                  disable=not first())):
@@ -322,10 +322,12 @@ def main() -> None:
                 stop_early(code, folder, step + 1, policy, optimizer, keep=args.keep_checkpoints)
             if (step + 1) % args.save_steps == 0 and step + 1 < args.max_steps:
                 save_checkpoint(folder, step + 1, policy, optimizer, keep=args.keep_checkpoints)
+            if first() and redraw():
+                draw_curves(folder)
 
-        save_final(folder, policy)
-        if first():
+        if first():  # before final/, by which --resume knows that nothing is left to do
             draw_curves(folder)
+        save_final(folder, policy)
     say(f"saved {folder / 'final'}")
 
 

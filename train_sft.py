@@ -28,7 +28,7 @@ from minigrpo.run.folder import (graceful_stop, last_checkpoint, load_optimizers
 from minigrpo.run.guard import Skipped, halving
 from minigrpo.run.log import JsonLines, peak_memory_gb
 from minigrpo.run.plan import explain, plan_sft
-from minigrpo.run.plots import draw_curves
+from minigrpo.run.plots import draw_curves, due
 from minigrpo.run.roofline import note_on_bf16
 from minigrpo.run.schedule import learning_rate_at, set_learning_rate
 from minigrpo.run.shard import apart, clip_gradients, in_step, shard, whole
@@ -169,7 +169,7 @@ def main() -> None:
         return total_loss
 
     with lock, lost_rank(folder), graceful_stop() as stopping:
-        steps, began = prefetch(encoded, range(start, args.max_steps)), time.perf_counter()
+        steps, redraw, began = prefetch(encoded, range(start, args.max_steps)), due(), time.perf_counter()
         for step, made in (bar := tqdm(steps, initial=start, total=args.max_steps, desc="sft", disable=not first())):
             answers = [(mask, rows) for _, blocks in made[0] for _, mask, rows in blocks]
             zero = torch.zeros((), device=policy.device)
@@ -208,11 +208,13 @@ def main() -> None:
                 stop_early(code, folder, step + 1, policy, *optimizers, keep=args.keep_checkpoints)
             if (step + 1) % args.save_steps == 0 and step + 1 < args.max_steps:
                 save_checkpoint(folder, step + 1, policy, *optimizers, keep=args.keep_checkpoints)
+            if first() and redraw():
+                draw_curves(folder)
             began = time.perf_counter()  # waiting for the next batch counts, saving and validation do not
 
-        save_final(folder, policy)
-        if first():
+        if first():  # before final/, by which --resume knows that nothing is left to do
             draw_curves(folder)
+        save_final(folder, policy)
     say(f"saved {folder / 'final'}")
 
 
