@@ -32,8 +32,8 @@ def policy(samples):
 def trained(phantom, tmp_path_factory):
     """Folder with an SFT run and a GRPO run on top of it, four and three steps long."""
     out = tmp_path_factory.mktemp("runs")
-    python(*sft(phantom, out / "sft"))
-    python(*grpo(phantom, out / "sft/final", out / "grpo"))
+    python(*sft(phantom, out / "sft"), curves=True)
+    python(*grpo(phantom, out / "sft/final", out / "grpo"), curves=True)
     return out
 
 

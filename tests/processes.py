@@ -46,10 +46,16 @@ def run(program, arguments, log, *, ranks=1, prepare=None, code=0):
     return Path(f"{log}-0").read_text()
 
 
-def python(*line, code=0):
-    """What `python LINE` prints on both streams; it must exit with `code`. A new interpreter would take seconds to import everything."""
+def python(*line, code=0, curves=False):
+    """What `python LINE` prints on both streams; it must exit with `code`. A new interpreter would take seconds to import everything,
+    and half of a small run's time goes into its picture of `curves`."""
     with tempfile.TemporaryDirectory() as folder:
-        return run("python", line, Path(folder) / "log", code=code)
+        return run("python", line, Path(folder) / "log", code=code, prepare=None if curves else without_curves)
+
+
+def without_curves(rank):
+    import minigrpo.run.plots
+    minigrpo.run.plots.draw_curves = lambda folder: None
 
 
 def sft(phantom, out, *extra, steps=4):
@@ -91,5 +97,5 @@ def _run(program, arguments, log, rank, ranks, port, prepare, environment):
         runpy.run_path(arguments[0], run_name="__main__")
     else:
         sys.argv, module = [f"{program}.py", *arguments], importlib.import_module(program)
-        module.draw_curves = lambda folder: None  # half of a small run's time
+        module.draw_curves = lambda folder: None
         module.main()
