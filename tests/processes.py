@@ -40,8 +40,8 @@ def finish(processes, seconds=120):
     return codes
 
 
-def run(program, arguments, log, *, ranks=1, prepare=None, code=0):
-    codes = finish(start(program, arguments, log, ranks=ranks, prepare=prepare))
+def run(program, arguments, log, *, ranks=1, prepare=None, code=0, seconds=120):
+    codes = finish(start(program, arguments, log, ranks=ranks, prepare=prepare), seconds)
     assert codes == [code] * ranks, (codes, *(Path(f"{log}-{rank}").read_text()[-3000:] for rank in range(ranks)))
     return Path(f"{log}-0").read_text()
 
