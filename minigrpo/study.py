@@ -59,7 +59,7 @@ class Size:
 
 FULL = Size(films=2400, test=300, pixels=224, scenes=2000, reading=400, traces=2000, general_steps=1200, domain_steps=900,
             grpo_steps={"report": 100, "grounding": 140}, prompts=16, group=8, longest=224, seeds=3)
-SMOKE = Size(films=12, test=4, pixels=64, scenes=12, reading=4, traces=10, general_steps=4, domain_steps=4,
+SMOKE = Size(films=12, test=4, pixels=64, scenes=12, reading=4, traces=10, general_steps=2, domain_steps=2,
              grpo_steps={"report": 1, "grounding": 1}, prompts=4, group=2, longest=24, seeds=1)
 
 

@@ -1,4 +1,4 @@
-"""What the tests share: a handful of phantom films and one random tiny Qwen3-VL that has seen their text."""
+"""What the tests share: a handful of phantom films, one random tiny Qwen3-VL that has seen their text, small runs."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from minigrpo.data import read_jsonl
 from minigrpo.data.phantom import Arguments, write_phantom
 from minigrpo.tiny import tiny_policy
+from tests.processes import grpo, python, sft
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +26,15 @@ def samples(phantom):
 def policy(samples):
     torch.manual_seed(0)
     return tiny_policy(samples, seed=0, pixels=96 * 96)
+
+
+@pytest.fixture(scope="session")
+def trained(phantom, tmp_path_factory):
+    """Folder with an SFT run and a GRPO run on top of it, four and three steps long."""
+    out = tmp_path_factory.mktemp("runs")
+    python(*sft(phantom, out / "sft"), curves=True)
+    python(*grpo(phantom, out / "sft/final", out / "grpo"), curves=True)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,9 @@ from minigrpo.rewards import clinical, radcliq_v1, reward_fn
 from minigrpo.rewards.bertscore import BertScore
 from minigrpo.rewards.chexbert import CheXbert, cosine
 from minigrpo.rewards.radgraph import RadGraph, radgraph_f1
+from tests.processes import grpo, python
 from tests.scorer_weights import reports, write_chexbert, write_encoders, write_radgraph
-from tests.test_programs import grpo, rows, run, trained  # noqa: F401 (a fixture)
+from tests.test_programs import rows
 
 ALL = list(clinical.CLINICAL)
 
@@ -163,37 +164,44 @@ def test_scorer_that_gives_nan_is_masked(folder):
     assert scores.valid == [False, True] and scores.values == [0.0, -3.0]
 
 
-@pytest.mark.parametrize("share, code", [(0.05, 0), (0.5, 1)])
-def test_run_goes_on_or_stops_by_the_share_not_scored(phantom, trained, tmp_path, share, code, monkeypatch):  # noqa: F811
+def flaky(answers, samples, draw=random.Random(0)):
+    return [None if draw.random() < 0.05 else draw.random() for _ in answers]
+
+
+def often_flaky(answers, samples, draw=random.Random(0)):
+    return [None if draw.random() < 0.5 else draw.random() for _ in answers]
+
+
+def dies(answers, samples):
+    raise OSError("no such scorer")
+
+
+@pytest.mark.parametrize("reward, message", [
+    ("flaky", ""), ("often_flaky", "the reward could not score"),
+    ("dies", "could not score 16 of 16 answers: tests.test_clinical:dies: OSError: no such scorer")])
+def test_run_goes_on_or_stops_by_the_share_not_scored(phantom, trained, tmp_path, reward, message):
     """A scorer that fails now and then is counted; one that fails often ends the run, with what it said."""
-    (tmp_path / "flaky_reward.py").write_text(
-        "import random\ndraw = random.Random(0)\n"
-        f"def score(answers, samples):\n    return [None if draw.random() < {share} else draw.random() for _ in answers]\n"
-        "def dies(answers, samples):\n    raise OSError('no such scorer')\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    said = run(*grpo(phantom, trained / "sft/final", tmp_path / "out", "--reward", "flaky_reward:score", "--max_unscored", 0.3), code=code)
-    if code:
-        assert "the reward could not score" in said and "more than --max_unscored 0.3" in said
+    said = python(*grpo(phantom, trained / "sft/final", tmp_path / "out", "--reward", f"tests.test_clinical:{reward}", "--max_unscored", 0.3),
+                  code=int(bool(message)))
+    if message:
+        assert message in said and "more than --max_unscored 0.3" in said
     else:
         log = rows(tmp_path / "out")
         assert 0 < sum(row["unscored"] for row in log) < 0.3 * 3
         assert all(math.isfinite(value) for row in log for value in row.values())
-    if code:
-        said = run(*grpo(phantom, trained / "sft/final", tmp_path / "dies", "--reward", "flaky_reward:dies"), code=1)
-        assert "could not score 16 of 16 answers: flaky_reward:dies: OSError: no such scorer" in said
 
 
 def test_program_says_which_weights_are_missing(phantom, tmp_path):
-    said = run(*grpo(phantom, "tiny", tmp_path / "out", "--reward", "report=radcliq", "--reward_weights", tmp_path), code=1)
+    said = python(*grpo(phantom, "tiny", tmp_path / "out", "--reward", "report=radcliq", "--reward_weights", tmp_path), code=1)
     assert "radgraph-xl.tar.gz is missing: fetch radgraph-xl.tar.gz (416 MB)" in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()
-    said = run(*grpo(phantom, "tiny", tmp_path / "out", "--max_unscored", 2), code=1)
+    said = python(*grpo(phantom, "tiny", tmp_path / "out", "--max_unscored", 2), code=1)
     assert "--max_unscored must lie in 0..1, got 2.0" in said
 
 
-def test_program_trains_on_radcliq(phantom, trained, folder, tmp_path, monkeypatch):  # noqa: F811
+def test_program_trains_on_radcliq(phantom, trained, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("MINIGRPO_CACHE", str(tmp_path / "cache"))
-    run(*grpo(phantom, trained / "sft/final", tmp_path / "out", "--reward", "report=0.9*radcliq+0.1*gleu", "--reward_weights", folder, steps=2))
+    python(*grpo(phantom, trained / "sft/final", tmp_path / "out", "--reward", "report=0.9*radcliq+0.1*gleu", "--reward_weights", folder, steps=2))
     log = rows(tmp_path / "out")
     assert all(-3 <= row["reward_radcliq"] <= 1.45 and row["unscored"] == 0 for row in log) and (tmp_path / "cache/references.sqlite").is_file()
     first = json.loads((tmp_path / "out/rollouts.jsonl").read_text().splitlines()[0])["groups"][0]["answers"][0]

@@ -1,6 +1,7 @@
 """The three programs as a user runs them: small runs, resume, and bad input."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,34 +16,10 @@ from safetensors.torch import load_file
 
 from minigrpo.data import Sample
 from minigrpo.tiny import tiny_policy
+from tests.processes import finish, grpo, python as run, sft, start
 from train_sft import SftArguments, make_optimizers
 
 ROOT = Path(__file__).parent.parent
-
-
-def run(*command, code=0):
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def sft(phantom, out, *extra, steps=4):
-    return ["train_sft.py", "--model", "tiny", "--train_data", phantom / "train.jsonl", "--output_dir", out, "--max_steps", steps,
-            "--learning_rate", 1e-3, "--batch_size", 4, *extra]
-
-
-def grpo(phantom, model, out, *extra, steps=3):
-    return ["train_grpo.py", "--model", model, "--train_data", phantom / "train.jsonl", "--output_dir", out, "--max_steps", steps,
-            "--prompts_per_step", 4, "--group_size", 4, "--max_new_tokens", 16, "--learning_rate", 1e-4, *extra]
-
-
-@pytest.fixture(scope="module")
-def trained(phantom, tmp_path_factory):
-    """Folder with an SFT run and a GRPO run on top of it, four and three steps long."""
-    out = tmp_path_factory.mktemp("runs")
-    run(*sft(phantom, out / "sft"))
-    run(*grpo(phantom, out / "sft/final", out / "grpo"))
-    return out
 
 
 def weights(folder):
@@ -113,13 +90,12 @@ def test_evaluation_and_paired_comparison(trained, phantom):
 def test_interrupted_run_resumes_bit_for_bit(program, trained, phantom, tmp_path):
     """Ctrl-C finishes the step, leaves a checkpoint and exits with 130; --resume ends where the whole run ended."""
     command = sft(phantom, tmp_path / "run") if program == "sft" else grpo(phantom, trained / "sft/final", tmp_path / "run")
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process, = start("python", command, tmp_path / "log")
     log = tmp_path / "run/metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text()):
+    while process.is_alive() and not (log.exists() and log.read_text()):
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
-    assert process.returncode == 130
+    os.kill(process.pid, signal.SIGINT)
+    assert finish([process]) == [130]
     (log.open("a")).write('{"step": 2, "rew')  # what a kill in the middle of a line would leave
     assert "resuming from" in run(*command, "--resume")
     assert same(tmp_path / "run", trained / program)

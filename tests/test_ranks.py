@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from minigrpo.loss import denominator_of, group_advantages, grpo_loss
+from tests.processes import CONTEXT, finish
 
 GROUPS, SIZE, TOKENS = 4, 3, 5
 VARIANTS = {
@@ -56,7 +56,10 @@ def worker(rank, folder):
 @pytest.fixture(scope="module")
 def shares(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=4)
+    processes = [CONTEXT.Process(target=worker, args=(rank, str(folder))) for rank in range(4)]
+    for process in processes:
+        process.start()
+    assert finish(processes) == [0] * 4
     return {ranks: [torch.load(folder / f"{ranks}-{rank}.pt") for rank in range(ranks)] for ranks in (2, 4)}
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from minigrpo.run.args import parse_args
 from minigrpo.study import FULL, SMOKE, Run, folders, plan, run_all
 from minigrpo.study_results import curves, gain, pooled
 from minigrpo.study_table import NOTHING, tables, write_page
+from tests import processes
 from train_grpo import GrpoArguments
 from train_sft import SftArguments
 
@@ -162,15 +162,17 @@ def test_a_page_without_markers_is_not_written_over(tmp_path):
     assert tables({"runs": {}}) == NOTHING
 
 
+def without_pictures(rank):
+    import minigrpo.run.plots as plots
+    plots.draw_curves = plots.draw_samples = lambda *_, **__: None  # two thirds of the time
+
+
 def test_the_whole_study_runs_and_comes_from_its_cache(tmp_path, monkeypatch, capsys):
     """Films, scenes, traces, both SFTs, a run and an evaluation of every arm, tables, figures; once more from cache."""
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- results -->\n<!-- end -->\nafter\n")
     command = ["--smoke", "--output_dir", tmp_path / "runs", "--json", tmp_path / "study.json", "--page", page]
-    unseen = "import minigrpo.run.plots as p; p.draw_curves = p.draw_samples = lambda *_, **__: None"  # two thirds of the time
-    whole = [sys.executable, "-c", f"{unseen}; from minigrpo.study import main; main()", *map(str, command)]
-    done = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
+    processes.run("python", ["-m", "minigrpo.study", *command], tmp_path / "log", prepare=without_pictures, seconds=500)
     results = json.loads((tmp_path / "study.json").read_text())
     assert len(results["runs"]) == 8 and set(results["ablation"]) == {"none", "gleu", "radgraph", "mix"} and results["smoke"]
     for name, run in results["runs"].items():
