@@ -4,13 +4,29 @@ import json
 import sys
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from PIL import Image
 
 import train_grpo
 import train_sft
 from minigrpo import curves
+from minigrpo.data import Sample
 from minigrpo.run import plots
-from minigrpo.run.plots import draw_curves, spread
+from minigrpo.run.plots import draw_curves, draw_samples, spread
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    """The page of every picture of answers."""
+    found = []
+
+    class Kept(plots.Figure):
+        def add_axes(self, *args, **more):
+            found.append(super().add_axes(*args, **more))
+            return found[-1]
+    monkeypatch.setattr(plots, "Figure", Kept)
+    return found
 
 
 def test_samples_show_different_questions():
@@ -19,6 +35,54 @@ def test_samples_show_different_questions():
     assert len(set(shown)) == 8 and len({sample % 5 for sample in shown}) > 2
     assert shown == spread(list(range(200)), 8) == sorted(shown), "the same before and after, so that pictures compare"
     assert spread([3, 7], 8) == [3, 7] and spread([], 8) == []
+
+
+def word_pieces(texts, marks):
+    """[(x, baseline, text, colour behind it or None)] of what a page shows, in reading order."""
+    behind = lambda text: next((p.get_facecolor() for p in marks if p.get_facecolor()[3] and abs(p.get_x() + 0.02 - text._x) < 1e-6
+                                and p.get_y() < text._y < p.get_y() + p.get_height()), None)
+    return sorted((t._y, t._x, t.get_text(), behind(t)) for t in texts)
+
+
+def test_words_that_differ_are_marked_and_others_are_not(tmp_path, pages):
+    """Every prediction was painted red, whatever it said."""
+    sample = Sample("r", None, "report", "What is seen?", "The heart is large. No effusion.")
+    draw_samples(tmp_path / "s.png", [sample], ["No effusion. The heart is small."], ["The heart is large. No pneumothorax."])
+    page = pages[0]
+    shown = [(text, color and to_hex(color)) for _, _, text, color in word_pieces(page.texts, page.patches)]
+    assert shown[2:] == [("What is seen?", None), ("reference", None), ("The heart is", None), ("large.", plots.ONLY_REFERENCE), ("No effusion.", None),
+                         ("before", None), ("The heart is large. No", None), ("pneumothorax.", plots.NOT_REFERENCE),
+                         ("prediction", None), ("No effusion. The heart is", None), ("small.", plots.NOT_REFERENCE)]
+
+
+def test_nothing_overlaps_or_leaves_the_page_whatever_was_said(tmp_path, pages):
+    Image.radial_gradient("L").resize((300, 100)).save(tmp_path / "wide.png")
+    Image.radial_gradient("L").resize((50, 200)).save(tmp_path / "high.png")
+    wide, high, long = str(tmp_path / "wide.png"), str(tmp_path / "high.png"), "Is there an effusion, or is there none? " * 9
+    boxes = [[0.1, 0.2, 0.5, 0.9]]
+    samples = [Sample("1", wide, "grounding", long, "At [0.1, 0.2, 0.5, 0.9].", boxes=boxes),
+               Sample("2", high, "grounding", "Where?", "At [0.1, 0.2, 0.5, 0.9].", boxes=boxes),
+               Sample("3", wide, "report", long, "The lungs are clear. " * 30), Sample("4", None, "conversation", "What?", "W" * 400),
+               Sample("5", high, "report", "What?", "No effusion.")]
+    answers = ["[0.3, 0.2, 0.1, 0.4] and [-1, 5, 2, 9]", "", "<think>$x_1$ so</think>It costs $5 or $6 \ud800\x00 " + "[0.12, 0.3] " * 80, "Mi" * 300,
+               "<think>broken"]
+    draw_samples(tmp_path / "s.png", samples, answers, answers)
+    page = pages[0]
+    figure = page.figure
+    figure.set_dpi(plots.DPI)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    extents = [text.get_window_extent(renderer) for text in page.texts if text.get_text()]
+    films = [image.get_window_extent(renderer) for image in page.images]
+    assert len(films) == 4 and len(extents) > 40
+    for box in extents + films:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+    boxes = [box.shrunk(0.99, 0.99) for box in extents + films]
+    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    shapes = sorted(round(film.width / film.height, 1) for film in films)
+    assert shapes == [0.2, 0.2, 3.0, 3.0], "films were drawn wider than they are"
+    assert page.texts[1].get_text().endswith("…"), "a long question"
+    headings = [text.get_text() for text in page.texts]
+    assert "prediction, its thinking left out" in headings and "prediction, its think block broken" in headings and headings.count("…") == 2
 
 
 # ---- curves -----------------------------------------------------------------------------------------------------------

@@ -4,18 +4,21 @@ import json
 import os
 import random
 import sys
-import textwrap
 import time
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.backends.backend_agg import get_hinting_flag
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from minigrpo.data import Sample, load_image, parse_boxes, split_thinking
+from minigrpo.run.report import differences
 
 # Panel titles and the figures of metrics.jsonl that each shows; a panel without its first figure is left out.
 PANELS = {
@@ -126,56 +129,158 @@ def draw_line(axis, steps, values, *, color, style: str, points: bool, faint: fl
     axis.plot(steps, np.convolve(padded, np.ones(window) / window, "valid"), color=color, linestyle=style, linewidth=1.8)
 
 
-TRUE, BEFORE, NOW = "#39d353", "#ffa657", "#ff4d4d"
+# The page of an evaluation's films and answers, in inches and points.
+WIDTH, MARGIN, GAP, LINE, POINTS, DPI, LINES = 10.0, 0.12, 0.14, 0.175, 9.0, 130, 7
+TRUE, BEFORE, NOW = "#56b4e9", "#f0e442", "#ff6a13"  # of boxes; they differ in style, too
+LOOKS = {"true": dict(edgecolor=TRUE, linewidth=2.6), "before": dict(edgecolor=BEFORE, linewidth=1.4, linestyle="--"),
+         "predicted": dict(edgecolor=NOW, linewidth=1.6)}
+ONLY_REFERENCE, NOT_REFERENCE = "#cde6f7", "#ffd3a8"  # behind words
+NO_TEXT = "(no text)"
+INK, FAINT = "#1c1e21", "#667080"
 
 
 def draw_samples(path: Path, samples: list[Sample], answers: list[str], before: list[str] | None = None, *,
                  count: int = 4, opened: bool = False, box_scale: float = 1.0) -> Path:
-    """Films with true and predicted boxes, then reports beside their reference; `before` is another model's answers,
-    whose boxes are taken to be fractions of the film. Nothing to show (boxes, but no film): no picture."""
+    """Films with true and predicted boxes, then texts beside their film, with the words marked in which they differ from their
+    reference, as in report.html. `before` is another model's answers, whose boxes are taken to be fractions of the film.
+    Nothing to show (boxes, but no film): no picture."""
     grounding = spread([i for i, s in enumerate(samples) if s.task == "grounding" and s.images], 2 * count)
     written = spread([i for i, s in enumerate(samples) if s.task != "grounding"], count)
-    film_rows = -(-len(grounding) // count)
-    heights = [3.3] * film_rows + [2.6] * len(written)
-    if not heights:
+    if not grounding and not written:
         return path
-    fig = Figure(figsize=(3.2 * count, sum(heights)), layout="constrained")
-    grid = fig.add_gridspec(len(heights), count, height_ratios=heights)
-    for number, i in enumerate(grounding):
-        axis = fig.add_subplot(grid[number // count, number % count])
-        show_film(axis, samples[i])
-        draw_boxes(axis, samples[i].boxes, TRUE, width=2.5)
-        if before:
-            draw_boxes(axis, parse_boxes(split_thinking(before[i])[1]), BEFORE, style="--")
-        draw_boxes(axis, parse_boxes(split_thinking(answers[i], opened)[1], box_scale), NOW)
-        axis.set_title("\n".join(textwrap.wrap(samples[i].question, 38)[:2]), fontsize=8)
-    for row, i in enumerate(written, start=film_rows):
-        show_film(fig.add_subplot(grid[row, 0]), samples[i])
-        axis = fig.add_subplot(grid[row, 1:])
-        axis.axis("off")
-        texts = [("reference", samples[i].answer, "#1a7f37")] + ([("before", before[i], "#9a6700")] if before else [])
-        top = 1.0
-        for name, text, color in texts + [("prediction", answers[i], "#cf222e")]:
-            lines = textwrap.wrap(f"{name}: {text}", 145)[:5]
-            axis.text(0, top, "\n".join(lines), fontsize=8, va="top", color=color, transform=axis.transAxes)
-            top -= 0.075 * len(lines) + 0.06
-    names = [("true box", TRUE, "-")] + ([("before", BEFORE, "--")] if before else []) + [("predicted", NOW, "-")]
+    fig = Figure()
+    page, top = fig.add_axes((0, 0, 1, 1)), MARGIN
+    page.axis("off")
     if grounding:
-        fig.legend(handles=[Line2D([], [], color=c, linestyle=s, label=n) for n, c, s in names], ncols=3, fontsize=8,
-                   loc="outside upper center")
-    fig.savefig(path, dpi=100)
+        kinds = [kind for kind in LOOKS if before or kind != "before"]
+        fig.legend([Rectangle((0, 0), 1, 1, fill=False, **LOOKS[kind]) for kind in kinds], [f"{kind} box" for kind in kinds],
+                   ncols=3, fontsize=POINTS, loc="upper left", borderaxespad=0.4, frameon=False)
+        top += 0.3
+    side = (WIDTH - 2 * MARGIN - (count - 1) * GAP) / count
+    for start in range(0, len(grounding), count):
+        row = grounding[start:start + count]
+        titles = [plain_lines(samples[i].question, side) for i in row]
+        top += LINE * max(map(len, titles))
+        bottoms = []
+        for column, (i, title) in enumerate(zip(row, titles)):
+            left = MARGIN + column * (side + GAP)
+            write(page, title, left, top - LINE * len(title))
+            film = show_film(page, samples[i], left, top + 0.06, side, 1.2 * side)
+            boxes = {"true": samples[i].boxes, "before": parse_boxes(split_thinking(before[i])[1]) if before else [],
+                     "predicted": parse_boxes(split_thinking(answers[i], opened)[1], box_scale)}
+            for kind, found in boxes.items():
+                draw_boxes(page, film, found, **LOOKS[kind])
+            bottoms.append(film[3])
+        top = max(bottoms) + GAP
+    if written:
+        top = key_to_words(page, top)
+    for i in written:
+        film = show_film(page, samples[i], MARGIN, top, 2.1, 2.3)
+        left = film[2] + GAP
+        room = WIDTH - MARGIN - left
+        bottom = write(page, plain_lines(samples[i].question, 0.88 * room), left, top, bold=True)  # bold letters are wider
+        for name, pieces, color in texts_of(samples[i], answers[i], before[i] if before else None, opened):
+            page.text(left, bottom + 0.2, name, fontsize=POINTS - 1, color=FAINT, va="baseline", parse_math=False)
+            words = [(word, piece["changed"]) for piece in pieces for word in clean(piece["text"]).split(" ")]
+            bottom = write(page, shortened(wrapped(words, room), LINES), left, bottom + 0.22, behind=color)
+        top = max(film[3], bottom) + 1.5 * GAP
+    page.set(xlim=(0, WIDTH), ylim=(top, 0))
+    fig.set_size_inches(WIDTH, top)
+    fig.savefig(path, dpi=DPI)
     return path
 
 
-def show_film(axis, sample: Sample) -> None:
-    if sample.images:
-        axis.imshow(load_image(sample.images[0]), extent=(0, 1, 1, 0), aspect="auto")
-    axis.axis("off")
+def texts_of(sample: Sample, answer: str, before: str | None, opened: bool) -> list[tuple[str, list[dict], str]]:
+    """(heading, pieces {"text", "changed"}, colour of what is changed) of the reference and of each answer."""
+    thinking, text, ok = split_thinking(answer, opened)
+    texts = [("reference", differences(sample.answer, text)[0], ONLY_REFERENCE)]
+    if before is not None:
+        texts.append(("before", differences(sample.answer, split_thinking(before)[1] or NO_TEXT)[1], NOT_REFERENCE))
+    about = ", its think block broken" if not ok else ", its thinking left out" if thinking else ""
+    return [*texts, ("prediction" + about, differences(sample.answer, text or NO_TEXT)[1], NOT_REFERENCE)]
 
 
-def draw_boxes(axis, boxes: list, color: str, *, width: float = 1.5, style: str = "-") -> None:
+def key_to_words(page, top: float) -> float:
+    left = MARGIN
+    for text, color in (("only in the reference", ONLY_REFERENCE), ("not in the reference", NOT_REFERENCE)):
+        write(page, [[(text, True)]], left, top, behind=color)
+        left += width_of(text) + 2 * GAP
+    return top + LINE + GAP
+
+
+def width_of(text: str) -> float:
+    """In inches, the blank at its end included, as Agg will draw it."""
+    font = get_font(findfont(FontProperties()))
+    font.set_size(POINTS, DPI)
+
+    def pixels(text: str) -> float:
+        font.set_text(text, 0.0, flags=get_hinting_flag())
+        return font.get_width_height()[0] / 64
+    return (pixels(text + ".") - pixels(".")) / DPI
+
+
+def wrapped(words: list[tuple[str, bool]], width: float) -> list[list[tuple[str, bool]]]:
+    """Words in lines of at most `width` inches; one that is wider is cut."""
+    lines, used, blank = [[]], 0.0, width_of(" ")
+    for word, changed in words:
+        while (size := width_of(word)) > width and len(word) > 1:
+            keep = max(1, int(len(word) * width / size) - 1)
+            lines += [[(word[:keep], changed)], []]
+            word, used = word[keep:], 0.0
+        if used and used + blank + size > width:
+            lines.append([])
+            used = 0.0
+        lines[-1].append((word, changed))
+        used += size + (blank if used else 0.0)
+    return [line for line in lines if line]
+
+
+def plain_lines(text: str, width: float) -> list[list[tuple[str, bool]]]:
+    return shortened(wrapped([(word, False) for word in clean(text).split()], width), 2)
+
+
+def shortened(lines: list[list[tuple[str, bool]]], most: int) -> list[list[tuple[str, bool]]]:
+    return lines if len(lines) <= most else [*lines[:most - 1], [*lines[most - 1][:-1], ("…", False)]]
+
+
+def write(page, lines: list[list[tuple[str, bool]]], left: float, top: float, *, behind: str | None = None, bold: bool = False) -> float:
+    """Lines of (word, whether it is marked) below `top`, where they end."""
+    for number, line in enumerate(lines, 1):
+        base, x = top + LINE * number - 0.05, left
+        for changed, words in groupby(line, key=lambda pair: pair[1]):
+            text = " ".join(word for word, _ in words)
+            size = width_of(text)
+            if changed:
+                page.add_patch(Rectangle((x - 0.02, base - 0.125), size + 0.04, 0.165, color=behind, linewidth=0))
+            page.text(x, base, text, fontsize=POINTS, color=INK, va="baseline", parse_math=False, weight="bold" if bold else "normal")
+            x += size + width_of(" ")
+    return top + LINE * len(lines)
+
+
+def clean(text: str) -> str:
+    """A sampler may write half a surrogate pair, or a control character."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text.replace("\n", " "))
+
+
+def show_film(page, sample: Sample, left: float, top: float, width: float, height: float) -> tuple[float, float, float, float]:
+    """The film as large as fits; left, top, right and bottom of where it lies. Without a film: nothing, no width."""
+    if not sample.images:
+        return left, top, left - GAP, top
+    film = load_image(sample.images[0])
+    scale = min(width / film.width, height / film.height)
+    right, bottom = left + scale * film.width, top + scale * film.height
+    film.thumbnail((1024, 1024))
+    page.imshow(film, extent=(left, right, bottom, top), aspect="auto", interpolation="antialiased")
+    return left, top, right, bottom
+
+
+def draw_boxes(page, film: tuple[float, float, float, float], boxes: list, **look) -> None:
+    """Boxes in fractions of the film, which lies on the page at (left, top, right, bottom)."""
+    left, top, right, bottom = film
     for x1, y1, x2, y2 in boxes:
-        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width, linestyle=style))
+        corner = left + x1 * (right - left), top + y1 * (bottom - top)
+        patch = page.add_patch(Rectangle(corner, (x2 - x1) * (right - left), (y2 - y1) * (bottom - top), fill=False, **look))
+        patch.set_clip_path(Rectangle((left, top), right - left, bottom - top, transform=page.transData))
 
 
 def spread(indices: list[int], count: int) -> list[int]:
