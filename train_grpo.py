@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minigrpo.data import ask_to_think, batch_at, read_jsonl
+from minigrpo.data import ask_to_think, batch_at, check_apart, read_jsonl, scale_note
 from minigrpo.generate import Rollout, generate
 from minigrpo.lora import adapters_off, add_adapters
 from minigrpo.loss import (AGGREGATIONS, ESTIMATORS, KINDS, LEVELS, SCALES, denominator_of, group_advantages, grpo_loss,
@@ -192,6 +192,7 @@ def main() -> None:
                            device=args.reward_device or args.device, cache=cache_dir() / "references.sqlite")
         found = read_jsonl(args.train_data, task=args.task, part=(rank(), ranks()))
         validation = read_jsonl(args.eval_data, task=args.task, part=(rank(), ranks())) if args.eval_data else []
+        shared = check_apart(found, validation, ("--train_data", f"--eval_data {args.eval_data}"))
         validation = [sample for sample in validation if sample.task in reward.tasks]
         train = [sample for sample in found if sample.task in reward.tasks]
         if not train:
