@@ -192,7 +192,8 @@ def main() -> None:
                            device=args.reward_device or args.device, cache=cache_dir() / "references.sqlite")
         found = read_jsonl(args.train_data, task=args.task, part=(rank(), ranks()))
         validation = read_jsonl(args.eval_data, task=args.task, part=(rank(), ranks())) if args.eval_data else []
-        shared = check_apart(found, validation, ("--train_data", f"--eval_data {args.eval_data}"))
+        if shared := check_apart(found, validation, ("--train_data", f"--eval_data {args.eval_data}")):
+            say(f"note: {shared}")
         validation = [sample for sample in validation if sample.task in reward.tasks]
         train = [sample for sample in found if sample.task in reward.tasks]
         if not train:
@@ -264,6 +265,9 @@ def main() -> None:
                 wanted = groups.without_spread()
                 if not wanted:
                     break
+            if step == start and (note := scale_note(groups.rollout.texts, [s for s in groups.samples for _ in range(G)],
+                                                     reward.opened, args.box_scale)):
+                say(f"note: {note}")
             # From here on a rank has the groups of each update that balance the tokens, in order, and R rows are theirs.
             mine, updates = deal(groups.tokens(), B // args.updates_per_rollout)
             own = groups.take(mine)

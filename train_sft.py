@@ -117,7 +117,8 @@ def main() -> None:
         checkpoint = last_checkpoint(args)
         train = with_traces(read_jsonl(args.train_data, task=args.task, part=(rank(), ranks())))  # with a trace: asked to think
         validation = with_traces(read_jsonl(args.eval_data, task=args.task, part=(rank(), ranks()))) if args.eval_data else []
-        shared = check_apart(train, validation, ("--train_data", f"--eval_data {args.eval_data}"))
+        if shared := check_apart(train, validation, ("--train_data", f"--eval_data {args.eval_data}")):
+            say(f"note: {shared}")
         if args.plan is not None:
             batch = batch_at(group_by_image(train), 0, args.batch_size, args.seed)
             return print(explain(args, lambda args: plan_sft(args, passes(batch, args.questions_per_image, args.micro_batch),

@@ -121,7 +121,7 @@ def test_lengths_in_the_checkpoint_s_tokens(folder, policy, tmp_path):
 def test_contact_sheet_draws_boxes_where_they_lie(folder):
     Image.new("L", (200, 100), 0).save(folder / "wide.png")
     from minigrpo.data import read_jsonl
-    samples = read_jsonl(write(folder, "train.jsonl", line(0, "wide.png", boxes=[[0.25, 0.0, 0.5, 1.0]])))
+    samples = read_jsonl(write(folder, "train.jsonl", line(0, "wide.png", answer="[0.25, 0.00, 0.50, 1.00]", boxes=[[0.25, 0.0, 0.5, 1.0]])))
     assert draw_sheet(folder / "sheet.png", samples)
     sheet = np.asarray(Image.open(folder / "sheet.png").convert("RGB")).astype(int)
     red = (sheet[..., 0] > 200) & (sheet[..., 1] < 120)

@@ -143,7 +143,7 @@ def test_truncated_image_is_found_although_its_header_is_whole(write, tmp_path, 
 def test_each_image_is_decoded_once(write, monkeypatch):
     opened = []
     real = Image.open
-    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or real(path))
+    monkeypatch.setattr(Image, "open", lambda file, **more: opened.append(file) or real(file, **more))
     read_jsonl(write(*[REPORT | {"id": str(i)} for i in range(5)]))
     assert len(opened) == 1
 

@@ -11,8 +11,9 @@ from .text import can_be_seen
 
 TASKS = ("report", "grounding", "classification", "conversation")
 KINDS = ("anatomy", "abnormality", "phrase")
-# What no tokenizer takes (half of a character's UTF-16), and what Qwen3-VL's takes for the chat's own marks.
-_UNUSABLE = re.compile(r"[\ud800-\udfff]|<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|vision_pad)\|>")
+_HALF = re.compile(r"[\ud800-\udfff]")  # of a character's UTF-16, which no tokenizer takes
+# What Qwen3-VL's tokenizer takes for the chat's own marks.
+_MARKS = re.compile(r"<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|vision_pad)\|>")
 _MEDIA = re.compile(r"<(?:image|video|audio)>")  # LLaVA's marks
 _TAGS = re.compile(r"<\s*/?\s*(?:think|thinking|answer)\s*>", re.I)  # a score would read the reference as it reads an answer
 
@@ -32,17 +33,22 @@ def _box_error(box: Any) -> str | None:
     return None
 
 
+def broken_text(text: str) -> str | None:
+    """The first half of a character in it, shown as its escape."""
+    found = _HALF.search(text)
+    return ascii(found[0]) if found else None
+
+
 def _text_error(name: str, text: Any) -> str | None:
     if not isinstance(text, str):
         return None
     if found := _MEDIA.search(text):
         return f'"{name}" holds {found[0]}: remove it, since "image" says where images are'
-    found = _UNUSABLE.search(text)
-    if not found:
-        return None
-    if found[0].startswith("<"):
+    if found := _MARKS.search(text):
         return f'"{name}" holds {found[0]}, a mark of the chat that belongs to the program: remove it ("image" says where images are)'
-    return f'"{name}" holds {ascii(found[0])}, half a character: its text was cut or decoded wrongly; write it anew'
+    if broken := broken_text(text):
+        return f'"{name}" holds {broken}, half a character: its text was cut or decoded wrongly; write it anew'
+    return None
 
 
 def _tag_error(name: str, text: Any) -> str | None:
@@ -81,10 +87,10 @@ def record_errors(record: dict) -> Iterator[str]:
         if not is_text(record.get(name)) and not (task == "conversation" and record.get(name) is None):
             yield f'"{name}" is missing, empty or no text: write it, or remove the line'
     turns = [turn for turn in record["turns"] if isinstance(turn, list)] if isinstance(record.get("turns"), list) else []
-    named = [(name, record.get(name)) for name in ("id", "question", "answer", "thinking")]
+    named = [(name, record.get(name)) for name in ("id", "label", "source", "patient", "question", "answer", "thinking")]
     yield from filter(None, (_text_error(*pair) for pair in named + [("turns", text) for turn in turns for text in turn]))
     replies = [("turns", text) for turn in turns for text in turn[1::2]]  # a question may speak of tags
-    yield from filter(None, (_tag_error(*pair) for pair in named[2:] + replies))
+    yield from filter(None, (_tag_error(*pair) for pair in named[-2:] + replies))
     for name in ("label", "thinking", "source", "patient"):
         if not isinstance(record.get(name), str | None):
             yield f'"{name}" is {record[name]!r}, not text: put it in quotes, or leave it out'
