@@ -7,7 +7,7 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import BinaryIO
 
@@ -84,7 +84,8 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Image.Image, BinaryIO]]:
         with image:
             check_image(image)
             if image.format in ("JPEG", "MPO"):
-                check_scans(file, image.width * image.height)
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    check_scans(data, image.width * image.height)
             yield image, file
 
 
@@ -105,10 +106,9 @@ def check_size(width: int, height: int) -> None:
                          "crop it")
 
 
-def check_scans(file: BinaryIO, pixels: int) -> None:
+def check_scans(data: bytes | mmap.mmap, pixels: int) -> None:
     """ValueError for a JPEG that would take minutes to decode."""
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        scans = count_scans(data)
+    scans = count_scans(data)
     if scans > MOST_SCANS or scans * pixels > MOST_SCANNED:
         raise ValueError(f"a JPEG of {pixels:,} pixels in more than {min(scans - 1, MOST_SCANS)} scans, which takes "
                          "minutes to decode: store it anew")
@@ -163,7 +163,7 @@ def to_8_bits(image: Image.Image, stated: int | None = None) -> tuple[Image.Imag
     if bits:
         black, white, depth = 0, 2**bits - 1, f"{bits} bits in 16"
     else:
-        black, white = robust_range(image)
+        black, white, *_ = robust_range(pixels for _, pixels in blocks(image))
         black, depth = (black, "signed values") if black < 0 else (0, "more than 16 bits")
     grey = Image.new("L", image.size)
     for top, pixels in blocks(image):
@@ -199,15 +199,21 @@ def histogram(image: Image.Image) -> np.ndarray:
     return counts
 
 
-def robust_range(image: Image.Image) -> tuple[int, int]:
-    """The smallest and the largest value, one pixel in a thousand, at most a hundred, left out at either end."""
-    spare = min(image.width * image.height // 1000, 100)
-    low = high = np.zeros(0, np.int64)
-    for _, pixels in blocks(image):
-        low, high = (np.concatenate((kept, pixels.ravel())) for kept in (low, high))
-        low = np.partition(low, min(spare, len(low) - 1))[:spare + 1]
-        high = np.partition(high, -1 - min(spare, len(high) - 1))[-1 - spare:]
-    return int(low.max()), int(high.min())
+def robust_range(parts: Iterable[np.ndarray]) -> tuple[float, float, float, float]:
+    """(low, high, least, most) of the values of all parts: the extremes, and what they are without one value in a thousand,
+    at most a hundred, at either end. Zeros where there is no value."""
+    low = high = np.zeros(0)
+    count = 0
+    for values in parts:
+        count += values.size
+        low, high = (np.concatenate((kept, values.ravel())) for kept in (low, high))
+        keep = min(100, len(low) - 1)
+        low, high = (low, high) if keep < 1 else (np.partition(low, keep)[:keep + 1], np.partition(high, -1 - keep)[-1 - keep:])
+    if not count:
+        return 0, 0, 0, 0
+    spare = min(count // 1000, 100)
+    low, high = np.sort(low), np.sort(high)
+    return low[spare], high[-1 - spare], low[0], high[-1]
 
 
 def blocks(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
