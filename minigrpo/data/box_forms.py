@@ -31,7 +31,10 @@ def contradiction(answer: str, boxes: Boxes) -> str | None:
     if same_boxes(said, boxes, near):
         return None
     mend = format_boxes(boxes[:4]) + (" ..." if len(boxes) > 4 else "")
-    guess = next(guesses(said, boxes, near), "they are other boxes")
+    if len(said) != len(boxes):
+        guess = counted(said, boxes, near)
+    else:
+        guess = next(guesses(said[:MOST_PAIRED], boxes[:MOST_PAIRED], near), "they are other boxes")
     return f'the boxes in the answer are not "boxes" ({guess}): write {mend} in the answer, or mend "boxes"'
 
 
@@ -49,10 +52,7 @@ def same_boxes(said: Boxes, boxes: Boxes, near: float) -> bool:
 
 
 def guesses(said: Boxes, boxes: Boxes, near: float) -> Iterator[str]:
-    """In which form the answer's boxes, or else "boxes", would agree; which of them is too many or missing."""
-    if len(said) != len(boxes):
-        yield counted(said, boxes, near)
-        return
+    """In which form the answer's boxes, or else "boxes", would agree; both are equally many."""
     for scale_name, scale in SCALES.items():
         for name, form in FORMS.items():
             if same_boxes([[value / scale for value in form(*box)] for box in said], boxes, near):

@@ -77,7 +77,7 @@ def look(path: str) -> Film:
     counts = (image if image.mode == "L" else image.convert("L")).histogram()
     passed = list(accumulate(counts))  # pixels at most so bright
     low, high = (bisect_left(passed, share * passed[-1]) for share in (0.05, 0.95))
-    faults = {"grey": high - low < FAINT, "dark": high < DARK, "signed": depth == "signed values",
+    faults = {"grey": high - low < FAINT and high >= DARK, "dark": high < DARK, "signed": depth == "signed values",
               "clipped": high - low >= FAINT and (counts[255] > WHITE * passed[-1] or counts[0] > BLACK * passed[-1])}
     return Film(image.size, digest.digest(), high - low, depth, tuple(name for name, holds in faults.items() if holds))
 

@@ -12,18 +12,19 @@ WORDS = SPELLINGS | {"eval": "valid", "evaluation": "valid"}
 
 
 def side_of(path: Path, among: Sequence[Path]) -> str:
-    """train, valid or test, as the file's name says, or else the nearest folder's that not all files share; else the file's name.
+    """train, valid or test, as the file's name says, or else the nearest folder's that not all files share, or else its own
+    folder's; else the file's name.
 
     "mimic/train-clean.jsonl" and "train/reports.jsonl" are for training, "val/reports.jsonl" for validation.
     """
+    whole = Path(os.path.abspath(path))
     common = os.path.commonpath([os.path.dirname(os.path.abspath(other)) for other in among])
-    parts = Path(os.path.relpath(os.path.abspath(path), common)).with_suffix("").parts
-    for part in reversed(parts):
+    for part in reversed(whole.relative_to(common).with_suffix("").parts):
         words = "".join(char if char.isalpha() else " " for char in part.lower()).split()
         sides = {WORDS[word] for word in (word.removesuffix("set") for word in words) if word in WORDS}
         if len(sides) == 1:
             return sides.pop()
-    return path.name
+    return WORDS.get(whole.parent.name.lower(), path.name)
 
 
 def check_apart(train: Sequence[Sample], others: Sequence[Sample], names: tuple[str, str]) -> str | None:
