@@ -1,7 +1,9 @@
 """Sections of a report: where they begin and end. Only a known name ends one, since `ETT: 3 cm above the carina.` is a finding."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from .ledger import Ledger
 
@@ -28,8 +30,16 @@ SPELLINGS = {
     "NOTIFICATION": "NOTIFICATION(S), NOTIFICATION OF CRITICAL RESULT(S), ATTESTATION",
     "ADDENDUM": "ADDENDUM, ADDENDA",
 }
-SECTION_OF = {spelling: section for section, spellings in SPELLINGS.items() for text in spellings.split(", ")
-              for spelling in {text.replace("(S)", ""), text.replace("(S)", "S"), text}}
+
+
+def _each(text: str) -> Iterator[str]:
+    """A spelling with each of its (S) in all three ways."""
+    first, *others = text.split("(S)")
+    for ends in product(("", "S", "(S)"), repeat=len(others)):
+        yield first + "".join(end + other for end, other in zip(ends, others))
+
+
+SECTION_OF = {spelling: section for section, spellings in SPELLINGS.items() for text in spellings.split(", ") for spelling in _each(text)}
 
 
 def _pattern() -> re.Pattern:
