@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -248,6 +249,14 @@ def test_only_a_known_section_ends_the_findings(report, expected):
     assert (found and one_paragraph(found.text)) == (expected and expected.replace("{}", LUNGS))
 
 
+@pytest.mark.parametrize("name, text", [("ETT", "3 cm above the carina."), ("LUNGS", "Clear."), ("AP", "Rotated film."), ("PICC (LEFT)", "In the SVC.")])
+def test_a_finding_in_capitals_reaches_the_sample(folders, tmp_path, name, text):
+    shutil.copytree(folders / "mimic_cxr", tmp_path / "mimic_cxr")
+    path = tmp_path / "mimic_cxr/files/p10/p10000001/s50000001.txt"
+    path.write_text(path.read_text().replace(" Heart normal.", f" {name}: {text}\n Heart normal."))
+    assert run(tmp_path, "mimic_cxr", "train", tmp_path / "out")[0][0].answer == f"The lungs of 1 are clear: no edema. {name}: {text} Heart normal."
+
+
 def test_what_is_cut_off_behind_findings_is_counted(folders, tmp_path, monkeypatch, capsys):
     printed, _ = command(monkeypatch, capsys, "mimic_cxr", "--root", folders / "mimic_cxr", "--split", "train", "--output_dir", tmp_path)
     assert re.search(r"note: reports whose findings end at IMPRESSION +3$", printed, re.M)  # of 1 and 3, and of 2, whose film is missing
@@ -382,7 +391,6 @@ def test_the_page_on_data_names_commands_and_arguments_that_exist():
 
 def test_gzipped_tables_are_read(folders, tmp_path):
     import gzip
-    import shutil
     shutil.copytree(folders / "mimic_cxr", tmp_path / "mimic_cxr")
     path = tmp_path / "mimic_cxr/mimic-cxr-2.0.0-metadata.csv"
     Path(f"{path}.gz").write_bytes(gzip.compress(path.read_bytes()))

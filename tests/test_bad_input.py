@@ -346,9 +346,9 @@ def test_the_constant_answer_is_not_chosen_on_a_copy_of_the_test_data(fails, pha
 
 def test_half_a_character_in_a_stored_answer(fails, phantom, stored, tmp_path):
     """Bug: a traceback out of the picture's text, after all had been scored."""
-    write_rows(stored[0], [*stored[1][:2], stored[1][2] | {"answer": "Effusion \ud83d"}, *stored[1][3:]])
+    write_rows(stored[0], [stored[1][0], *(row | {"answer": "Effusion \ud83d"} for row in stored[1][1:])])
     said = fails(evaluate.main, "--predictions", stored[0], "--data", phantom / "test.jsonl", "--output_dir", tmp_path / "out")
-    assert f"{stored[0]}/predictions.jsonl:3: the answer holds '\\ud83d', half a character" in said and not (tmp_path / "out").exists()
+    assert f"{stored[0]}/predictions.jsonl:2: the answer holds '\\ud83d', half a character" in said and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("scale, written, note", [
