@@ -15,7 +15,9 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minigrpo.data import TASKS, Sample, ask_to_think, read_jsonl
+from minigrpo.data import TASKS, Sample, ask_to_think, check_apart, read_jsonl, scale_note
+from minigrpo.data.schema import broken_text
+from minigrpo.data.text import one_spelling
 from minigrpo.metrics import (breakdown, compare, constant_boxes, constant_report, evaluate_answers, load_clinical,
                               markdown_table)
 from minigrpo.policy import Policy
@@ -95,7 +97,10 @@ def main() -> None:
         if args.predictions:
             answers, cut_off, stored = read_answers(args.predictions, samples, "--predictions")
         elif args.model == "constant":
-            answers = constant_answers(read_jsonl(args.train_data, task=args.task, verify_images=False), samples)
+            train = read_jsonl(args.train_data, task=args.task, verify_images=False)
+            if shared := check_apart(train, samples, ("--train_data", f"--data {args.data}")):
+                print(f"note: {shared}")
+            answers = constant_answers(train, samples)
         else:
             policy = Policy.from_pretrained(args.model, device=args.device, autocast=args.bf16, max_pixels=args.max_pixels)
         make_folder(folder)  # before hours of sampling, and after all that can be wrong with the input
@@ -109,6 +114,8 @@ def main() -> None:
 
     write_predictions(folder / "predictions.jsonl", samples, answers, cut_off)  # hours of sampling outlive a scorer that fails
     reading = {"opened": args.opened or stored.get("opened", False), "box_scale": args.box_scale or stored.get("box_scale", 1.0)}
+    if note := scale_note(answers, samples, **reading):
+        print(f"note: {note}")
     results = evaluate_answers(samples, answers, **reading, clinical=clinical, cut_off=cut_off)
     items = results.pop("items")
     metrics = {"model": args.model or stored.get("model", args.predictions), "data": args.data, **reading, "tasks": results,
@@ -171,6 +178,8 @@ def read_answers(place: str, samples: list[Sample], argument: str) -> tuple[list
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}:{number}: not a prediction: a line is an object with id and answer, two texts, and perhaps cut_off, "
                              "true or false") from None
+        if broken := broken_text(answers[name]):
+            raise ValueError(f"{path}:{number}: the answer holds {broken}, half a character, which no model writes: write it anew")
         if rows.setdefault(name, row) is not row:
             raise ValueError(f"{path}:{number}: a second answer to {name}: which one counts? Remove the other")
     absent = [s.id for s in samples if s.id not in answers]
@@ -184,7 +193,7 @@ def read_answers(place: str, samples: list[Sample], argument: str) -> tuple[list
 
 def check_same_questions(rows: dict[str, dict], samples: list[Sample], what: str) -> None:
     """Ids such as 1, 2, 3 fit any file: the answers must be to the samples' own questions, whether they asked to think or not."""
-    plain = lambda question: question.rstrip().removesuffix("/think").rstrip()
+    plain = lambda question: one_spelling(question).rstrip().removesuffix("/think").rstrip()
     other = [s.id for s in samples if plain(str(rows[s.id].get("question", s.question))) != plain(s.question)]
     if other:
         raise ValueError(f"{what} answers other questions: {len(other)} of the samples have an id of it and another question, "

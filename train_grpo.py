@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minigrpo.data import ask_to_think, batch_at, read_jsonl
+from minigrpo.data import ask_to_think, batch_at, check_apart, read_jsonl, scale_note
 from minigrpo.generate import Rollout, generate
 from minigrpo.lora import adapters_off, add_adapters
 from minigrpo.loss import (AGGREGATIONS, ESTIMATORS, KINDS, LEVELS, SCALES, denominator_of, group_advantages, grpo_loss,
@@ -192,6 +192,8 @@ def main() -> None:
                            device=args.reward_device or args.device, cache=cache_dir() / "references.sqlite")
         found = read_jsonl(args.train_data, task=args.task, part=(rank(), ranks()))
         validation = read_jsonl(args.eval_data, task=args.task, part=(rank(), ranks())) if args.eval_data else []
+        if shared := check_apart(found, validation, ("--train_data", f"--eval_data {args.eval_data}")):
+            say(f"note: {shared}")
         validation = [sample for sample in validation if sample.task in reward.tasks]
         train = [sample for sample in found if sample.task in reward.tasks]
         if not train:
@@ -263,6 +265,9 @@ def main() -> None:
                 wanted = groups.without_spread()
                 if not wanted:
                     break
+            if step == start and (note := scale_note(groups.rollout.texts, [s for s in groups.samples for _ in range(G)],
+                                                     reward.opened, args.box_scale)):
+                say(f"note: {note}")
             # From here on a rank has the groups of each update that balance the tokens, in order, and R rows are theirs.
             mine, updates = deal(groups.tokens(), B // args.updates_per_rollout)
             own = groups.take(mine)

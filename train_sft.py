@@ -16,7 +16,7 @@ import minigrpo  # noqa: F401  before torch: it says how OpenMP's threads wait
 import torch
 from tqdm import tqdm
 
-from minigrpo.data import TASKS, Sample, batch_at, group_by_image, prefetch, read_jsonl, with_traces
+from minigrpo.data import TASKS, Sample, batch_at, check_apart, group_by_image, prefetch, read_jsonl, with_traces
 from minigrpo.lora import add_adapters
 from minigrpo.loss import aggregate
 from minigrpo.muon import Muon
@@ -117,6 +117,8 @@ def main() -> None:
         checkpoint = last_checkpoint(args)
         train = with_traces(read_jsonl(args.train_data, task=args.task, part=(rank(), ranks())))  # with a trace: asked to think
         validation = with_traces(read_jsonl(args.eval_data, task=args.task, part=(rank(), ranks()))) if args.eval_data else []
+        if shared := check_apart(train, validation, ("--train_data", f"--eval_data {args.eval_data}")):
+            say(f"note: {shared}")
         if args.plan is not None:
             batch = batch_at(group_by_image(train), 0, args.batch_size, args.seed)
             return print(explain(args, lambda args: plan_sft(args, passes(batch, args.questions_per_image, args.micro_batch),

@@ -44,8 +44,8 @@ def main() -> None:
         args = parse_args(AskArguments, __doc__)
         try:
             film = load_image(args.image)
-        except Exception as error:  # PIL's decoders raise a dozen kinds
-            raise ValueError(f"--image {args.image} cannot be read as an image ({error})") from None
+        except ValueError as error:
+            raise ValueError(f"--image: {error}") from None
         drawn = Path(args.output or Path(args.image).with_name(f"{Path(args.image).stem}-boxes.png"))
         if drawn.exists():
             raise ValueError(f"{drawn} exists already: give another --output")

@@ -10,10 +10,8 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image
-
 from minigrpo.data import TASKS, Sample, load_image, read_jsonl
-from minigrpo.data.sample import upright
+from minigrpo.data.film import header
 from minigrpo.rewards import reward_fn
 from minigrpo.run.args import input_errors, parse_args
 
@@ -75,9 +73,7 @@ def _reward(spec: str):
 
 def _png(path: str) -> bytes:
     """As our loader shows it: other loaders turn films of more than 8 bits white, or leave them on their side."""
-    with Image.open(path) as image:
-        plain = image.mode in ("L", "RGB") and upright(image) is image
-    if plain:
+    if header(path) in (("L", True), ("RGB", True)):
         return Path(path).read_bytes()
     load_image(path).save(stream := io.BytesIO(), "PNG")
     return stream.getvalue()

@@ -279,6 +279,20 @@ def test_an_update_whose_answers_were_all_cut_off_does_no_harm(train, calls, mon
     assert row["cut_off"] == 1 and row["loss"] == row["kl"] == row["entropy"] == row["grad_norm"] == 0
 
 
+def test_boxes_at_another_scale_are_said(train, monkeypatch, capsys):
+    """Bug: an untuned Qwen3-VL writes boxes in 0..1000; all of them scored 0, and nothing said so."""
+    real = train_grpo.generate
+
+    def thousands(*args, **settings):
+        rollout = real(*args, **settings)
+        return replace(rollout, texts=["At [120, 200, 300, 400]."] * len(rollout.texts))
+    monkeypatch.setattr(train_grpo, "generate", thousands)
+    train("--task", "grounding", reward="letters", steps=1)
+    assert "note: 12 of 12 boxes that the model wrote leave 0..1 and so score nothing (--box_scale is 1): should it be 1000?" in capsys.readouterr().out
+    train("--task", "grounding", "--box_scale", 1000, reward="letters", steps=1)
+    assert "--box_scale" not in capsys.readouterr().out
+
+
 def test_curves_of_a_cispo_run(train):
     """A run with --kind cispo logs no clip_low: drawing its curves failed after the last step."""
     draw_curves(folder := train("--kind", "cispo", steps=1))

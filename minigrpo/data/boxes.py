@@ -8,6 +8,8 @@ import math
 import re
 from collections.abc import Sequence
 
+from .text import one_spelling
+
 Box = tuple[float, float, float, float]
 
 # A digit can be matched in one way only and a group ends at its bracket, so the search is linear in the text.
@@ -37,14 +39,14 @@ def parse_boxes(text: str, scale: float = 1.0) -> list[Box]:
 
 
 def split_thinking(text: str, opened: bool = False) -> tuple[str, str, bool]:
-    """(thinking, answer, ok), both stripped. `opened`: the chat template already wrote the first `<think>`.
+    """(thinking, answer, ok), both stripped and in Unicode's form C, as a `Sample`'s texts are, with which answers are compared.
+    `opened`: the chat template already wrote the first `<think>`.
 
     ok holds for a text without think tags, and for one with exactly one closed block at its start. Otherwise (unclosed,
     doubled, stray or late tags) the answer is what stands between the last `</think>` and the next `<think>`, and the
     thinking is all the rest: an unclosed block is all thinking and no answer.
     """
-    if opened:
-        text = OPEN + text
+    text = OPEN * opened + one_spelling(text)
     opens, closes = text.count(OPEN), text.count(CLOSE)
     ok = opens == closes == 0 or (opens == closes == 1 and text.lstrip().startswith(OPEN))
     before, _, after = text.rpartition(CLOSE)

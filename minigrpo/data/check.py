@@ -3,10 +3,12 @@
     python -m minigrpo.data.check data/phantom/train.jsonl data/phantom/test.jsonl --model models/tiny
 
 Prints for each file its counts, lengths, film sizes, boxes and labels, then every error as `file:line: what, and how to mend it`,
-and draws a contact sheet of films with their boxes. Each film is decoded once, in parallel. Exit status 1 if there is an error.
+and draws a contact sheet of films with their boxes. Each film is decoded once, in parallel, as a run decodes it. Exit status 1 if
+there is an error.
 
-Leakage is looked for between files of different names: the same id, patient, or film (by a hash of its pixels, whatever it is
-called) in train.jsonl and test.jsonl is an error; two files called train.jsonl, of two sets, are one side.
+Leakage is looked for between sides: the same id, patient, or film (by a hash of its pixels, whatever it is called) on two sides is an
+error. A file is for train, valid or test as its name or its folder says (train/mine.jsonl, val/mine.jsonl); others are one side
+for each name. Which file was taken for which side is printed.
 """
 
 import argparse
@@ -23,14 +25,18 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
-from .sample import DataError, Sample, check_image, scan_jsonl, upright
+from .film import blocks, read_film
+from .overlap import side_of
+from .sample import DataError, Sample, scan_jsonl
+from .sections import HEADING
 from .sheet import draw_sheet
-
+from .text import message, printable
 
 FAINT = 32  # grey levels of 256: a film with fewer looks blank
+DARK = 64  # a film of which 95 pixels in 100 are below this was read at the wrong depth, or hardly exposed
+WHITE, BLACK = 0.3, 0.75  # shares of pixels at 255 and at 0 beyond which a film was clipped; 0.02 and 0.2 in 280 whole ones
 
 
 @dataclass
@@ -40,7 +46,13 @@ class Film:
     size: tuple[int, int] = (0, 0)  # width, height
     digest: bytes = b""  # of size, mode and pixels
     contrast: int = 255  # grey levels, of 256, from the darkest 5% of the pixels to the brightest 5%
+    depth: str = ""  # of its values, such as "8 bits" or "12 bits in 16"
+    faults: tuple[str, ...] = ()  # keys of FAULTS
     error: str | None = None
+
+
+FAULTS = {"grey": "nearly all of one grey", "dark": "dark: 95 of 100 pixels are below a quarter of white",
+          "clipped": "clipped: a large part is pure white, or nearly all pure black", "signed": "of values below 0: black is the least of them"}
 
 
 @dataclass
@@ -56,28 +68,23 @@ class File:
 
 def look(path: str) -> Film:
     try:
-        with Image.open(path) as image:
-            check_image(image)
-            image = upright(image)
-            image.load()  # open() reads the header only; a truncated file shows here
-            digest = hashlib.blake2b(f"{image.size} {image.mode}".encode(), digest_size=16)
-            digest.update(image.tobytes())
-            return Film(image.size, digest.digest(), contrast(image))
-    except Exception as error:  # PIL's decoders raise a dozen kinds, all of which mean the same
-        return Film(error=f"image {path} cannot be read ({error}): fetch it again, or remove the line")
-
-
-def contrast(image: Image.Image) -> int:
-    """Grey levels, 0..255, between the 5th and the 95th percentile of the pixels of an 8-bit image; 255 for other kinds."""
-    if image.mode not in ("L", "RGB", "RGBA", "P", "LA"):
-        return 255
-    passed = list(accumulate((image if image.mode == "L" else image.convert("L")).histogram()))  # pixels at most so bright
-    return bisect_left(passed, 0.95 * passed[-1]) - bisect_left(passed, 0.05 * passed[-1])
+        image, depth = read_film(path)
+    except ValueError as error:
+        return Film(error=f"{error}: fetch it again, or remove the line")
+    digest = hashlib.blake2b(f"{image.size} {image.mode}".encode(), digest_size=16)
+    for _, pixels in blocks(image):
+        digest.update(pixels)
+    counts = (image if image.mode == "L" else image.convert("L")).histogram()
+    passed = list(accumulate(counts))  # pixels at most so bright
+    low, high = (bisect_left(passed, share * passed[-1]) for share in (0.05, 0.95))
+    faults = {"grey": high - low < FAINT and high >= DARK, "dark": high < DARK, "signed": depth == "signed values",
+              "clipped": high - low >= FAINT and (counts[255] > WHITE * passed[-1] or counts[0] > BLACK * passed[-1])}
+    return Film(image.size, digest.digest(), high - low, depth, tuple(name for name, holds in faults.items() if holds))
 
 
 def look_at_all(files: list[File], workers: int) -> dict[str, Film]:
     """Each distinct image of all files, decoded once; decoding and hashing release the GIL."""
-    paths = [path for path in dict.fromkeys(path for file in files for path in file.users) if os.path.isfile(path)]
+    paths = list(dict.fromkeys(path for file in files for path in file.users))
     with ThreadPoolExecutor(workers) as pool:
         found = tqdm(pool.map(look, paths, chunksize=16), total=len(paths), desc="films", unit="film")
         films = dict(zip(paths, found))
@@ -94,13 +101,31 @@ def find_oddities(file: File, films: dict[str, Film]) -> None:
     shown = {path: films[path].digest for path in file.users if path in films and films[path].digest}
     if again := len(shown) - len(set(shown.values())):
         file.notes.append(f"{again:,} film files hold the pixels of another")
-    if faint := [path for path in shown if films[path].contrast < FAINT]:
-        names = ", ".join(f"{Path(path).name} (line {file.users[path]})" for path in faint[:10])
-        file.notes.append(f"{len(faint):,} films are nearly all of one grey: {names}{', ...' if len(faint) > 10 else ''}")
+    for name, text in FAULTS.items():
+        note(file, f"films are {text}", [(Path(path).name, file.users[path]) for path in shown if name in films[path].faults])
+    reports = [sample for sample in file.samples if sample.task == "report"]
+    note(file, "reports hold the heading of a section", [(s.id, s.line) for s in reports if HEADING.search(s.answer)])
+    note(file, "reports end within a sentence", [(s.id, s.line) for s in reports if s.answer.rstrip()[-1:] not in ".!?)\"'"])
+    odd = [(s.id, s.line) for s in file.samples if any(hides(text) for text in (s.id, *(t for turn in texts_of(s) for t in turn)))]
+    note(file, "samples hold control or zero-width characters", odd)
+
+
+def hides(text: str) -> bool:
+    """Whether a text holds characters that don't show; lines and tabs are none of these."""
+    plain = " ".join(text.split())
+    return not plain.isprintable() and printable(plain) != plain  # the first is quick, and stricter with new letters
+
+
+def note(file: File, text: str, lines: list[tuple[str, int]]) -> None:
+    """One of the file's notes, if it is of anything: how many, and the first ten by name; `lines`: (name, line)."""
+    if lines:
+        names = ", ".join(f"{name} (line {line})" for name, line in lines[:10])
+        file.notes.append(f"{len(lines):,} {text}: {names}{', ...' if len(lines) > 10 else ''}")
 
 
 def find_leaks(files: list[File], films: dict[str, Film]) -> None:
-    """Errors for ids, patients and films that stand in two files of different names; named once each, in the later file."""
+    """Errors for ids, patients and films that stand on two sides; named once each, in the later file."""
+    side = {file.path: side_of(file.path, [other.path for other in files]) for file in files}
     seen: dict[tuple, tuple[File, int]] = {}
     for file in files:
         mine: dict[tuple, int] = {}
@@ -113,7 +138,7 @@ def find_leaks(files: list[File], films: dict[str, Film]) -> None:
                     mine.setdefault(("film", films[path].digest), sample.line)
         for thing, line in mine.items():
             other, first = seen.setdefault(thing, (file, line))
-            if other is not file and other.path.name != file.path.name:
+            if side[other.path] != side[file.path]:
                 kind, name = thing
                 name = "its pixels" if kind == "film" else repr(name)
                 file.errors.append((line, f"leak: {kind} {name} stands in {other.path}:{first} too: remove it from one of them"))
@@ -143,21 +168,34 @@ def summary(file: File, films: dict[str, Film], tokenizer=None, processor=None) 
             [len(text.split()) for text in texts]
     shown = [films[path] for path in file.users if path in films and not films[path].error]
     boxes = [box for sample in samples for box in sample.boxes]
+    depths = Counter(film.depth for film in shown)
+    outside, other = (sum(part in text for _, text in file.errors) for part in ("leaves 0..1", 'answer are not "boxes"'))
     tasks, labels = Counter(s.task for s in samples), Counter(s.label for s in samples if s.label)
     lines = [f"{file.path}", f"  samples    {len(samples):,}: " + ", ".join(f"{n:,} {task}" for task, n in tasks.most_common()),
              f"  films      {len(shown):,} read; {len({s.patient for s in samples if s.patient}):,} patients named",
              f"  width      {spread(film.size[0] for film in shown)} pixels",
-             f"  height     {spread(film.size[1] for film in shown)} pixels"]  # fmt: skip
+             f"  height     {spread(film.size[1] for film in shown)} pixels",
+             "  depth      " + (", ".join(f"{n:,} of {depth}" for depth, n in depths.most_common()) or "none")]  # fmt: skip
     if processor and shown:
         patches = [processor.get_number_of_image_patches(film.size[1], film.size[0], {}) for film in shown]
         lines.append(f"  film       {spread(n // processor.merge_size**2 for n in patches)} tokens")
     for name, place in (("question", 0), ("answer", 1)):
         lines.append(f"  {name:<10} {spread(lengths([turn[place] for s in samples for turn in texts_of(s)]))} {unit}")
-    lines += [f"  boxes      {len(boxes):,}; a grounding sample has {spread(len(s.boxes) for s in samples if s.task == 'grounding')}",
+    lines += [f"  boxes      {len(boxes):,}; a grounding sample has {spread(len(s.boxes) for s in samples if s.task == 'grounding')}"
+              + (f"; in lines with errors {outside:,} leave 0..1, and {other:,} answers say other boxes" if outside or other else ""),
               f"  box area   {spread(((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes), '{:.3f}')} of the film",
               "  labels     " + (", ".join(f"{n:,} {label}" for label, n in labels.most_common(8)) or "none")
               + (f", and {len(labels) - 8} more" if len(labels) > 8 else "")]  # fmt: skip
-    return "\n".join(lines + [f"  note       {note}" for note in file.notes])
+    return "\n".join(map(message, lines + [f"  note       {text}" for text in file.notes]))
+
+
+def sides_text(paths: list[Path]) -> str:
+    """ "sides: train a.jsonl; test b.jsonl"."""
+    sides: dict[str, list[str]] = {}
+    for path in paths:
+        sides.setdefault(side_of(path, paths), []).append(str(path))
+    text = "; ".join(f"{side}: {', '.join(names)}" for side, names in sides.items())
+    return message(f"sides  {text}" + ("" if len(sides) > 1 else " (one side, so nothing was compared)"))
 
 
 def check(paths: list[Path], *, model: str | None = None, workers: int | None = None) -> tuple[str, list[str], list[File]]:
@@ -177,8 +215,8 @@ def check(paths: list[Path], *, model: str | None = None, workers: int | None = 
             file.errors.append((1, "the file is empty: write one JSON object a line"))
         find_oddities(file, films)
     find_leaks(files, films)
-    errors = [f"{file.path}:{line}: {text}" for file in files for line, text in sorted(file.errors)]
-    return "\n".join(summary(file, films, tokenizer, processor) for file in files), errors, files
+    errors = [message(f"{file.path}:{line}: {text}") for file in files for line, text in sorted(file.errors)]
+    return "\n".join([*(summary(file, films, tokenizer, processor) for file in files), sides_text(paths)]), errors, files
 
 
 def main() -> None:

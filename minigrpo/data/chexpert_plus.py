@@ -4,7 +4,7 @@
 
 DIR holds `df_chexpert_plus_240401.csv` (path_to_image, frontal_lateral, split, section_findings, ...) and the films at `path_to_image`
 below DIR, or below `PNG/` and as .png. One report sample for each frontal film with a findings section (about a quarter of all
-rows have one). The official split has train and valid alone, so a tenth of the training patients, by hash, is test.
+rows have one), up to the heading of another section, if it holds one. The official split has train and valid alone, so a tenth of the training patients, by hash, is test.
 Chambon et al., 2405.19538.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from .convert import adapter_main
 from .ledger import Ledger
 from .rows import Draft, find_file, one_paragraph, read_rows, report_sample
+from .sections import findings_of, note_section
 from .splits import patient_splits
 
 CSV = "df_chexpert_plus_240401.csv"
@@ -28,11 +29,12 @@ def read(root: Path, split: str, ledger: Ledger) -> list[Draft]:
             ledger.drop([key], "another split")
         elif row["frontal_lateral"].lower() != "frontal":
             ledger.drop([key], "not a frontal film")
-        elif not row["section_findings"]:
+        elif not (findings := findings_of("FINDINGS:\n" + row["section_findings"])):
             ledger.drop([key], "empty findings")
         else:
+            note_section(findings, ledger)
             name = "chexpert-" + "-".join(path.with_suffix("").parts[-3:])  # patient00001-study1-view1_frontal
-            sample = report_sample(name, one_paragraph(row["section_findings"]), source="chexpert_plus",
+            sample = report_sample(name, one_paragraph(findings.text), source="chexpert_plus",
                                    patient=f"chexpert-{patient_of(row['path_to_image'])}")
             drafts.append(Draft([key], film_path(root, path), name, sample))
     return drafts

@@ -18,9 +18,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from .film import header, load_image
 from .ledger import Ledger
 from .rows import Draft
-from .sample import load_image
 from .splits import SPLITS
 
 PIXELS = 1024 * 1024  # above what any run sees (the paper's largest is 451,584), far below what a detector writes
@@ -46,7 +46,7 @@ def write_film(source: Path, stem: Path, pixels: int, load: Callable[[Path], Ima
     try:
         film = load(source)  # decodes it whole: a truncated film must show here
         small = shrink(film, pixels)
-        if small is not film or suffix not in (".png", ".jpg", ".jpeg") or is_16_bit(source):
+        if small is not film or suffix not in (".png", ".jpg", ".jpeg") or header(source)[0].startswith("I"):
             suffix = ".png"
             small.convert("L").save(f"{stem}.png", compress_level=3)
         else:
@@ -54,13 +54,8 @@ def write_film(source: Path, stem: Path, pixels: int, load: Callable[[Path], Ima
     except ImportError:  # a decoder that the user can install
         raise
     except Exception as error:  # decoders raise a dozen kinds, all of which mean the same
-        return "", f"film cannot be read ({type(error).__name__})"
+        return "", f"film cannot be read ({type(error.__cause__ or error).__name__})"
     return suffix, None
-
-
-def is_16_bit(path: Path) -> bool:
-    with Image.open(path) as image:
-        return image.mode.startswith("I")
 
 
 def convert(read: Reader, unit: str, root: Path, split: str, out: Path, *, pixels: int = PIXELS, load=load_image,

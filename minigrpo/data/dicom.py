@@ -1,22 +1,32 @@
 """A DICOM film as a radiologist's screen shows it. Needs `pip install minigrpo[dicom]`."""
 
+import math
 import os
+from collections.abc import Iterator, MutableSequence
 
 import numpy as np
 from PIL import Image
 
+from .film import BLOCK, check_scans, check_size, robust_range
 
-def _pydicom():
+FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")  # of a window
+
+
+def _read(path: str | os.PathLike, **settings):
+    """The data set. A deflated one is refused: some megabytes of it can unpack to all of memory."""
     try:
         import pydicom
     except ImportError:
         raise ImportError("DICOM films need pydicom: pip install -e '.[dicom]'") from None
-    return pydicom
+    syntax = pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID")
+    if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:
+        raise ValueError(f"{path} is deflated as a whole: store it in another transfer syntax")
+    return pydicom.dcmread(path, **settings)
 
 
 def dicom_size(path: str | os.PathLike) -> tuple[int, int]:
     """(width, height) from the header alone."""
-    header = _pydicom().dcmread(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+    header = _read(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
     return int(header.Columns), int(header.Rows)
 
 
@@ -24,31 +34,122 @@ def load_dicom(path: str | os.PathLike) -> Image.Image:
     """The film as 8-bit RGB, aspect as stored, bone white.
 
     The order is the standard's (DICOM PS3.3 C.11): modality LUT or rescale; then the window (or VOI LUT) if the file has one, else
-    the range of its own values; then MONOCHROME1, whose small values are white, is inverted.
+    the range of its own values; then MONOCHROME1, whose small values are white, is inverted. Padding is black and no part of the
+    range. A tag without a usable value counts as absent.
     """
-    pydicom = _pydicom()
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
-    film = pydicom.dcmread(path)
+    film = _read(path)
+    check_film(film, path)
+    drop_unusable(film)
     pixels = film.pixel_array
     if pixels.ndim != 2:
         raise ValueError(f"{path} holds {pixels.shape}, not one grey film")
-    values = apply_modality_lut(pixels, film)
-    shown = apply_voi_lut(values, film).astype(np.float64)  # the first window, where there are several
-    low, high = shown_range(film, shown)
-    grey = ((shown - low) * (255 / max(high - low, 1e-9))).clip(0, 255)
-    if film.PhotometricInterpretation == "MONOCHROME1":
-        grey = 255 - grey
-    return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+    low, high = shown_range(film, pixels)
+    grey = np.empty(pixels.shape, np.uint8)
+    for rows, shown, padding in shown_blocks(film, pixels):
+        scaled = ((shown - low) * (255 / max(high - low, 1e-9))).clip(0, 255)
+        if film.PhotometricInterpretation == "MONOCHROME1":
+            scaled = 255 - scaled
+        grey[rows] = np.where(padding, 0, scaled.round())
+    return Image.fromarray(grey).convert("RGB")
 
 
-def shown_range(film, shown: np.ndarray) -> tuple[float, float]:
+def check_film(film, path: str | os.PathLike) -> None:
+    """Before any pixel is decoded: ValueError for what is no film, or too much of one."""
+    check_size(int(film.Columns), int(film.Rows))
+    frames, samples = (int(film.get(name) or 1) for name in ("NumberOfFrames", "SamplesPerPixel"))
+    if frames != 1 or samples != 1:
+        raise ValueError(f"{path} holds {frames} frames of {samples} colours, not one grey film")
+    if film.file_meta.TransferSyntaxUID.is_encapsulated:
+        from pydicom.encaps import generate_frames
+        for frame in generate_frames(film.PixelData, number_of_frames=1):
+            if frame.startswith(b"\xff\xd8"):
+                check_scans(frame, film.Columns * film.Rows)
+
+
+def numbers(film, name: str) -> list[float]:
+    """The values of a tag, NaN for each that is no number; [] where it is absent or empty."""
+    try:
+        value = film.get(name)
+        values = value if isinstance(value, MutableSequence) else [] if value in (None, "") else [value]
+        return [math.nan if each in (None, "") else float(each) for each in values]
+    except (TypeError, ValueError):  # pydicom reads a tag when it is asked for
+        return [math.nan]
+
+
+def drop_unusable(film) -> None:
+    """Mend what pydicom would stop at: an empty slope is 1, a window of width 0 is none, an empty table is none."""
+    for name, default in (("RescaleSlope", 1), ("RescaleIntercept", 0)):
+        value = (numbers(film, name) or [math.nan])[0]
+        if ("RescaleSlope" in film or "RescaleIntercept" in film) and (not math.isfinite(value) or value == 0 != default):
+            setattr(film, name, default)
+    for name in ("ModalityLUTSequence", "VOILUTSequence"):
+        if name in film and not is_table(film[name].value):
+            delattr(film, name)
+    if "VOILUTFunction" in film and film.VOILUTFunction not in FUNCTIONS:
+        del film.VOILUTFunction
+    least = 1 if film.get("VOILUTFunction", "LINEAR") == "LINEAR" else 1e-9
+    windows = [(centre, width) for centre, width in zip(numbers(film, "WindowCenter"), numbers(film, "WindowWidth"))
+               if math.isfinite(centre) and least <= width < math.inf]
+    for name, value in zip(("WindowCenter", "WindowWidth"), windows[0] if windows else (None, None)):
+        if name in film:
+            del film[name]
+        if value is not None:
+            setattr(film, name, value)
+
+
+def is_table(sequence) -> bool:
+    """Whether a sequence's first item is a look-up table."""
+    return bool(sequence) and sequence[0].get("LUTDescriptor") is not None and sequence[0].get("LUTData") is not None
+
+
+def shown_blocks(film, pixels: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """(rows, their values as shown [rows, width], which of them are padding) of some rows at a time: a float copy of a whole
+    film takes eight times its file."""
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+    stored = stored_values(film, pixels)
+    step = max(1, BLOCK // pixels.shape[1])
+    for top in range(0, len(pixels), step):
+        rows = slice(top, top + step)
+        yield rows, apply_voi_lut(apply_modality_lut(pixels[rows], film), film).astype(np.float64), is_padding(film, stored[rows])
+
+
+def stored_values(film, pixels: np.ndarray) -> np.ndarray:
+    """The pixels with the bits beyond the stored ones, which pydicom clears, and with them padding such as 65535 in 12 bits."""
+    if film.file_meta.TransferSyntaxUID.is_encapsulated or film.BitsAllocated != 8 * pixels.dtype.itemsize:
+        return pixels
+    order = "<" if film.file_meta.TransferSyntaxUID.is_little_endian else ">"
+    return np.frombuffer(film.PixelData, pixels.dtype.newbyteorder(order), pixels.size).reshape(pixels.shape)
+
+
+def is_padding(film, stored: np.ndarray) -> np.ndarray:
+    """Which pixels lie around the film: of PixelPaddingValue (up to its limit), or with all bits set where fewer are stored."""
+    bits = stored.dtype.itemsize * 8
+    around = stored == 2**bits - 1 if stored.dtype.kind == "u" and film.BitsStored < bits else np.zeros(stored.shape, bool)
+    if ends := numbers(film, "PixelPaddingValue")[:1]:
+        ends += numbers(film, "PixelPaddingRangeLimit")[:1]
+        around |= (stored >= min(ends)) & (stored <= max(ends))
+    return around
+
+
+def stored_range(film) -> tuple[int, int]:
+    """The least and the largest value of the stored bits."""
+    bits = int(film.BitsStored)
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if film.PixelRepresentation else (0, 2**bits - 1)
+
+
+def shown_range(film, pixels: np.ndarray) -> tuple[float, float]:
     """What is black and what is white: the window's output range if there is a window, else the film's own extremes.
 
     pydicom maps a window onto the range of the stored bits (after the rescale), so that range, not the film's, is black to white.
     """
-    if not film.get("WindowWidth") or "VOILUTSequence" in film or "ModalityLUTSequence" in film:
-        return float(shown.min()), float(shown.max())
-    bits = int(film.BitsStored)
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if film.PixelRepresentation else (0, 2**bits - 1)
+    if "WindowWidth" not in film or "VOILUTSequence" in film or "ModalityLUTSequence" in film:
+        return own_range(shown[~padding] for _, shown, padding in shown_blocks(film, pixels))
     slope, intercept = float(film.get("RescaleSlope", 1)), float(film.get("RescaleIntercept", 0))
+    low, high = stored_range(film)
     return low * slope + intercept, high * slope + intercept
+
+
+def own_range(parts: Iterator[np.ndarray]) -> tuple[float, float]:
+    """The extremes of all parts; where a few pixels lie far beyond all others, as hot ones do, those of the others."""
+    low, high, least, most = robust_range(parts)
+    return (least if low - least <= (high - low) / 4 else low), (most if most - high <= (high - low) / 4 else high)

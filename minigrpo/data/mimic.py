@@ -1,12 +1,8 @@
 """What the three sets on MIMIC-CXR films share: where a film lies, whose it is, and the official split."""
 
-import re
 from pathlib import Path
 
 from .rows import find_file, read_csv
-
-# "FINDINGS:" at the start of a line; a heading is in capitals and may hold spaces and a bracket ("CHEST (PA AND LAT):").
-HEADING = re.compile(r"^[ \t]*([A-Z][A-Z /(),&-]*[A-Z)])[ \t]*:", re.M)
 
 
 def film_path(root: Path, subject: str, study: str, dicom: str) -> Path:
@@ -22,15 +18,6 @@ def official_splits(root: Path) -> dict[str, tuple[str, str]]:
     """dicom_id -> (subject_id, split) of `mimic-cxr-2.0.0-split.csv`."""
     rows = read_csv(find_file(root, "mimic-cxr-2.0.0-split.csv"), ("dicom_id", "subject_id", "split"))
     return {row["dicom_id"]: (row["subject_id"], row["split"]) for _, row in rows}
-
-
-def section(report: str, name: str) -> str:
-    """The text under a heading, up to the next heading; "" if there is none."""
-    headings = list(HEADING.finditer(report))
-    for heading, after in zip(headings, [*headings[1:], None]):
-        if heading[1].strip() == name:
-            return report[heading.end() : after.start() if after else None].strip()
-    return ""
 
 
 def mimic_root_argument(parser) -> None:

@@ -4,7 +4,8 @@
 
 DIR holds `mimic-cxr-2.0.0-split.csv`, `mimic-cxr-2.0.0-metadata.csv`, the films `files/p10/p10000032/s50414267/DICOM.jpg` and, there
 or under --reports_root (also in `mimic-cxr-reports/`), the reports `files/p10/p10000032/s50414267.txt`. One report sample for each
-frontal film (PA, AP), the FINDINGS section alone, by the official split. `--classification` adds one sample a film that lists the
+frontal film (PA, AP), the FINDINGS section alone (`sections.py`; FINDINGS AND IMPRESSION where it is all there is, which is counted),
+by the official split. `--classification` adds one sample a film that lists the
 positive labels of `mimic-cxr-2.0.0-chexpert.csv`. Johnson et al., Scientific Data 6:317, 2019; 1901.07042.
 """
 
@@ -13,8 +14,9 @@ from pathlib import Path
 from . import templates
 from .convert import adapter_main
 from .ledger import Ledger
-from .mimic import film_path, official_splits, patient_id, section
+from .mimic import film_path, official_splits, patient_id
 from .rows import Draft, find_file, one_paragraph, number, read_csv, read_rows, readable, report_sample, sample_rng
+from .sections import findings_of, note_section
 from .splits import patient_splits
 
 
@@ -36,7 +38,7 @@ def read(root: Path, split: str, ledger: Ledger, reports_root: Path | None = Non
             ledger.drop([key], "not a frontal film")
             continue
         if (subject, study) not in texts:
-            texts[subject, study] = read_findings(reports_root or root, subject, study)
+            texts[subject, study] = read_findings(reports_root or root, subject, study, ledger)
         text, reason = texts[subject, study]
         common = {"source": "mimic_cxr", "patient": patient_id(subject)}
         samples = [] if reason else [report_sample(f"mimic-{dicom}", text, **common)]
@@ -48,14 +50,17 @@ def read(root: Path, split: str, ledger: Ledger, reports_root: Path | None = Non
     return drafts
 
 
-def read_findings(root: Path, subject: str, study: str) -> tuple[str, str | None]:
-    """(findings, None), or ("", the reason why there are none)."""
+def read_findings(root: Path, subject: str, study: str, ledger: Ledger) -> tuple[str, str | None]:
+    """(findings, None), or ("", the reason why there are none). Where sections end is counted in the ledger."""
     folder = Path("files") / f"p{subject[:2]}" / f"p{subject}"
     paths = [path for path in (root / folder / f"s{study}.txt", root / "mimic-cxr-reports" / folder / f"s{study}.txt") if path.is_file()]
     if not paths:
         return "", "no report"
-    text = section(paths[0].read_text(encoding="utf-8", errors="replace"), "FINDINGS")
-    return (one_paragraph(text), None) if text else ("", "no or empty findings section")
+    findings = findings_of(paths[0].read_text(encoding="utf-8", errors="replace"))
+    if not findings:
+        return "", "no or empty findings section"
+    note_section(findings, ledger)
+    return one_paragraph(findings.text), None
 
 
 def positive_labels(root: Path) -> dict[tuple[str, str], list[str]]:

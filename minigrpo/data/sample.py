@@ -2,21 +2,21 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
+from .film import load_image
 from .schema import TASKS, image_names, is_text, record_errors
+from .text import message, one_spelling
 
 SHOWN = 10  # errors told at once
 LONGEST = 16_000_000  # bytes of a line: a sample with a long conversation has some thousands
-MOST_PIXELS = 100_000_000  # of an image: a mammogram has 20 million; a small file can claim billions
-MOST_STRETCHED = 200  # longer side over shorter: Qwen3-VL's processor refuses more, and would in the middle of a run
 
 
 class DataError(ValueError):
@@ -43,59 +43,47 @@ class Sample:
     file: str = ""  # where it was read, for messages
     line: int = 0
 
+    def __post_init__(self):
+        """One spelling of each character, so that an answer that says the same is the same; ids and paths stay as they are."""
+        for name in ("question", "answer", "thinking"):
+            setattr(self, name, getattr(self, name) and one_spelling(getattr(self, name)))
+        self.turns = self.turns and [[one_spelling(text) for text in turn] for turn in self.turns]
+
     @property
     def images(self) -> list[str]:
         """The image paths as a list, in prompt order."""
         return [] if self.image is None else [self.image] if isinstance(self.image, str) else self.image
 
 
-def load_image(path: str | os.PathLike) -> Image.Image:
-    """The image as 8-bit RGB, the right way up. PIL alone would clip 16-bit grey at 255, and so turn a film white."""
-    with Image.open(path) as image:
-        check_image(image)
-        image = upright(image)
-        if not image.mode.startswith("I"):
-            return image.convert("RGB")
-        pixels = np.asarray(image).astype(np.float64)
-    # Detectors give 12, 14 or 16 bits, all stored in a 16-bit file: the fewest that hold the film are its own.
-    full = next((full for full in (4095, 16383, 65535) if pixels.max() <= full), pixels.max())
-    return Image.fromarray((pixels * (255 / full)).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-
-
-def check_image(image: Image.Image) -> None:
-    """Before any pixel is decoded: ValueError for an image that no run can take."""
-    size = f"{image.width} x {image.height} pixels"
-    if image.width * image.height > MOST_PIXELS:
-        raise ValueError(f"{size}, more than {MOST_PIXELS // 10**6} million: make it smaller")
-    if max(image.size) > MOST_STRETCHED * min(image.size):
-        raise ValueError(f"{size}: one side is more than {MOST_STRETCHED} times the other, so it is no film: crop it")
-    if image.mode == "F":
-        raise ValueError("its pixels are floats, and which of them is white is not known: store 8 or 16 bits")
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """The image as viewers show it, and as boxes were drawn on it: a camera stores it on its side, with a note (EXIF) to turn it."""
+def load_film(sample: Sample, path: str) -> Image.Image:
+    """`load_image` of one of the sample's images; DataError names file and line, since a film may vanish in the middle of a run."""
     try:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    except Exception:  # the note itself may be broken in many ways, and is then none
-        return image
-    return ImageOps.exif_transpose(image) if turned else image
+        return load_image(path)
+    except ValueError as error:
+        raise DataError(f"{sample.file}:{sample.line}: {error}: put it back, or remove the line") from error
 
 
 def _decode_error(path: str) -> str | None:
     try:
-        with Image.open(path) as image:
-            check_image(image)
-            image.load()  # open() reads the header only; a truncated file shows here
-    except Exception as error:  # PIL's decoders raise a dozen kinds, all of which mean the same
-        return f"image {path} cannot be read ({error}): fetch it again, or remove the line"
+        load_image(path)  # not the header alone, and not by another way than a run's
+    except ValueError as error:
+        return f"{error}: fetch it again, or remove the line"
     return None
 
 
 def _raise(file: Path, errors: list[tuple[int, str]]) -> None:
     if errors:
-        shown = "\n".join(f"{file}:{line}: {text}" for line, text in sorted(errors)[:SHOWN])
+        shown = "\n".join(message(f"{file}:{line}: {text}") for line, text in sorted(errors)[:SHOWN])
         raise DataError(shown + (f"\n... and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""))
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict:
+    """A JSON object, of which Python alone would take the last of two equal keys."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"key {twice!r} stands twice in one object: which value counts?")
+    return found
 
 
 def _records(file: Path, errors: list[tuple[int, str]]) -> Iterator[tuple[int, dict]]:
@@ -106,7 +94,7 @@ def _records(file: Path, errors: list[tuple[int, str]]) -> Iterator[tuple[int, d
                 errors.append((line, f"longer than {LONGEST // 10**6} MB: write one JSON object a line"))
                 return  # what follows is more of the same
             try:
-                record = json.loads(raw) if raw.strip() else None
+                record = json.loads(raw, object_pairs_hook=_each_once) if raw.strip() else None
             except (ValueError, RecursionError) as error:
                 errors.append((line, f"not JSON ({error}): write one JSON object a line, in UTF-8"))
                 continue
@@ -117,9 +105,10 @@ def _records(file: Path, errors: list[tuple[int, str]]) -> Iterator[tuple[int, d
 
 
 def scan_jsonl(path: str | os.PathLike) -> tuple[list[Sample], list[tuple[int, str]], dict[str, int]]:
-    """The samples of the lines that are right; (line, what is wrong and its mend) of all others; and each image's first line.
+    """The samples of the lines that are right; (line, what is wrong and its mend) of all others; and the first line of each image
+    that exists.
 
-    Images must exist, but none is opened. A conversation without question and answer takes those of its first turn.
+    No image is opened. A conversation without question and answer takes those of its first turn.
     """
     file = Path(path)
     if file.is_dir():
@@ -129,17 +118,22 @@ def scan_jsonl(path: str | os.PathLike) -> tuple[list[Sample], list[tuple[int, s
     samples: list[Sample] = []
     errors: list[tuple[int, str]] = []
     first_line: dict[str, int] = {}  # of each id
-    users: dict[str, int] = {}  # the first line that shows each image
+    users: dict[str, int] = {}  # the first line that shows each image that is there
+    missing: set[str] = set()  # images
     for line, record in _records(file, errors):
         found = list(record_errors(record))
         first = first_line.setdefault(record["id"], line) if is_text(record.get("id")) else line
         if first != line:
             found.append(f"id {record['id']!r} stands on line {first} already: rename one")
         images = [os.path.abspath(file.parent / name) for name in image_names(record)]
-        for image in images:
-            if users.setdefault(image, line) == line and not os.path.isfile(image):
+        for name, image in zip(image_names(record), images):
+            if image not in users and os.path.isfile(image):
+                users[image] = line
+            elif image not in users and image not in missing:
+                missing.add(image)
                 found.append(f"image {image} does not exist: check the path (relative to {file.parent})"
-                             + ", with / and not \\" * ("\\" in image))
+                             + ", with / and not \\" * ("\\" in name)
+                             + ", and write ~ out: it means another folder for everyone" * name.startswith("~"))
         errors += [(line, text) for text in found]
         if not found:
             known = {name: record[name] for name in Sample.__dataclass_fields__ if record.get(name) is not None}

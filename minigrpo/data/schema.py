@@ -5,16 +5,21 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from .box_forms import contradiction
 from .boxes import parse_boxes
+from .text import can_be_seen
 
 TASKS = ("report", "grounding", "classification", "conversation")
 KINDS = ("anatomy", "abnormality", "phrase")
-# What no tokenizer takes (half of a character's UTF-16), and what Qwen3-VL's takes for the chat's own marks.
-_UNUSABLE = re.compile(r"[\ud800-\udfff]|<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|vision_pad)\|>")
+_HALF = re.compile(r"[\ud800-\udfff]")  # of a character's UTF-16, which no tokenizer takes
+# What Qwen3-VL's tokenizer takes for the chat's own marks.
+_MARKS = re.compile(r"<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|vision_pad)\|>")
+_MEDIA = re.compile(r"<(?:image|video|audio)>")  # LLaVA's marks
+_TAGS = re.compile(r"<\s*/?\s*(?:think|thinking|answer)\s*>", re.I)  # a score would read the reference as it reads an answer
 
 
 def is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.strip() != ""
+    return isinstance(value, str) and can_be_seen(value)
 
 
 def _box_error(box: Any) -> str | None:
@@ -28,13 +33,31 @@ def _box_error(box: Any) -> str | None:
     return None
 
 
+def broken_text(text: str) -> str | None:
+    """The first half of a character in it, shown as its escape."""
+    found = _HALF.search(text)
+    return ascii(found[0]) if found else None
+
+
 def _text_error(name: str, text: Any) -> str | None:
-    found = _UNUSABLE.search(text) if isinstance(text, str) else None
+    if not isinstance(text, str):
+        return None
+    if found := _MEDIA.search(text):
+        return f'"{name}" holds {found[0]}: remove it, since "image" says where images are'
+    if found := _MARKS.search(text):
+        return f'"{name}" holds {found[0]}, a mark of the chat that belongs to the program: remove it ("image" says where images are)'
+    if broken := broken_text(text):
+        return f'"{name}" holds {broken}, half a character: its text was cut or decoded wrongly; write it anew'
+    return None
+
+
+def _tag_error(name: str, text: Any) -> str | None:
+    found = _TAGS.search(text) if isinstance(text, str) else None
     if not found:
         return None
-    if found[0].startswith("<"):
-        return f'"{name}" holds {found[0]}, a mark of the chat that belongs to the program: remove it ("image" says where images are)'
-    return f'"{name}" holds {ascii(found[0])}, half a character: its text was cut or decoded wrongly; write it anew'
+    if name == "thinking":
+        return f'"thinking" holds {found[0]}: leave the tags out, the program writes them'
+    return f'"{name}" holds {found[0]}: write the trace into "thinking" and the answer alone into "answer", both without tags'
 
 
 def image_names(record: dict) -> list[str]:
@@ -63,9 +86,11 @@ def record_errors(record: dict) -> Iterator[str]:
     for name in ("question", "answer"):  # a conversation may leave them to its first turn
         if not is_text(record.get(name)) and not (task == "conversation" and record.get(name) is None):
             yield f'"{name}" is missing, empty or no text: write it, or remove the line'
-    talk = [text for turn in record["turns"] if isinstance(turn, list) for text in turn] if isinstance(record.get("turns"), list) else []
-    named = [(name, record.get(name)) for name in ("id", "question", "answer", "thinking")] + [("turns", text) for text in talk]
-    yield from filter(None, (_text_error(name, text) for name, text in named))
+    turns = [turn for turn in record["turns"] if isinstance(turn, list)] if isinstance(record.get("turns"), list) else []
+    named = [(name, record.get(name)) for name in ("id", "label", "source", "patient", "question", "answer", "thinking")]
+    yield from filter(None, (_text_error(*pair) for pair in named + [("turns", text) for turn in turns for text in turn]))
+    replies = [("turns", text) for turn in turns for text in turn[1::2]]  # a question may speak of tags
+    yield from filter(None, (_tag_error(*pair) for pair in named[-2:] + replies))
     for name in ("label", "thinking", "source", "patient"):
         if not isinstance(record.get(name), str | None):
             yield f'"{name}" is {record[name]!r}, not text: put it in quotes, or leave it out'
@@ -75,8 +100,12 @@ def record_errors(record: dict) -> Iterator[str]:
     if not isinstance(boxes, list | None):
         yield f'"boxes" is {boxes!r}: write a list of [x1, y1, x2, y2]'
         return
-    yield from filter(None, map(_box_error, boxes or []))
+    wrong = list(filter(None, map(_box_error, boxes or [])))
+    yield from wrong
     if task == "grounding" and not boxes:
         yield 'grounding without boxes: add "boxes": [[x1, y1, x2, y2]], or remove the line'
-    if task == "grounding" and isinstance(record.get("answer"), str) and not parse_boxes(record["answer"]):
-        yield 'grounding, but the answer holds no box: write its boxes as "[x1, y1, x2, y2]"'
+    if task == "grounding" and isinstance(record.get("answer"), str):
+        if not parse_boxes(record["answer"]):
+            yield 'grounding, but the answer holds no box: write its boxes as "[x1, y1, x2, y2]"'
+        elif boxes and not wrong:
+            yield from filter(None, [contradiction(record["answer"], boxes)])
