@@ -1,5 +1,6 @@
 """Checkpoints, archives, JSONL files and images that lie: each is refused with a message, and runs nothing (SECURITY.md)."""
 
+import gzip
 import io
 import json
 import os
@@ -153,15 +154,56 @@ def test_a_tar_that_fills_the_disk(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("entry", [
     member("../outside.txt", size=4), member("/tmp/minigrpo-outside.txt", size=4), member("link", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
-    member("hard", type=tarfile.LNKTYPE, linkname="../../outside.txt"), member("dev", type=tarfile.CHRTYPE, devmajor=1, devminor=5)])
+    member("hard", type=tarfile.LNKTYPE, linkname="../../outside.txt"), member("dev", type=tarfile.CHRTYPE, devmajor=1, devminor=5),
+    member("here", type=tarfile.SYMTYPE, linkname="config.json"), member("pipe", type=tarfile.FIFOTYPE), member("same", type=tarfile.LNKTYPE, linkname="same")])
 def test_a_tar_that_leaves_its_folder(tmp_path, entry):
+    """Links are refused wherever they lead, and pipes and devices: an archive of weights has files and folders."""
     weights = pytest.importorskip("minigrpo.rewards.weights")
     with tarfile.open(tmp_path / "bad.tar.gz", "w:gz") as tar:
         tar.addfile(entry, io.BytesIO(b"harm"))
     try:
         weights.unpack(tmp_path / "bad.tar.gz", tmp_path / "in/folder")
+        assert entry.isreg() and entry.name[0] == "/", "an absolute name may become one inside"
     except ValueError as error:
-        assert "cannot be unpacked" in str(error)
+        assert "cannot be unpacked" in str(error) and not any((tmp_path / "in").iterdir())
     assert not (tmp_path / "outside.txt").exists() and not (tmp_path / "in/outside.txt").exists()
     assert not os.path.exists("/tmp/minigrpo-outside.txt")
     assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
+
+
+def tar_of_many(path):
+    with tarfile.open(path, "w:gz") as tar:
+        for number in range(2000):
+            tar.addfile(member(f"{number}"))
+
+
+def tar_of_a_long_header(path):
+    """A name of 100 MB, which tarfile reads into memory before any filter sees it."""
+    with tarfile.open(path, "w:gz", format=tarfile.GNU_FORMAT, compresslevel=1) as tar:
+        tar.addfile(member("a" * 100_000_000))
+
+
+def tar_of_holes(path):
+    """A sparse file of 1 TB in half a kB."""
+    header = bytearray(member("holes", type=tarfile.GNUTYPE_SPARSE).tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"%011o\0" % 0
+    header[386:410] = b"%011o\0" % (2**32) + b"%011o\0" % 0
+    header[483:495] = b"%011o\0" % (2**32)
+    header[148:156] = b"        "
+    header[148:156] = b"%06o\0 " % sum(header)
+    with gzip.open(path, "wb") as file:
+        file.write(bytes(header) + bytes(10240))
+
+
+@pytest.mark.parametrize("harm, said", [(tar_of_many, "more than 100 files"), (tar_of_a_long_header, "one of its headers has 100,"),
+                                        (tar_of_holes, "neither a file nor a folder")])
+def test_a_tar_that_fills_memory_or_folders(tmp_path, harm, said):
+    weights = pytest.importorskip("minigrpo.rewards.weights")
+    harm(tmp_path / "bad.tar.gz")
+    assert (tmp_path / "bad.tar.gz").stat().st_size < 1_000_000
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=said):
+        weights.unpack(tmp_path / "bad.tar.gz", tmp_path / "in/folder")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6 and not any((tmp_path / "in").iterdir())

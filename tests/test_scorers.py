@@ -1,8 +1,12 @@
 """CheXbert and BERTScore on tiny checkpoints of the published formats, against slow loops and the bert-score package."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertModel
 
 from minigrpo.rewards.bertscore import BertScore
@@ -68,13 +72,56 @@ def test_chexbert_runs_no_code_and_names_a_wrong_file(tmp_path, folder, monkeypa
         def __reduce__(self):
             return exec, (f"open({str(tmp_path / 'evil')!r}, 'w')",)
     torch.save({"model_state_dict": Runs()}, tmp_path / "chexbert.pth")
-    with pytest.raises(ValueError, match="chexbert.pth is not CheXbert's checkpoint"):
+    with pytest.raises(ValueError, match="chexbert.pth holds no weights that can be read .it asks for exec, and could run code"):
         CheXbert.from_weights(str(tmp_path))
     assert not (tmp_path / "evil").exists()
     state = torch.load(folder / "chexbert.pth", weights_only=True)
     del state["model_state_dict"]["module.linear_heads.13.bias"]
     torch.save(state, tmp_path / "chexbert.pth")
     with pytest.raises(ValueError, match="does not fit the config of bert-base-uncased"):
+        CheXbert.from_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("name, load", [("bert-base-uncased", CheXbert.from_weights), ("distilroberta-base", BertScore.from_weights)])
+@pytest.mark.parametrize("file, entries, said", [
+    ("config.json", {"auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}, "model_type": "evil"}, "config.json has auto_map"),
+    ("tokenizer_config.json", {"inner": [{"auto_map": {"AutoTokenizer": ["evil.T", None]}}]}, "tokenizer_config.json has auto_map"),
+    ("config.json", {"attn_implementation": "evil/kernel"}, "config.json has attn_implementation"),
+    ("config.json", {"vocab_size": 10**12}, "config.json: vocab_size is 1000000000000, not a number in 1..500,000"),
+    ("adapter_config.json", {"base_model_name_or_path": "evil/model"}, "adapter_config.json names another model"),
+    ("tokenizer_config.json", None, "tokenizer_config.json is not JSON"), ("config.json", [], "config.json is not a JSON object")])
+def test_a_scorer_s_encoder_brings_no_code(tmp_path, folder, name, load, file, entries, said):
+    """CheXbert's and BERTScore's folders are checked as RadGraph's is."""
+    for part in folder.iterdir():
+        if part.name != name:
+            (tmp_path / part.name).symlink_to(part)
+    shutil.copytree(folder / name, tmp_path / name)
+    path = tmp_path / name / file
+    if entries is None or isinstance(entries, list):
+        path.write_text("[" * 100_000 if entries is None else "[]")
+    else:
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | entries))
+    with pytest.raises(ValueError) as refused:
+        load(str(tmp_path))
+    assert f"could not be loaded ({said}" in str(refused.value)
+
+
+def test_bertscore_reads_no_pickle(tmp_path, folder):
+    """Bug: pytorch_model.bin was read where a folder has no safetensors."""
+    shutil.copytree(folder / "distilroberta-base", tmp_path / "distilroberta-base")
+    weights = tmp_path / "distilroberta-base/model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(ValueError, match="distilroberta-base .331 MB. could not be loaded"):
+        BertScore.from_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("state", [[torch.zeros(3)], {"model_state_dict": 3}, {"model_state_dict": {"a": "b"}}, {"model_state_dict": {3: torch.zeros(3)}}, {}])
+def test_chexbert_of_other_things_is_named(tmp_path, folder, state):
+    """Bug: an AttributeError for what is no dict."""
+    (tmp_path / "bert-base-uncased").symlink_to(folder / "bert-base-uncased")
+    torch.save(state, tmp_path / "chexbert.pth")
+    with pytest.raises(ValueError, match="chexbert.pth holds no weights that can be read"):
         CheXbert.from_weights(str(tmp_path))
 
 

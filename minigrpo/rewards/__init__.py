@@ -4,16 +4,21 @@
     0.9*gleu+0.1*soft_f1                       a weighted sum; each term enters on the tasks it applies to
     report=gleu,grounding=0.5*soft_f1+0.5*dice one sum for each task
     my_module:my_reward                        your own, anywhere a name may stand: callable(answers, samples) -> a list
-                                               of floats (None or NaN: could not be scored) or a `Scores`
+                                               of numbers (None or NaN: could not be scored) or a `Scores`
 
 A built-in scores answers without their thinking and gives an empty one its floor. What a scorer can't do, by an exception or
 NaN, is marked as not scored, and is no fault of the model. docs/rewards.md has each reward's formula, range, floor and cost.
 """
 
 import math
+import os
+import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from ..data.boxes import split_thinking
 from ..data.sample import Sample
@@ -23,7 +28,13 @@ from .radcliq import radcliq_v1
 from .spec import REWARDS, Term, parse_spec
 from .text import gleu, length
 
-__all__ = ["REWARDS", "Reward", "Scores", "dice", "gleu", "length", "radcliq_v1", "reward_fn", "soft_f1"]
+__all__ = ["REWARDS", "BadReward", "Reward", "Scores", "dice", "gleu", "length", "radcliq_v1", "reward_fn", "soft_f1"]
+
+LARGEST = 1e15  # of a reward: fp32, which compares them, overflows at the square of 2e19
+
+
+class BadReward(ValueError):
+    """A reward returned what is no score of each answer. The message names the reward and says what to return."""
 
 
 @dataclass
@@ -63,6 +74,9 @@ class Reward:
             for weight, name, function in self.terms[task] if rows else ():
                 call = self._bound(name, function, answers, texts, samples)
                 _add(scores, rows, weight, name, scored(call, rows, name, scores.errors))
+        if any(valid and abs(value) > LARGEST for value, valid in zip(scores.values, scores.valid)):
+            _note(scores.errors, f"a value beyond {LARGEST:g}, which the comparison within a group cannot hold")
+        scores.valid = [valid and abs(value) <= LARGEST for value, valid in zip(scores.values, scores.valid)]
         scores.values = [value if valid else 0.0 for value, valid in zip(scores.values, scores.valid)]
         return scores
 
@@ -75,49 +89,102 @@ class Reward:
         return lambda rows: function([(answers if raw else texts)[row] for row in rows], [samples[row] for row in rows], *extra)
 
 
-def scored(call: Callable, rows: list[int], name: str, errors: list[str]) -> "Scores | list":
+def scored(call: Callable, rows: list[int], name: str, errors: list[str]) -> Scores:
     """`call(rows)`. Where it raises, halves are tried, down to the single rows that can't be scored: these are NaN. Four
     single failures before any success mean that the scorer itself is broken: the rest is NaN untried.
     """
     failed, succeeded = 0, 0
 
-    def attempt(part: list[int]) -> "Scores | list":
+    def attempt(part: list[int]) -> Scores:
         nonlocal failed, succeeded
+        nothing = Scores([math.nan] * len(part), [False] * len(part))
         if failed >= 4 and not succeeded:
-            return [math.nan] * len(part)
+            return nothing
         try:
-            result = call(part)
+            result = _at_home(call, part, name)
+        except BaseException as error:  # whatever a scorer raises must not end a run of days: --max_unscored decides
+            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                raise  # Ctrl-C
+            _note(errors, f"{name}: {type(error).__name__}: {error}")
+        else:
             succeeded += 1
-            return result
-        except Exception as error:  # whatever a scorer raises must not end a run of days: --max_unscored decides
-            text = f"{name}: {type(error).__name__}: {error}"
-            if text not in errors and len(errors) < 5:
-                errors.append(text)
+            return as_scores(result, len(part), name)
         if len(part) == 1:
             failed += 1
-            return [math.nan]
-        halves = attempt(part[:len(part) // 2]), attempt(part[len(part) // 2:])
-        return [value for half in halves for value in (half.values if isinstance(half, Scores) else half)]
+            return nothing
+        a, b = attempt(part[:len(part) // 2]), attempt(part[len(part) // 2:])
+        missing = [math.nan] * len(a.values), [math.nan] * len(b.values)
+        return Scores(a.values + b.values, a.valid + b.valid, {part: a.parts.get(part, missing[0]) + b.parts.get(part, missing[1])
+                                                               for part in a.parts | b.parts}, a.errors + b.errors)
 
     return attempt(rows)
 
 
-def _add(scores: Scores, rows: list[int], weight: float, name: str, result) -> None:
-    if not isinstance(result, Scores):
+def _note(errors: list[str], text: str) -> None:
+    if text not in errors and len(errors) < 5:
+        errors.append(text)
+
+
+def _at_home(call: Callable, part: list[int], name: str) -> Any:
+    """call(part), and the working directory as it was before: a reward that leaves it would take the run's files along."""
+    here = os.getcwd()
+    try:
+        return call(part)
+    finally:
         try:
-            values = [math.nan if value is None else float(value) for value in result]
-        except (TypeError, ValueError):
-            raise ValueError(f"reward {name!r} gave {repr(result)[:60]}: return a list with a number, or None, for each answer") from None
-        result = Scores(values, [math.isfinite(value) for value in values])
+            there = os.getcwd()
+        except FileNotFoundError:
+            there = "a folder that is gone"
+        if there != here:
+            os.chdir(here)
+            warnings.warn(f"reward {name!r} changed the working directory to {there}: it is put back")
+
+
+def as_scores(result: Any, count: int, name: str) -> Scores:
+    """What a reward returned for `count` answers. BadReward for anything but a sequence of numbers or None, or a `Scores` of such."""
+    if not isinstance(result, Scores):
+        values = _floats(result, count, name)
+        return Scores(values, [math.isfinite(value) for value in values])
+    values = _floats(result.values, count, f"{name}.values")
+    valid = [bool(ok) and ok == ok and math.isfinite(value) for ok, value in zip(_floats(result.valid, count, f"{name}.valid"), values)]
+    if not isinstance(result.parts, dict) or not all(isinstance(part, str) for part in result.parts):
+        raise BadReward(f"reward {name!r} gave parts that are no dict with names: return {{name: a number for each answer}}")
+    parts = {part: _floats(given, count, f"{name}.{part}") for part, given in result.parts.items()}
+    return Scores(values, valid, parts, [str(error) for error in result.errors])
+
+
+def _floats(given: Any, count: int, name: str) -> list[float]:
+    """A list, a tuple, or a vector of NumPy, torch or pandas -> floats, NaN for None and for what is not finite."""
+    flat = given.tolist() if getattr(given, "ndim", None) == 1 and hasattr(given, "tolist") else given
+    wrong = not isinstance(flat, list | tuple)
+    # A number of NumPy, or a tensor without dimensions, is its item.
+    plain = [] if wrong else [x.item() if getattr(x, "ndim", None) == 0 and hasattr(x, "item") else x for x in flat]
+    if wrong or not all(x is None or isinstance(x, Real) for x in plain):
+        raise BadReward(f"reward {name!r} gave {type(given).__name__} {' '.join(repr(given).split())[:60]}: return a list with a number, or None, "
+                        "for each answer")
+    if len(plain) != count:
+        raise BadReward(f"reward {name!r} gave {len(plain)} values for {count} answers: return one for each")
+    return [_float(x) for x in plain]
+
+
+def _float(x: Real | None) -> float:
+    try:
+        value = math.nan if x is None else float(x)
+    except OverflowError:  # an int of hundreds of digits
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def _add(scores: Scores, rows: list[int], weight: float, name: str, result: Scores) -> None:
     parts = {name: result.values} | {f"{name}.{part}": values for part, values in result.parts.items()}
     for part, values in parts.items():
-        if len(values) != len(rows):
-            raise ValueError(f"reward {part!r} gave {len(values)} values for {len(rows)} answers: return one for each")
         column = scores.parts.setdefault(part, [math.nan] * len(scores.values))
-        for row, value in zip(rows, values):
+        for row, value in zip(rows, values, strict=True):
             column[row] = value
+    for error in result.errors:
+        _note(scores.errors, f"{name}: {error}")
     for row, value, valid in zip(rows, result.values, result.valid, strict=True):
-        scores.valid[row] &= valid and math.isfinite(value)
+        scores.valid[row] &= valid
         scores.values[row] += weight * value
 
 

@@ -5,10 +5,10 @@ import re
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from .bert import encode
-from .weights import find_file, fingerprint, load_encoder
+from .weights import find_file, fingerprint, load_encoder, load_tensors
 
 CONDITIONS = ("Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia",
               "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices", "No Finding")
@@ -31,12 +31,9 @@ class CheXbert(nn.Module):
         """The folder holds chexbert.pth (1.31 GB) and bert-base-uncased/ (config.json and tokenizer)."""
         path = find_file(weights_dir, "chexbert.pth")
         config, tokenizer = load_encoder(weights_dir, "bert-base-uncased", lambda source: (
-            AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)), "config.json and tokenizer, under 1 MB")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]  # tensors, and no code
-        except Exception as error:  # a pickle that is cut short or holds more than tensors fails in many ways
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} is not CheXbert's checkpoint ({reason}): fetch it again (1.31 GB)") from error
+            BertConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source, trust_remote_code=False)),
+            "config.json and tokenizer, under 1 MB")
+        state = load_tensors(path, "model_state_dict")
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         state.pop("bert.embeddings.position_ids", None)  # a buffer that older transformers saved
         model = cls(config, tokenizer, fingerprint(path, "chexbert", sorted(tokenizer.get_vocab().items())))

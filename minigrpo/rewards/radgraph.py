@@ -4,20 +4,19 @@ The model is that of the `radgraph` package (DyGIE++ on a BERT). The package ann
 goes through one forward, with the package's own modules, and the same annotations come out.
 """
 
-import contextlib
-import io
-import json
 import tempfile
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
+from .radgraph_archive import MEND, Archive, read_archive
 from .radgraph_transformers5 import import_radgraph, special_tokens
-from .weights import cache_dir, find_file, fingerprint, load_encoder, unpack
+from .weights import cache_dir, find_file, fingerprint, load_encoder, load_tensors, unpack
 
 Annotation = dict  # {"text": str, "entities": {"1": {"tokens", "label", "start_ix", "end_ix", "relations": [[type, id]]}}}
 
@@ -52,20 +51,14 @@ class RadGraph:
         missing = [part for part in ("config.json", "weights.th", "vocabulary") if not (folder / part).exists()]
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(missing)}: delete it, and it is unpacked anew from {name}.tar.gz")
-        config = json.loads((folder / "config.json").read_text())
-        encoders = [config["dataset_reader"]["token_indexers"]["bert"], config["model"]["embedder"]["token_embedders"]["bert"]]
-        source = load_encoder(weights_dir, encoders[0]["model_name"], _checked_source, "config.json and tokenizer, under 1 MB")
-        for encoder in encoders:
-            encoder["model_name"] = source
-        with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):  # it prints its device
-            here = Path(scratch) / name
-            here.mkdir()
-            (here / "config.json").write_text(json.dumps(config))
-            for part in ("weights.th", "vocabulary"):
-                (here / part).symlink_to((folder / part).resolve())
-            model = package.RadGraph(model_type=name, model_cache_dir=scratch, cuda=-1)
-        from radgraph.allennlp.common import cached_transformers
-        cached_transformers._model_cache.clear()  # it keeps a second copy of the encoder
+        archive = read_archive(folder)
+        source, _ = load_encoder(weights_dir, archive.encoder, _source_and_config, "config.json and tokenizer, under 1 MB")
+        weights = load_tensors(folder / "weights.th")
+        try:
+            model = _build(name, archive, source)
+            model.model.load_state_dict(weights)
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder} fits neither its own config.json nor {source} ({str(error)[:300]}): {MEND}") from error
         vocabulary = sorted(model.reader._token_indexers["bert"]._tokenizer.get_vocab().items())
         return cls(model, device, fingerprint(folder / "weights.th", (folder / "config.json").read_text(), vocabulary,
                                               metadata.version("radgraph"), name))
@@ -173,9 +166,31 @@ class RadGraph:
         return found
 
 
-def _checked_source(source: str) -> str:
-    AutoConfig.from_pretrained(source)  # says early what the package would say late
-    return source
+def _source_and_config(source: str) -> tuple[str, PretrainedConfig]:
+    return source, AutoConfig.from_pretrained(source, trust_remote_code=False)
+
+
+def _build(name: str, archive: Archive, source: str) -> SimpleNamespace:
+    """The package's reader and model, without weights, as its RadGraph class holds them; built of the archive's numbers alone."""
+    from radgraph.allennlp.common import cached_transformers
+    from radgraph.allennlp.data import Vocabulary
+    from radgraph.allennlp.data.token_indexers import PretrainedTransformerMismatchedIndexer
+    from radgraph.allennlp.modules.text_field_embedders import BasicTextFieldEmbedder
+    from radgraph.allennlp.modules.token_embedders import PretrainedTransformerMismatchedEmbedder
+    from radgraph.dygie.models.dygie import DyGIE
+    with tempfile.TemporaryDirectory() as scratch:  # the package reads a folder, and leaves a lock in it
+        for file, text in archive.vocabulary.items():
+            (Path(scratch) / file).write_text(text, encoding="utf-8")
+        vocabulary = Vocabulary.from_files(scratch, *archive.special)
+    missing = {f"{name}__ner_labels", f"{name}__relation_labels"} - vocabulary.get_namespaces()
+    if missing:
+        raise ValueError(f"vocabulary/ lacks {', '.join(sorted(missing))}")
+    indexer = PretrainedTransformerMismatchedIndexer(source, max_length=archive.longest)
+    embedder = PretrainedTransformerMismatchedEmbedder(source, max_length=archive.longest)
+    model = DyGIE(vocab=vocabulary, embedder=BasicTextFieldEmbedder({"bert": embedder}), **archive.settings)
+    cached_transformers._model_cache.clear()  # it keeps a second copy of the encoder
+    reader = SimpleNamespace(_token_indexers={"bert": indexer}, _max_span_width=archive.width)
+    return SimpleNamespace(model_type=name, model=model, reader=reader)
 
 
 def _spans(words: int, width: int) -> Tensor:

@@ -8,21 +8,37 @@ The folder holds the files as they are published; each scorer asks for those it 
                                  weights too: bert-base-uncased, distilroberta-base, distilbert-base-uncased, ...
 """
 
+import gzip
 import hashlib
+import json
 import os
+import pickle
+import re
 import shutil
 import tarfile
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import hf_hub_download
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from torch import Tensor
 
 T = TypeVar("T")
 
-MOST_UNPACKED = 10**10  # bytes of an archive's files; RadGraph's have about half a GB
+MOST_UNPACKED = 4 * 10**9  # bytes of an archive's files; RadGraph's have about half a GB
+MOST_MEMBERS = 100  # files and folders of an archive; RadGraph's has about ten
+MOST_AT_ONCE = 2**24  # bytes that an archive's reader asks for at once: a header of a GB would be held in memory
+MOST_JSON = 10**6  # bytes of an encoder's settings
+ENCODERS = ("bert", "distilbert", "roberta")  # model types
+LARGEST = {"vocab_size": 500_000, "max_position_embeddings": 16_384, "type_vocab_size": 16, "num_hidden_layers": 64, "n_layers": 64,
+           "hidden_size": 4096, "dim": 4096, "num_attention_heads": 64, "n_heads": 64, "intermediate_size": 16_384, "hidden_dim": 16_384}
+# Keys of settings that bring code or kernels, or name files elsewhere.
+CODE = ("auto_map", "custom_pipelines", "transformers_weights", "quantization_config", "base_model_name_or_path")
+PUBLISHED = ["config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt", "model.safetensors"]
 REPO = "StanfordAIMI/RRG_scorers"  # holds the files of SIZES, tagged MIT
 SIZES = {"radgraph-xl.tar.gz": "416 MB", "radgraph.tar.gz": "a BERT, hundreds of MB", "chexbert.pth": "1.31 GB"}
 
@@ -42,47 +58,137 @@ def find_file(weights_dir: str | None, name: str) -> Path:
 
 
 def load_encoder(weights_dir: str | None, name: str, load: Callable[[str], T], size: str) -> T:
-    """`load(folder or hub name)` of the encoder `name`, which transformers' from_pretrained takes. `size` says what it holds."""
+    """`load(folder)` of the encoder `name`, once its settings are known to be harmless. `size` says what it holds."""
     source = name if weights_dir is None else str(Path(weights_dir) / name.split("/")[-1])
     if weights_dir is not None and not os.path.isdir(source):
         raise ValueError(f"{source} is missing: fetch the files of {name} ({size}) from the Hugging Face hub and put them there")
     try:
-        return load(source)
-    except (OSError, ValueError) as error:
+        folder = source if weights_dir else snapshot_download(name, allow_patterns=PUBLISHED)
+        check_encoder(Path(folder))
+        return load(folder)
+    except Exception as error:  # the hub, transformers, tokenizers and safetensors raise dozens of kinds; the mend is one
         mend = "fetch its files again" if weights_dir else \
             f"put its files into a folder DIR/{name.split('/')[-1]}, and give --reward_weights DIR"
-        raise ValueError(f"{source} ({size}) could not be loaded ({str(error).splitlines()[0]}): {mend}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{source} ({size}) could not be loaded ({reason}): {mend}") from error
+
+
+def check_encoder(folder: Path) -> None:
+    """ValueError for an encoder's folder whose settings bring code, name files elsewhere, or would fill the memory."""
+    if (folder / "adapter_config.json").exists():
+        raise ValueError("adapter_config.json names another model: a scorer's encoder has no adapter")
+    for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        if (folder / name).is_file():
+            found = read_settings(folder / name)
+            _no_code(found, name)
+            if name == "config.json":
+                _bounded_encoder(found)
+    if not (folder / "config.json").is_file():
+        raise ValueError("it has no config.json")
+    if (folder / "model.safetensors.index.json").exists() and not (folder / "model.safetensors").exists():
+        raise ValueError("its weights are in shards: an encoder of this size has one model.safetensors")
+
+
+def read_settings(path: Path) -> dict:
+    """The object of a JSON file that somebody else wrote, of at most MOST_JSON bytes."""
+    with path.open("rb") as file:
+        data = file.read(MOST_JSON + 1)
+    try:
+        if len(data) > MOST_JSON:
+            raise ValueError(f"it is larger than {MOST_JSON:,} bytes")
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not JSON ({str(error)[:200]})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is not a JSON object")
+    return found
+
+
+def _no_code(settings: dict, file: str) -> None:
+    waiting = [settings]
+    while waiting:
+        part = waiting.pop()
+        for key, value in part.items() if isinstance(part, dict) else ():
+            if key in CODE and value or key.endswith("attn_implementation") and "/" in str(value):
+                raise ValueError(f"{file} has {key}, which can bring code or files from elsewhere: remove that entry")
+        waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+
+
+def _bounded_encoder(config: dict) -> None:
+    if config.get("model_type") not in ENCODERS:
+        raise ValueError(f"config.json: model_type {str(config.get('model_type'))[:80]!r} is none of {', '.join(ENCODERS)}")
+    for key, most in LARGEST.items():
+        if key in config and (type(config[key]) is not int or not 1 <= config[key] <= most):
+            raise ValueError(f"config.json: {key} is {str(config[key])[:80]}, not a number in 1..{most:,}")
+
+
+def load_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
+    """The tensors that a .pth or .th file holds (under `key`), and nothing else: a pickle that names any other thing is refused,
+    and so is a file that would unpack to far more than it is."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as packed:
+                size = sum(entry.file_size for entry in packed.infolist())
+            if size > path.stat().st_size + 2**20:
+                raise ValueError(f"it unpacks to {size:,} bytes")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state[key] if key else state
+        if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(x, Tensor) for name, x in state.items()):
+            raise ValueError("it holds more than named tensors")
+    except pickle.UnpicklingError as error:  # whose own message advises to run the code
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {named[1]}, and could run code" if named else "it is damaged, or more than tensors"
+        raise ValueError(f"{path} holds no weights that can be read ({reason}): fetch it again, from its authors") from None
+    except Exception as error:  # a damaged or hostile pickle makes torch raise of nearly every kind
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} holds no weights that can be read ({reason[:300]}): fetch it again, from its authors") from error
+    return dict(state)
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """`folder` with what `archive` holds. It appears whole or not at all, and nothing is written outside it."""
+    """`folder` with the files that `archive` holds. It appears whole or not at all, and nothing is written outside it."""
     if not folder.is_dir():
         scratch = None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             scratch = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-")
-            with tarfile.open(archive, "r:gz") as tar:
-                tar.extractall(scratch, filter=_bounded(MOST_UNPACKED))
+            with _Bounded(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+                tar.extractall(scratch, filter=_only_files())
             os.chmod(scratch, 0o755)
             os.replace(scratch, folder)
         except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
             if scratch:
                 shutil.rmtree(scratch, ignore_errors=True)
             if not folder.is_dir():  # else another process was first
-                raise ValueError(f"{archive} cannot be unpacked into {folder} ({error}): fetch it again, or unpack it by "
+                raise ValueError(f"{archive} cannot be unpacked into {folder} ({str(error)[:300]}): fetch it again, or unpack it by "
                                  "hand") from error
     return folder
 
 
-def _bounded(most: int) -> Callable:
-    """tarfile's `data` filter, until the members are more than `most` bytes in all: a small archive can hold a full disk."""
-    left = most
+class _Bounded(gzip.GzipFile):
+    """What is read of an archive, until it is more than MOST_UNPACKED: a small one can hold a full disk."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MOST_AT_ONCE:
+            raise tarfile.TarError(f"one of its headers has {size:,} bytes")
+        data = super().read(size)
+        if self.tell() > MOST_UNPACKED:
+            raise tarfile.TarError(f"it holds more than {MOST_UNPACKED // 10**9} GB")
+        return data
+
+
+def _only_files() -> Callable:
+    """tarfile's `data` filter for MOST_MEMBERS files and folders: no links, no devices, no sparse files, MOST_UNPACKED bytes in all."""
+    members = size = 0
 
     def keep(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
-        nonlocal left
-        left -= member.size
-        if left < 0:
-            raise tarfile.TarError(f"it holds more than {most // 10**9} GB")
+        nonlocal members, size
+        members, size = members + 1, size + member.size
+        if not (member.isreg() or member.isdir()) or member.issparse():
+            raise tarfile.TarError(f"{member.name[:80]!r} is neither a file nor a folder")
+        if members > MOST_MEMBERS or size > MOST_UNPACKED:
+            raise tarfile.TarError(f"it holds more than {MOST_UNPACKED // 10**9} GB" if size > MOST_UNPACKED else
+                                   f"it holds more than {MOST_MEMBERS} files")
         return tarfile.data_filter(member, folder)
     return keep
 
