@@ -1,10 +1,11 @@
 """What docs/ says is true: lines that it quotes, tests and arguments that it names, numbers that it prints.
 
-A reference to a line is a link and what stands there: [`train_grpo.py:92`](../train_grpo.py#L92) `policy.encode(samples)`.
-`python tests/test_docs.py --fix` moves the numbers to where the quoted text now is (the nearest place, if there are
-several) and writes the table of KL estimators anew.
+A reference to a line is a link and what stands there, with the function that it is in:
+[`train_grpo.py`, `main`](../train_grpo.py) `policy.encode(samples)`.
+`python tests/test_docs.py --fix` writes the table of KL estimators anew.
 """
 
+import ast
 import doctest
 import re
 import sys
@@ -16,40 +17,35 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/algorithm.md"
-REFERENCE = re.compile(r"\[`([\w./]+):(\d+)`\]\(\.\./([\w./]+)#L(\d+)\) `([^`]+)`")
+REFERENCE = re.compile(r"\[`([\w./]+)`, `([\w.]+)`\]\(\.\./([\w./]+)\) `([^`]+)`")
 TABLE = re.compile(r"(?<=<!-- kl table -->\n).*?(?=\n<!-- end -->)", re.S)
 
 
-def found_at(path, line, quote):
-    """Where `quote` stands in the file, nearest to `line`."""
-    lines = (ROOT / path).read_text().splitlines()
-    places = [n for n, text in enumerate(lines, start=1) if quote in text]
-    return min(places, key=lambda n: abs(n - line), default=None)
+def source_of(path, name):
+    """The lines of a function, a method (Class.name) or a function inside another (outer.inner)."""
+    text = (ROOT / path).read_text()
+    node = ast.parse(text)
+    for part in name.split("."):
+        node = next(child for child in ast.walk(node)
+                    if isinstance(child, ast.FunctionDef | ast.ClassDef) and child.name == part)
+    return ast.get_source_segment(text, node)
 
 
 def fix():
-    def moved(match):
-        _, line, path, _, quote = match.groups()
-        now = found_at(path, int(line), quote)
-        if now is None:
-            print(f"nowhere in {path}: {quote}")
-            return match[0]
-        return f"[`{path}:{now}`](../{path}#L{now}) `{quote}`"
-
     sys.path.insert(0, str(ROOT))
     from tests.test_kl import table
-    PAGE.write_text(TABLE.sub(lambda _: table(), REFERENCE.sub(moved, PAGE.read_text())))
+    PAGE.write_text(TABLE.sub(lambda _: table(), PAGE.read_text()))
 
 
-@pytest.mark.parametrize("name, line, path, anchor, quote", REFERENCE.findall(PAGE.read_text()))
-def test_quoted_lines_stand_where_the_page_says(name, line, path, anchor, quote):
-    assert (name, line) == (path, anchor)
-    assert found_at(path, int(line), quote) == int(line), "python tests/test_docs.py --fix"
+@pytest.mark.parametrize("named, function, path, quote", REFERENCE.findall(PAGE.read_text()))
+def test_quoted_lines_stand_where_the_page_says(named, function, path, quote):
+    assert named == path
+    assert quote in source_of(path, function)
 
 
 def test_no_reference_is_written_in_another_form():
     page = PAGE.read_text()
-    assert len(REFERENCE.findall(page)) == page.count("#L") > 25
+    assert len(REFERENCE.findall(page)) == len(re.findall(r"\(\.\./[\w./]+\.py\) `", page)) > 25 and "#L" not in page
 
 
 def test_named_tests_arguments_and_configs_exist():
