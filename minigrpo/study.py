@@ -27,7 +27,7 @@ from pathlib import Path
 import minigrpo.policy  # noqa: F401  loaded once: a run is a fork of this process
 import minigrpo.run.plots  # noqa: F401
 import torch
-from minigrpo.demo import python
+from minigrpo.commands import python, typed
 from minigrpo.run.args import input_errors, parse_args
 from minigrpo.study_results import collect
 from minigrpo.study_table import draw_figures, tables, write_page
@@ -162,7 +162,7 @@ def start(run: Run, where: dict[str, Path], threads: int) -> multiprocessing.Pro
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         torch.set_num_threads(threads)
-        print("$ python", *line, flush=True)
+        print("$ " + typed(line), flush=True)
         python(line)
     process = multiprocessing.get_context("fork").Process(target=child, name=run.name)
     process.start()

@@ -8,6 +8,9 @@ take RadGraph itself; words that are not in the lists below are no entities here
 
 import re
 
+from ..packages import need
+
+need("minigrpo.rewards.phantom_entities", "radgraph", "requests")
 from radgraph.rewards import (exact_entity_token_if_all_match_reward, exact_entity_token_if_rel_exists_reward,
                               exact_entity_token_match_reward)
 
