@@ -1,5 +1,8 @@
 """Packages that may be absent, and what to type then. It imports none of them."""
 
+import re
+import shlex
+from importlib import metadata
 from importlib.util import find_spec
 
 from minigrpo.programs import CLONE
@@ -36,4 +39,21 @@ def explain(error: ModuleNotFoundError) -> str:
         return str(error)
     if package in ("", "minigrpo") or find_spec(package):
         raise error
-    return f"{package} is not installed: {how_to_install(package)} (pip install --no-deps leaves such packages out)"
+    absent = left_out()
+    return f"{package} is not installed: " + (f"{shlex.join(['pip', 'install', *absent])}, which `pip install --no-deps` left out"
+                                              if absent else how_to_install(package))
+
+
+def left_out() -> list[str]:
+    """What a plain `pip install` of minigrpo would have brought and is not here; empty for a clone that pip does not know."""
+    absent = []
+    try:
+        requirements = [text for text in metadata.requires("minigrpo") or [] if "extra ==" not in text]
+    except metadata.PackageNotFoundError:
+        return []
+    for requirement in requirements:
+        try:
+            metadata.version(re.match(r"[\w.-]+", requirement)[0])
+        except metadata.PackageNotFoundError:
+            absent.append(requirement)
+    return absent
