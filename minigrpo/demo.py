@@ -10,8 +10,6 @@ pictures in output_dir. Every command is printed before it runs.
 import json
 import multiprocessing
 import resource
-import runpy
-import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from pathlib import Path
 BEGAN = time.perf_counter()
 import minigrpo.policy  # noqa: E402, F401  loaded for the programs, see `run`
 import minigrpo.run.plots  # noqa: E402, F401
+from minigrpo.commands import python, typed  # noqa: E402
 from minigrpo.run.args import input_errors, parse_args  # noqa: E402
 
 TASKS = {"report": "gleu", "grounding": "soft_f1"}
@@ -39,13 +38,13 @@ def main() -> None:
         args = parse_args(DemoArguments, __doc__)
         out = Path(args.output_dir)
         if out.exists():
-            raise ValueError(f"{out} exists already: remove it, or choose another folder (make demo OUT=runs/another)")
+            raise ValueError(f"{out} exists already: remove it, or choose another --output_dir (make demo OUT=runs/another)")
         for name in ("train.jsonl", "test.jsonl") if args.data is not None else ():
             if not (Path(args.data) / name).is_file():
                 raise ValueError(f"--data {args.data!r} holds no {name}: give a folder with train.jsonl and test.jsonl "
                                  "(make demo-real DATA=FOLDER)")
         if args.model != "tiny" and not (Path(args.model) / "config.json").is_file():
-            raise ValueError(f"--model {args.model} is no checkpoint folder: run `make demo` first, or name another")
+            raise ValueError(f"--model {args.model} is no checkpoint folder: run the demo first, or name another")
     real = args.data is not None
     data = Path(args.data) if real else out / "films"
     # The tiny model wants larger steps than a real one (paper: SFT 1e-5, GRPO 1e-6); the loss constants are the paper's.
@@ -58,7 +57,7 @@ def main() -> None:
 
     def run(stage: str, *command) -> None:
         line = [str(word) for word in command]
-        print("\n$ python " + shlex.join(line), flush=True)
+        print("\n$ " + typed(line), flush=True)
         began = time.perf_counter()
         # A fork has torch and transformers loaded already; eight fresh interpreters would spend 40 s on that.
         process = multiprocessing.get_context("fork").Process(target=python, args=(line,))
@@ -92,16 +91,6 @@ def main() -> None:
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (out / "results.md").write_text(table := markdown(results))
     print(f"\n{table}\nPictures: {', '.join(str(path) for path in sorted(out.glob('*/**/*.png')) if 'films' not in path.parts)}")
-
-
-def python(line: list[str]) -> None:
-    """What `python LINE` does, in this process."""
-    if line[0] == "-m":
-        sys.argv = line[1:]
-        runpy.run_module(line[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = line
-        runpy.run_path(line[0], run_name="__main__")
 
 
 def collect(out: Path) -> dict:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from minigrpo.data import TASKS, Sample, load_image, read_jsonl
 from minigrpo.data.film import header
+from minigrpo.packages import need
 from minigrpo.rewards import reward_fn
 from minigrpo.run.args import input_errors, parse_args
 
@@ -95,11 +96,8 @@ def main() -> None:
         if not Path(args.output).parent.is_dir():
             raise ValueError(f"--output {args.output} can't be written: its folder does not exist")
         samples = read_jsonl(args.data, task=args.task)
-        try:
-            import pandas
-            import pyarrow  # noqa: F401  what pandas writes parquet with
-        except ImportError:
-            raise ValueError("parquet needs pandas and pyarrow: pip install pandas pyarrow") from None
+        need("parquet", "pandas", "pyarrow")
+    import pandas
     pandas.DataFrame([verl_row(sample, i) for i, sample in enumerate(samples)]).to_parquet(args.output)
     print(f"{args.output}: {len(samples)} rows")
 

@@ -27,10 +27,10 @@ from pathlib import Path
 import minigrpo.policy  # noqa: F401  loaded once: a run is a fork of this process
 import minigrpo.run.plots  # noqa: F401
 import torch
-from minigrpo.demo import python
+from minigrpo.commands import python, typed
 from minigrpo.run.args import input_errors, parse_args
 from minigrpo.study_results import collect
-from minigrpo.study_table import draw_figures, tables, write_page
+from minigrpo.study_table import draw_figures, page_text, tables, write_page
 
 STARTS, MODES, TASKS = ("general", "domain"), ("direct", "thinking"), ("report", "grounding")
 ENTITIES = "minigrpo.rewards.phantom_entities:complete"
@@ -67,8 +67,8 @@ SMOKE = Size(films=12, test=4, pixels=64, scenes=12, reading=4, traces=10, gener
 class StudyArguments:
     output_dir: str = field(default="runs/study", metadata={"help": "where the runs go, each in a folder of its own"})
     json: str = field(default="docs/study.json", metadata={"help": "results to write, or with --table to read"})
-    page: str = field(default="docs/study.md", metadata={"help": "page whose results are rendered; figures go to images/ beside it; "
-                                                                "empty: none"})
+    page: str = field(default="docs/study.md", metadata={"help": "page whose results are rendered, or that is made; figures go to images/ "
+                                                                "beside it; empty: none"})
     table: bool = field(default=False, metadata={"help": "run nothing: render tables and figures from --json"})
     smoke: bool = field(default=False, metadata={"help": "every step of the study, each as small as can be: shows that it runs"})
     seeds: int | None = field(default=None, metadata={"help": "seeds of GRPO; default 3"})
@@ -162,7 +162,7 @@ def start(run: Run, where: dict[str, Path], threads: int) -> multiprocessing.Pro
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         torch.set_num_threads(threads)
-        print("$ python", *line, flush=True)
+        print("$ " + typed(line), flush=True)
         python(line)
     process = multiprocessing.get_context("fork").Process(target=child, name=run.name)
     process.start()
@@ -201,6 +201,8 @@ def main() -> None:
         target, page = Path(args.json), Path(args.page) if args.page else None
         if args.table and not target.is_file():
             raise ValueError(f"--table: {target} does not exist; run the study first, or name its --json")
+        if page:
+            page_text(page)  # what cannot be rendered into shows now, not after hours
     if not args.table:
         size = SMOKE if args.smoke else FULL
         size.seeds = args.seeds or size.seeds

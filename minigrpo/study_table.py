@@ -122,14 +122,21 @@ def examples(runs: dict) -> list[str]:
     return lines
 
 
-def write_page(page: Path, results: dict) -> None:
-    """Renders the part of the page between its markers anew; the prose around it stays."""
-    text = page.read_text()
+def page_text(page: Path) -> str:
+    """The page as it is, or a new one; SystemExit for one without the markers that the results stand between."""
+    text = page.read_text() if page.exists() else "# The study on phantoms\n\n<!-- results -->\n<!-- end -->\n"
     if not re.search(r"<!-- results -->\n.*<!-- end -->", text, re.S):
         raise SystemExit(f"{page} has no `<!-- results -->` ... `<!-- end -->` to render into")
+    return text
+
+
+def write_page(page: Path, results: dict) -> None:
+    """Renders the part of the page between its markers anew; the prose around it stays."""
+    text = page_text(page)
     body = tables(results)
     if results["runs"]:
         body = "\n\n".join(f"![{title}](images/study-{name}.png)" for name, title in FIGURES.items()) + "\n\n" + body
+    page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(re.sub(r"(?<=<!-- results -->\n).*(?=<!-- end -->)", lambda _: body + "\n", text, flags=re.S))
 
 

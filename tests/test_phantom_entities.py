@@ -46,7 +46,7 @@ def test_every_level_is_the_packages_own(samples):
     reports = [s.answer for s in samples if s.task == "report"]
     for a, b in zip(reports, reports[1:]):
         simple, partial, full = compute_reward(annotate(a), annotate(b), "all")
-        assert entity_f1(a, b) == {"simple": simple, "partial": partial, "complete": full}
+        assert entity_f1(a, b) == pytest.approx({"simple": simple, "partial": partial, "complete": full}, abs=1e-12)
         assert entity_f1(a, a) == {"simple": 1.0, "partial": 1.0, "complete": 1.0}
 
 

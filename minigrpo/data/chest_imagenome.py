@@ -78,5 +78,9 @@ def arguments(parser) -> None:
     parser.add_argument("--regions", type=int, default=1, help="regions drawn a film (default 1; the paper has 80,000 pairs in all)")
 
 
-if __name__ == "__main__":
+def main() -> None:
     adapter_main(read, "films", __doc__, more=arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -54,5 +54,9 @@ def film_path(root: Path, path: PurePosixPath) -> Path:
     return next((place for place in places if place.is_file()), places[0])
 
 
-if __name__ == "__main__":
+def main() -> None:
     adapter_main(read, "films", __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -127,3 +127,12 @@ def adapter_main(read: Reader, unit: str, doc: str, load=load_image, more: Calla
     print(ledger.table())
     tasks = ", ".join(f"{n:,} {task}" for task, n in ledger.samples.items())
     print(f"wrote {sum(ledger.samples.values()):,} samples ({tasks}) to {out / f'{split}.jsonl'}")
+
+
+def main() -> None:
+    print(f"{__doc__}\nIt is no program itself: run an adapter, such as python -m minigrpo.data.openi --help; docs/data.md lists them.")
+    sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
+
+
+if __name__ == "__main__":
+    main()

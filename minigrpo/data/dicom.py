@@ -7,6 +7,8 @@ from collections.abc import Iterator, MutableSequence
 import numpy as np
 from PIL import Image
 
+from minigrpo.packages import need
+
 from .film import BLOCK, check_scans, check_size, robust_range
 
 FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")  # of a window
@@ -14,10 +16,8 @@ FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")  # of a window
 
 def _read(path: str | os.PathLike, **settings):
     """The data set. A deflated one is refused: some megabytes of it can unpack to all of memory."""
-    try:
-        import pydicom
-    except ImportError:
-        raise ImportError("DICOM films need pydicom: pip install -e '.[dicom]'") from None
+    need("a DICOM film", "pydicom")
+    import pydicom
     syntax = pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID")
     if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:
         raise ValueError(f"{path} is deflated as a whole: store it in another transfer syntax")

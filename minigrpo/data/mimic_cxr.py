@@ -82,5 +82,9 @@ def arguments(parser) -> None:
     parser.add_argument("--classification", action="store_true", help="add a sample a film that lists its CheXpert labels")
 
 
-if __name__ == "__main__":
+def main() -> None:
     adapter_main(read, "films", __doc__, more=arguments)
+
+
+if __name__ == "__main__":
+    main()

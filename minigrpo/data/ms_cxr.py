@@ -49,5 +49,9 @@ def read(root: Path, split: str, ledger: Ledger, mimic_root: Path | None = None)
     return drafts
 
 
-if __name__ == "__main__":
+def main() -> None:
     adapter_main(read, "boxes", __doc__, more=mimic_root_argument)
+
+
+if __name__ == "__main__":
+    main()

@@ -65,5 +65,9 @@ def patient_of(film: str) -> str:
     return film.split("_")[0]
 
 
-if __name__ == "__main__":
+def main() -> None:
     adapter_main(read, "boxes", __doc__)
+
+
+if __name__ == "__main__":
+    main()

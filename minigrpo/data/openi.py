@@ -40,5 +40,9 @@ def read(root: Path, split: str, ledger: Ledger) -> list[Draft]:
     return drafts
 
 
-if __name__ == "__main__":
+def main() -> None:
     adapter_main(read, "films", __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -60,5 +60,9 @@ def corners(box) -> list[float]:
     return [number(str(value)) for value in box] if isinstance(box, list) and len(box) == 4 else [float("nan")] * 4
 
 
-if __name__ == "__main__":
+def main() -> None:
     adapter_main(read, "sentences", __doc__)
+
+
+if __name__ == "__main__":
+    main()

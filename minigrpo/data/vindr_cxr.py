@@ -88,5 +88,9 @@ def arguments(parser) -> None:
     parser.add_argument("--detection", action="store_true", help="add a sample a film that asks for all of its boxes")
 
 
-if __name__ == "__main__":
+def main() -> None:
     adapter_main(read, "boxes", __doc__, load=load_dicom, more=arguments)
+
+
+if __name__ == "__main__":
+    main()

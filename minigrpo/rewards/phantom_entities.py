@@ -2,20 +2,17 @@
 
     --reward minigrpo.rewards.phantom_entities:complete        or :partial, :simple
 
-`annotate` gives RadGraph's annotation of a text and the radgraph package's own functions compare two of them. For real reports
+`annotate` gives RadGraph's annotation of a text, and `radgraph_f1` compares two of them. For real reports
 take RadGraph itself; words that are not in the lists below are no entities here.
 """
 
 import re
 
-from radgraph.rewards import (exact_entity_token_if_all_match_reward, exact_entity_token_if_rel_exists_reward,
-                              exact_entity_token_match_reward)
-
 from ..data.boxes import split_thinking
 from ..data.sample import Sample
+from .radgraph import radgraph_f1
 
-LEVELS = {"simple": exact_entity_token_match_reward, "partial": exact_entity_token_if_rel_exists_reward,
-          "complete": exact_entity_token_if_all_match_reward}
+LEVELS = ("simple", "partial", "complete")
 PRESENT, ABSENT, ANATOMY = "OBS-DP", "OBS-DA", "ANAT-DP"
 HEADS = set("""cardiomegaly consolidation nodule nodules atelectasis effusion effusions pneumothorax pacemaker tube tubes lines devices tip
     clear normal enlarged intact blunted intubated ratio lead size limits""".split())
@@ -70,14 +67,14 @@ def _sentence(words: list[str], first: int, end: int, entities: dict) -> None:
 
 def entity_f1(hypothesis: str, reference: str) -> dict[str, float]:
     """{"simple", "partial", "complete"}: RadGraph's F1 of two phantom reports, each in 0..1; 0 where either has no entity."""
-    found, wanted = annotate(hypothesis), annotate(reference)
-    return {level: function(found, wanted) for level, function in LEVELS.items()}
+    scores = radgraph_f1(annotate(hypothesis), annotate(reference))
+    return {level: scores[level] for level in LEVELS}
 
 
 def _reward(level: str, answers: list[str], samples: list[Sample]) -> list[float]:
     """Range 0..1, floor 0, also for a broken think block."""
     texts = [answer if ok else "" for _, answer, ok in map(split_thinking, answers)]
-    return [LEVELS[level](annotate(text), annotate(sample.answer)) for text, sample in zip(texts, samples, strict=True)]
+    return [entity_f1(text, sample.answer)[level] for text, sample in zip(texts, samples, strict=True)]
 
 
 def simple(answers: list[str], samples: list[Sample]) -> list[float]:

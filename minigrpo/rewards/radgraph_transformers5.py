@@ -8,15 +8,18 @@ given to the tokenizers that radgraph makes, and to no other. Upstream should al
 
 import warnings
 
+from ..packages import how_to_install, need
+
 
 def import_radgraph():
-    """The radgraph package, mended. ValueError if it is not installed."""
+    """The radgraph package, mended. ValueError if it is not installed, or does not fit what is installed."""
+    need("RadGraph", "radgraph", "requests")  # radgraph does not say that it needs the latter
     try:
         with warnings.catch_warnings():  # it turns all DeprecationWarnings on, for everybody
             import radgraph
             from radgraph.allennlp.common import cached_transformers
     except ImportError as error:
-        raise ValueError(f"RadGraph needs the radgraph package and requests ({error}): pip install -e '.[clinical]'") from error
+        raise ValueError(f"radgraph cannot be imported ({error}): {how_to_install('radgraph')}") from error
     if not getattr(cached_transformers, "mended", False):
         made = cached_transformers.get_tokenizer
         cached_transformers.get_tokenizer = lambda name, **kwargs: mend(made(name, **kwargs))

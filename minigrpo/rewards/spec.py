@@ -3,9 +3,12 @@
 import difflib
 import importlib
 import math
+import os
+import sys
 from collections.abc import Callable
 
 from ..data.schema import TASKS
+from ..packages import MissingPackage
 from .clinical import CLINICAL
 from .format import format_reward
 from .grounding import dice_reward, soft_f1_reward
@@ -40,8 +43,12 @@ def _load(name: str, spec: str) -> tuple[Callable, set[str]]:
     if not colon:
         known = _known(name, list(REWARDS))
         raise _error(spec, f"unknown reward {name!r}; {known}; your own is written module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # `minigrpo` is started elsewhere; last, so that no file here hides a package
     try:
         function = getattr(importlib.import_module(module), attribute)
+    except MissingPackage as error:
+        raise _error(spec, str(error)) from error
     except Exception as error:  # a module of the user's own may fail in any way
         absent = isinstance(error, AttributeError | ValueError) or getattr(error, "name", "") == module
         mend = "write module:function, and put the module's folder on PYTHONPATH" if absent else f"mend {module}"

@@ -5,7 +5,6 @@ import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +14,7 @@ from transformers import HfArgumentParser
 
 from minigrpo.checkpoint import SMALLEST
 from minigrpo.data import TASKS
+from minigrpo.packages import need
 from minigrpo.run.distributed import is_lost, ranks, speak_in_turn
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ class RunArguments:
         "help": "an update whose gradient norm is above this, or not a number, is skipped and its batch kept in skipped/"})
     max_skipped: int = field(default=10, metadata={"help": "stop the run when so many updates were skipped"})
     track: list[str] = field(default_factory=list, metadata={
-        "help": "also log to these, which must be installed: pip install -e '.[track]'", "choices": list(TRACKERS)})
+        "help": "also log to these, which must be installed", "choices": list(TRACKERS)})
     seed: int = field(default=0, metadata={"help": "seeds the data order, sampling and, for --model tiny, the weights"})
     resume: bool = field(default=False, metadata={"help": "continue the run in output_dir from its last checkpoint"})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
@@ -90,8 +90,7 @@ class RunArguments:
         if self.max_grad_norm <= 0:
             raise ValueError(f"--max_grad_norm must be above 0, got {self.max_grad_norm}: larger gradients are skipped")
         for name in self.track:
-            if find_spec(name) is None:
-                raise ValueError(f"--track {name}: pip install {name}, or pip install -e '.[track]' in the clone")
+            need(f"--track {name}", name)
         if self.eval_data and os.path.realpath(self.eval_data) == os.path.realpath(self.train_data):
             raise ValueError(f"--eval_data {self.eval_data} is the training data: best/ would hold what knows it by heart. Keep some "
                              "patients apart")
@@ -107,8 +106,7 @@ class RunArguments:
             raise ValueError(f"--shard with {'--lora_rank' if self.lora_rank else '--freeze language'}: it cuts up layers that are trained, "
                              "and here theirs are frozen; leave out --shard")
         if self.lora_rank:
-            if find_spec("peft") is None:
-                raise ValueError("--lora_rank needs peft: pip install peft, or pip install -e '.[lora]' in the clone")
+            need("--lora_rank", "peft")
             if self.lora_alpha <= 0:
                 raise ValueError(f"--lora_rank {self.lora_rank} needs --lora_alpha above 0, got {self.lora_alpha}")
             if "language" in self.freeze:
