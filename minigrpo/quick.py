@@ -23,6 +23,7 @@ from pathlib import Path
 BEGAN = time.perf_counter()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
@@ -33,7 +34,6 @@ from minigrpo.metrics.bootstrap import interval, paired  # noqa: E402
 from minigrpo.policy import Policy  # noqa: E402
 from minigrpo.run.args import at_least_one, input_errors, parse_args  # noqa: E402
 from minigrpo.run.files import make_folder  # noqa: E402
-from minigrpo.run.plots import plt  # noqa: E402
 from minigrpo.run.validate import greedy_answers  # noqa: E402
 
 QUESTION = "What is here?"
@@ -268,7 +268,7 @@ RIGHT, WRONG, QUIET, BOLD = "#1a7f37", "#cf222e", "#6e7781", "#0a58ca"
 
 def draw(path: Path, results: dict, rewards: list[float], test: list[Sample], answers: dict[str, dict[str, list[str]]]) -> None:
     """The reward over GRPO's steps, and the first six held-out pictures with the greedy answers before and after."""
-    fig = plt.figure(figsize=(12.5, 5.2), layout="constrained")
+    fig = Figure(figsize=(12.5, 5.2), layout="constrained")
     left, right = fig.subfigures(1, 2, width_ratios=(1, 1.75))
     axis = left.subplots()
     window = max(1, len(rewards) // 10)
@@ -297,7 +297,6 @@ def draw(path: Path, results: dict, rewards: list[float], test: list[Sample], an
         beside.axis("off")
         beside.add_artist(AnchoredOffsetbox("center left", child=box, frameon=False, pad=0, borderpad=0))
     fig.savefig(path, dpi=110)
-    plt.close(fig)
 
 
 def colour_words(title: str, things: list[str], there: list[str]) -> list[HPacker]:
