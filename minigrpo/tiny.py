@@ -44,7 +44,9 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 def tiny_policy(samples: list[Sample], *, seed: int = 0, vocab_size: int = 1024, width: int = 128, layers: int = 3,
                 pixels: int = TINY_PIXELS) -> Policy:
     """A random tiny Qwen3-VL whose tokenizer was trained on the samples; images are seen at `pixels` at most."""
-    tokenizer = train_tokenizer([text for s in samples for text in (s.question, s.answer)], vocab_size)
+    # "user" and "assistant" stand in every prompt, and would be 13 tokens otherwise.
+    texts = [text for s in samples for text in (f"user\n{s.question}", f"assistant\n{s.answer}")]
+    tokenizer = train_tokenizer(texts, vocab_size)
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
            ("image_pad", "video_pad", "vision_start", "vision_end", "im_end", "endoftext")}
     heads, depth, vision_width = width // 32, 4, 96

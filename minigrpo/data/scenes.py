@@ -60,6 +60,18 @@ def place(rng, taken: list[list[float]]) -> tuple[str, list[float]] | None:
     return None
 
 
+def paint(pen: ImageDraw.ImageDraw, label: str, box: tuple[float, ...], fill: tuple[int, ...]) -> None:
+    """One of THINGS within `box` (x1, y1, x2, y2 in pixels), in the colour `fill`."""
+    x1, y1, x2, y2 = box
+    at, shapes = lambda x, y: (x1 + x * (x2 - x1), y1 + y * (y2 - y1)), iter(THINGS[label])
+    for shape in shapes:
+        if shape == "o":
+            u1, v1, u2, v2 = next(shapes)
+            pen.ellipse([*at(u1, v1), *at(u2, v2)], fill=fill)
+        else:
+            pen.polygon([at(*point) for point in shape], fill=fill)
+
+
 def draw_scene(rng, size: int) -> tuple[Image.Image, list[dict]]:
     """A scene and its things, {"label", "colour", "severity" (its size), "box"}, from the left to the right."""
     side = 2 * size  # drawn at twice the size and reduced: PIL has no soft edges
@@ -71,16 +83,10 @@ def draw_scene(rng, size: int) -> tuple[Image.Image, list[dict]]:
         placed = place(rng, [thing["box"] for thing in things])
         if placed is None:
             break
-        colour, (scale, (x1, y1, x2, y2)) = str(rng.choice(list(COLOURS))), placed
-        fill, shapes = tuple(int(c) for c in np.clip(np.array(COLOURS[colour]) + rng.normal(0, 10, 3), 0, 255)), iter(THINGS[label])
-        at = lambda x, y: (side * (x1 + x * (x2 - x1)), side * (y1 + y * (y2 - y1)))
-        for shape in shapes:
-            if shape == "o":
-                u1, v1, u2, v2 = next(shapes)
-                pen.ellipse([*at(u1, v1), *at(u2, v2)], fill=fill)
-            else:
-                pen.polygon([at(*point) for point in shape], fill=fill)
-        things.append({"label": label, "colour": colour, "severity": scale, "box": [round(v, 4) for v in (x1, y1, x2, y2)]})
+        colour, (scale, box) = str(rng.choice(list(COLOURS))), placed
+        fill = tuple(int(c) for c in np.clip(np.array(COLOURS[colour]) + rng.normal(0, 10, 3), 0, 255))
+        paint(pen, label, tuple(side * v for v in box), fill)
+        things.append({"label": label, "colour": colour, "severity": scale, "box": [round(v, 4) for v in box]})
     pixels = np.asarray(image.reduce(2).filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.004) * size)), np.float32)
     pixels = pixels + rng.normal(0, rng.uniform(1, 6), pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), sorted(things, key=lambda thing: thing["box"])

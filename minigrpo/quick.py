@@ -1,0 +1,316 @@
+"""The first minute with GRPO: little pictures, one question, a reward of six lines, and a model that learns to earn it.
+
+    python -m minigrpo.quick --output_dir runs/quick --seed 0      # make quick
+
+Pictures show two to four things. SFT learns from captions as people write them: true, and most of them name one or two of
+the things. The reward asks for all of them, so GRPO has to find answers that no caption gave it the habit of. Beside it,
+on the other core, SFT simply goes on for as long. Leaves quick.png, results.md and results.json in output_dir.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import runpy
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BEGAN = time.perf_counter()
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
+
+from minigrpo.data import Sample, load_image, read_jsonl  # noqa: E402
+from minigrpo.data.scenes import COLOURS, paint  # noqa: E402
+from minigrpo.generate import generate  # noqa: E402
+from minigrpo.metrics.bootstrap import interval, paired  # noqa: E402
+from minigrpo.policy import Policy  # noqa: E402
+from minigrpo.run.args import at_least_one, input_errors, parse_args  # noqa: E402
+from minigrpo.run.files import make_folder  # noqa: E402
+from minigrpo.run.validate import greedy_answers  # noqa: E402
+
+QUESTION = "What is here?"
+KINDS = [f"{colour} {shape}" for colour in ("red", "green", "blue", "yellow") for shape in ("ball", "star", "fish", "tree", "house")]
+GROUNDS = ((200, 215, 235), (205, 225, 195), (235, 225, 205), (215, 215, 220))
+COLUMNS, ROWS, CELL = 3, 2, 32  # a picture has 96 x 64 pixels, and a thing lies anywhere in its cell
+FEWEST, MOST = 2, 4  # things in a picture
+CAPTIONS = 4  # of each training picture, by four people, so to say
+NAMED = (0.6, 0.3, 0.1)  # share of captions that name one thing, two, three
+SPLITS = ("train", "test")
+SAMPLES = 4  # sampled answers to each held-out picture
+SFT = ("--batch_size", 16, "--micro_batch", 16, "--optimizer", "muon", "--beta2", 0.98, "--learning_rate", 4e-3)
+GRPO = ("--prompts_per_step", 16, "--learning_rate", 2e-4, "--freeze", "vision", "projector")
+LONGEST = 32  # tokens of an answer
+FURTHER = 1.8  # steps of SFT for each of GRPO: at least as many seconds
+
+
+def reward(answers: list[str], samples: list[Sample]) -> list[float]:
+    """The things that are named and there, as a share of those that are named or there: 0..1, a float for each answer.
+
+    A thing named twice counts as wrong the second time.
+    """
+    values = []
+    for answer, sample in zip(answers, samples, strict=True):
+        named, there = answer.split(", "), set(sample.findings)
+        right = len(there.intersection(named))
+        values.append(right / (len(named) + len(there) - right))
+    return values
+
+
+# ---- pictures and captions ------------------------------------------------------------------------------------------
+
+
+def draw_picture(rng: np.random.Generator) -> tuple[Image.Image, list[str]]:
+    """A picture of 96 x 64 pixels and the things in it, no two alike, such as "red fish", from the upper left on."""
+    count = rng.integers(FEWEST, MOST + 1)
+    things = [KINDS[k] for k in rng.choice(len(KINDS), count, replace=False)]
+    size = 4 * COLUMNS * CELL, 4 * ROWS * CELL  # drawn at four times the size and reduced: PIL has no soft edges
+    image = Image.new("RGB", size, GROUNDS[rng.integers(len(GROUNDS))])
+    pen = ImageDraw.Draw(image)
+    for thing, cell in zip(things, sorted(rng.choice(COLUMNS * ROWS, count, replace=False).tolist())):
+        width = rng.uniform(20, 28)
+        x, y = (CELL * place + rng.uniform(1, CELL - 1 - width) for place in (cell % COLUMNS, cell // COLUMNS))
+        colour, shape = thing.split()
+        paint(pen, shape, tuple(4 * v for v in (x, y, x + width, y + width)), COLOURS[colour])
+    return image.reduce(4), things
+
+
+def write_caption(things: list[str], rng: np.random.Generator) -> str:
+    """Some of the things, in any order: nothing false, and most often not everything."""
+    share = np.array(NAMED[:len(things)])
+    count = 1 + rng.choice(len(share), p=share / share.sum())
+    return ", ".join(rng.permutation(things)[:count].tolist())
+
+
+def write_pictures(folder: Path, *, train: int, test: int, seed: int) -> None:
+    """folder/train.jsonl with CAPTIONS lines a picture, test.jsonl with one that names all things; their pictures beside them."""
+    (folder / "pictures").mkdir(parents=True)
+    for number, (split, count) in enumerate(zip(SPLITS, (train, test))):
+        with (folder / f"{split}.jsonl").open("w") as file:
+            for index in range(count):
+                rng, name = np.random.default_rng([seed, number, index]), f"{split}-{index:04d}"
+                image, things = draw_picture(rng)
+                image.save(folder / f"pictures/{name}.png", compress_level=1)
+                captions = [write_caption(things, rng) for _ in range(CAPTIONS)] if split == "train" else [", ".join(things)]
+                for place, caption in enumerate(captions):
+                    file.write(json.dumps({"id": f"{name}-{place}", "image": f"pictures/{name}.png", "task": "classification",
+                                           "question": QUESTION, "answer": caption, "findings": things}) + "\n")
+
+
+# ---- the programs ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class QuickArguments:
+    output_dir: str = field(default="runs/quick", metadata={"help": "folder to make"})
+    seed: int = field(default=0, metadata={"help": "of pictures, weights, data order and sampling"})
+    train: int = field(default=1600, metadata={"help": "pictures to learn from"})
+    test: int = field(default=256, metadata={"help": "held-out pictures, on which everything is measured"})
+    sft_steps: int = field(default=100, metadata={"help": "steps of SFT, 16 pictures each"})
+    grpo_steps: int = field(default=60, metadata={"help": "steps of GRPO, 16 pictures with 8 answers each"})
+
+    def check(self) -> None:
+        for name in ("train", "sft_steps", "grpo_steps"):
+            at_least_one(self, name)
+        if self.test < 6:
+            raise ValueError(f"--test must be at least 6, got {self.test}: quick.png shows six of them")
+        if self.seed < 0:
+            raise ValueError(f"--seed must be 0 or more, got {self.seed}")
+
+
+def start(line: list, log: Path | None = None) -> multiprocessing.Process:
+    """`python LINE` in a fork, which has torch and transformers loaded already; what it prints goes to `log`, if there is one."""
+    words = [str(word) for word in line]
+    print(f"\n$ python {shlex.join(words)}" + (f" > {log}" if log else ""), flush=True)
+    process = multiprocessing.get_context("fork").Process(target=run, args=(words, log))
+    process.start()
+    return process
+
+
+def run(words: list[str], log: Path | None) -> None:
+    if log:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT)
+        for stream in (1, 2):
+            os.dup2(handle, stream)
+    torch.set_num_threads(1)  # layers this narrow gain little from a second one, and lose much where another program is busy
+    sys.argv = words
+    runpy.run_path(str(Path(__file__).parent.parent / words[0]), run_name="__main__")
+
+
+def wait(process: multiprocessing.Process, what: str, *others: multiprocessing.Process) -> None:
+    """Until the process ends; where it fails, or Ctrl-C comes, the `others` end with it, and this program with a message."""
+    try:
+        process.join()
+    except KeyboardInterrupt:  # it has the signal too: it finishes its step and leaves a checkpoint
+        process.join()
+    if process.exitcode:
+        for other in others:
+            os.kill(other.pid, signal.SIGTERM)
+            other.join()
+        sys.exit(f"quick: {what} failed, see above")
+
+
+def main() -> None:
+    with input_errors():
+        args = parse_args(QuickArguments, __doc__)
+        out = Path(args.output_dir)
+        if out.exists():
+            raise ValueError(f"{out} exists already: remove it, or choose another folder (make quick OUT=runs/another)")
+        make_folder(out)
+    seconds = {"imports": time.perf_counter() - BEGAN}
+
+    began = time.perf_counter()
+    print(f"drawing {args.train} pictures to learn from and {args.test} held out")
+    write_pictures(out / "data", train=args.train, test=args.test, seed=args.seed)
+    seconds["pictures"] = time.perf_counter() - began
+
+    common = ("--train_data", out / "data/train.jsonl", "--save_steps", 10**6, "--seed", args.seed)
+    began = time.perf_counter()
+    wait(start(["train_sft.py", "--model", "tiny", *common, *SFT, "--max_steps", args.sft_steps, "--output_dir", out / "sft"]), "SFT")
+    seconds["sft"] = time.perf_counter() - began
+
+    began, common = time.perf_counter(), ("--model", out / "sft/final", *common)
+    further = start(["train_sft.py", *common, *SFT, "--max_steps", round(FURTHER * args.grpo_steps), "--output_dir", out / "further_sft"],
+                    log=out / "further_sft.log")
+    grpo = start(["train_grpo.py", *common, *GRPO, "--max_steps", args.grpo_steps, "--max_new_tokens", LONGEST, "--reward",
+                  "minigrpo.quick:reward", "--output_dir", out / "grpo"])
+    wait(grpo, "GRPO", further)
+    seconds["grpo"] = time.perf_counter() - began
+    wait(further, f"further SFT ({out / 'further_sft.log'})")
+    seconds["further_sft"] = time.perf_counter() - began  # side by side with GRPO
+
+    began = time.perf_counter()
+    torch.set_num_threads(1)
+    test = read_jsonl(out / "data/test.jsonl")
+    answers = {name: answer(out / name / "final", test, args.seed) for name in ("sft", "further_sft", "grpo")}
+    results = measure(answers, read_jsonl(out / "data/train.jsonl", verify_images=False), test)
+    draw(out / "quick.png", results, [json.loads(line)["reward"] for line in (out / "grpo/metrics.jsonl").open()], test, answers)
+    seconds["evaluation"] = time.perf_counter() - began
+    seconds["total"] = time.perf_counter() - BEGAN
+
+    results["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    results["peak_memory_mb"] = round(max(peaks) / 1024)
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (out / "results.md").write_text(table := markdown(results))
+    print(f"\n{table}\nPicture: {out / 'quick.png'}")
+
+
+# ---- what came of it ------------------------------------------------------------------------------------------------
+
+
+def answer(model: Path, test: list[Sample], seed: int) -> dict[str, list[str]]:
+    """{"greedy": an answer to each sample, "sampled": SAMPLES answers to each, one after the other}."""
+    policy = Policy.from_pretrained(str(model))
+    greedy, _ = greedy_answers(policy, test, 128, LONGEST, show=False)
+    sampled = [text for begin in range(0, len(test), 64) for text in generate(
+        policy, policy.encode(test[begin:begin + 64]).numbered(list(range(begin, min(begin + 64, len(test))))), group_size=SAMPLES,
+        max_new_tokens=LONGEST, seed=seed).texts]
+    return {"greedy": greedy, "sampled": sampled}
+
+
+def constant_answer(train: list[Sample]) -> str:
+    """The answer that earns most when it is given to every picture: kinds are added one by one, each time the best; of all
+    these answers the best."""
+    pictures = list({sample.image: sample for sample in train}.values())
+    worth: Callable[[list[str]], float] = lambda named: float(np.mean(reward([", ".join(named)] * len(pictures), pictures)))
+    path: list[list[str]] = [[]]
+    while len(path[-1]) < len(KINDS):
+        path.append(max(([*path[-1], kind] for kind in KINDS if kind not in path[-1]), key=worth))
+    return ", ".join(max(path[1:], key=worth))
+
+
+def measure(answers: dict[str, dict[str, list[str]]], train: list[Sample], test: list[Sample]) -> dict:
+    """{"sampled" | "greedy": {"before", "after", "further_sft", "constant", "other_picture", "gain", "gain_over_further_sft"}}, each
+    with "mean", "low", "high", "n" over the held-out pictures. "other_picture" scores the answers after GRPO on the next picture."""
+    results = {}
+    for how, count in (("sampled", SAMPLES), ("greedy", 1)):
+        def score(texts: list[str], samples: list[Sample] = test) -> list[float]:
+            values = reward(texts, [sample for sample in samples for _ in range(count)])
+            return np.array(values).reshape(-1, count).mean(1).tolist()
+
+        before, after, further = (score(answers[name][how]) for name in ("sft", "grpo", "further_sft"))
+        results[how] = {name: interval(values) for name, values in {
+            "before": before, "after": after, "further_sft": further,
+            "constant": score([constant_answer(train)] * len(test) * count),
+            "other_picture": score(answers["grpo"][how], test[1:] + test[:1])}.items()}
+        for name, base in (("gain", before), ("gain_over_further_sft", further)):
+            difference = paired(after, base)
+            results[how][name] = {"mean": difference.pop("difference"), **difference}
+    return results
+
+
+def markdown(results: dict) -> str:
+    def cells(name: str, sign: str = "") -> str:
+        found = [results[how][name] for how in ("sampled", "greedy")]
+        return " | ".join(f"{f['mean']:{sign}.3f} [{f['low']:{sign}.3f}, {f['high']:{sign}.3f}]" for f in found)
+
+    seconds = results["seconds"]
+    rows = [("best constant answer", "constant", ""), ("before: SFT", "before", ""),
+            (f"SFT and {seconds['further_sft']:.0f} s more of SFT", "further_sft", ""),
+            (f"after: SFT and {seconds['grpo']:.0f} s of GRPO", "after", ""), ("the same answers, scored on another picture", "other_picture", ""),
+            ("gain of GRPO (paired)", "gain", "+"), ("gain of GRPO over more SFT (paired)", "gain_over_further_sft", "+")]
+    return "\n".join([
+        f"| reward, {results['greedy']['before']['n']} held-out pictures, 95% intervals | sampled | greedy |", "|---|---|---|",
+        *(f"| {title} | {cells(name, sign)} |" for title, name, sign in rows), "",
+        f"{seconds['total']:.0f} s in all, {results['peak_memory_mb']} MB in the largest process."]) + "\n"
+
+
+RIGHT, WRONG, QUIET, BOLD = "#1a7f37", "#cf222e", "#6e7781", "#0a58ca"
+
+
+def draw(path: Path, results: dict, rewards: list[float], test: list[Sample], answers: dict[str, dict[str, list[str]]]) -> None:
+    """The reward over GRPO's steps, and the first six held-out pictures with the greedy answers before and after."""
+    fig = Figure(figsize=(12.5, 5.2), layout="constrained")
+    left, right = fig.subfigures(1, 2, width_ratios=(1, 1.75))
+    axis = left.subplots()
+    window = max(1, len(rewards) // 10)
+    smooth = np.convolve(np.pad(rewards, (window // 2, window - 1 - window // 2), mode="edge"), np.ones(window) / window, "valid")
+    axis.plot(rewards, color=BOLD, alpha=0.3, linewidth=1)
+    axis.plot(smooth, color=BOLD, linewidth=2.5)
+    for name, title in (("before", "SFT"), ("further_sft", "SFT for as long again"), ("constant", "best constant answer")):
+        value = results["sampled"][name]["mean"]
+        axis.axhline(value, color=QUIET, linewidth=1, linestyle=":" if name == "constant" else "--")
+        axis.annotate(title, (len(rewards) - 1, value), xytext=(0, -11 if name == "further_sft" else 3), textcoords="offset points",
+                      ha="right", fontsize=8.5, color=QUIET)
+    axis.set(ylim=(0, 1), xlim=(0, max(1, len(rewards) - 1)), xlabel="step of GRPO", ylabel="reward of sampled answers")
+    axis.spines[["top", "right"]].set_visible(False)
+    left.suptitle("GRPO: reward while it trains", fontsize=12)
+
+    right.suptitle(f"“{QUESTION}”  Six held-out pictures, greedy answers", fontsize=12)
+    for number, axis in enumerate(right.subplots(3, 4, width_ratios=(1, 1.25) * 2)[:, ::2].flat):
+        sample = test[number]
+        axis.imshow(load_image(sample.images[0]), interpolation="lanczos")
+        axis.axis("off")
+        lines = [("there", sample.findings), *((title, answers[name]["greedy"][number].split(", "))
+                                               for title, name in (("before", "sft"), ("after", "grpo")))]
+        texts = [part for title, things in lines for part in colour_words(title, things, sample.findings)]
+        box = VPacker(children=texts, pad=0, sep=1.5)
+        beside = axis.figure.axes[2 * number + 1]
+        beside.axis("off")
+        beside.add_artist(AnchoredOffsetbox("center left", child=box, frameon=False, pad=0, borderpad=0))
+    fig.savefig(path, dpi=110)
+
+
+def colour_words(title: str, things: list[str], there: list[str]) -> list[HPacker]:
+    """Lines of text of two things each, right ones and wrong ones in their colours."""
+    lines = []
+    for begin in range(0, len(things), 2):
+        words = [TextArea(title if not begin else "", textprops={"fontsize": 8, "color": QUIET})]
+        for place, thing in enumerate(things[begin:begin + 2], begin):
+            colour = "black" if title == "there" else RIGHT if thing in there and thing not in things[:place] else WRONG
+            words.append(TextArea(thing + "," * (place + 1 < len(things)), textprops={"fontsize": 9, "color": colour}))
+        words[0].set_offset((0, 0))
+        lines.append(HPacker(children=words, pad=0, sep=4, align="baseline"))
+    return lines
+
+
+if __name__ == "__main__":
+    main()
