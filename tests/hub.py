@@ -46,18 +46,19 @@ def config_json(size: str) -> dict:
                 text_config=text, vision_config=vision, transformers_version="4.57.0.dev0") | SPECIAL
 
 
-def write_checkpoint(folder: Path, size: str = "2B", *, thinking: bool = False, shard: str = "300KB") -> Path:
-    """The same parts as the real one at a width of 64 and 4 layers; ids of the special tokens are those of a small vocabulary."""
+def write_checkpoint(folder: Path, size: str = "2B", *, thinking: bool = False, shard: str = "300KB", layers: int = 4) -> Path:
+    """The same parts as the real one at a width of 64 and with few layers, of which DeepStack needs three; ids of the special tokens
+    are those of a small vocabulary."""
     tokenizer = train_tokenizer(["What is seen? The heart is normal, the lungs are clear. user assistant"], 400)
     tokenizer.chat_template = THINKING if thinking else INSTRUCT
     ids = tokenizer.convert_tokens_to_ids
     published = config_json(size)
     share = published["text_config"]["num_attention_heads"] // 8
     published["text_config"] |= dict(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_key_value_heads=2,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_key_value_heads=2,
         num_attention_heads=2 * share, head_dim=16, rope_scaling=dict(mrope_interleaved=True, mrope_section=[4, 2, 2], rope_type="default"),
         bos_token_id=ids("<|endoftext|>"), eos_token_id=ids("<|im_end|>"))
-    published["vision_config"] |= dict(depth=4, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64,
+    published["vision_config"] |= dict(depth=layers, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64,
                                        num_position_embeddings=64, deepstack_visual_indexes=[0, 1, 2])
     published |= {name: ids(f"<|{name.removesuffix('_token_id').replace('image', 'image_pad').replace('video', 'video_pad')}|>")
                   for name in SPECIAL}

@@ -1,18 +1,14 @@
 """References are scored once: in a run, across runs, and after a run that was killed."""
 
+import itertools
 import json
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from minigrpo.rewards.cache import Cached
-
-ROOT = Path(__file__).parent.parent
+from tests.processes import CONTEXT
 
 
 def upper(texts):
@@ -56,16 +52,23 @@ def test_failure_of_the_scorer_is_not_kept(tmp_path):
     assert cache(["a"]) == upper(["a"])
 
 
+def write_for_ever(path, said):
+    cache = cached(path)
+    for n in itertools.count():
+        cache([f"{n} {m}" for m in range(50)])
+        said.send(n)
+
+
 def test_kill_while_writing_poisons_nothing(tmp_path):
     path = tmp_path / "c.sqlite"
-    code = (f"import itertools; from pathlib import Path; from tests.test_cache import cached; c = cached(Path({str(path)!r}))\n"
-            "for n in itertools.count(): c([f'{n} {m}' for m in range(50)]); print(n, flush=True)")
-    for _ in range(2):
-        run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        run.stdout.readline()
+    for _ in range(3):
+        heard, said = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=write_for_ever, args=(path, said))
+        process.start()
+        heard.recv()
         time.sleep(0.1)
-        run.send_signal(signal.SIGKILL)
-        run.wait()
+        process.kill()
+        process.join()
         texts = [f"{n} {m}" for n in range(3) for m in range(50)]
         cache = cached(path)
         assert cache(texts) == upper(texts) and cache.scored <= 100  # the first batch at least was whole

@@ -1,8 +1,6 @@
 """`python -m minigrpo.data.check`: what is in the data, and everything that is wrong with it, at once."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +10,7 @@ from PIL import Image
 from minigrpo.data import check as check_module
 from minigrpo.data.check import check, spread
 from minigrpo.data.sheet import draw_sheet
-
-ROOT = Path(__file__).parent.parent
+from tests.processes import python
 
 
 def line(number, image, **more):
@@ -237,11 +234,7 @@ def test_contact_sheet_draws_boxes_where_they_lie(folder):
 
 def test_the_command(folder):
     good = write(folder, "train.jsonl", line(0, "0.png"))
-
-    def run(*argv):
-        return subprocess.run([sys.executable, "-m", "minigrpo.data.check", *map(str, argv)], capture_output=True, text=True, cwd=ROOT)
-    done = run(good)
-    assert done.returncode == 0 and done.stdout.endswith("no errors\n") and (folder / "train-check.png").exists(), done.stderr
+    assert python("-m", "minigrpo.data.check", good).endswith("no errors\n") and (folder / "train-check.png").exists()
     bad = write(folder, "bad.jsonl", line(0, "lost.png"))
-    done = run(good, bad)
-    assert done.returncode == 1 and f"{bad}:1: image" in done.stdout and "replaced" in done.stdout and done.stderr.endswith("1 errors\n")
+    said = python("-m", "minigrpo.data.check", good, bad, code=1)
+    assert f"{bad}:1: image" in said and "replaced" in said and "1 errors\n" in said

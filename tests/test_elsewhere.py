@@ -1,8 +1,6 @@
 """Our data and rewards, as TRL and verl call them; with TRL installed (make test-peers), its trainer takes a step on them."""
 
 import io
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from PIL import Image
 from minigrpo.data import load_image, read_jsonl
 from minigrpo.elsewhere import compute_score, packed, trl_reward, unpacked, verl_row
 from minigrpo.rewards import reward_fn
+from tests.processes import python
 
 ROOT = Path(__file__).parent.parent
 SPEC = "report=gleu,grounding=soft_f1"
@@ -62,9 +61,7 @@ def test_verl_rows_hold_the_film_as_we_see_it(samples, tmp_path):
 def test_the_parquet_file(phantom, tmp_path):
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
-    done = subprocess.run([sys.executable, "-m", "minigrpo.elsewhere", "--data", phantom / "test.jsonl", "--output", tmp_path / "test.parquet"],
-                          cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    python("-m", "minigrpo.elsewhere", "--data", phantom / "test.jsonl", "--output", tmp_path / "test.parquet")
     rows, samples = pandas.read_parquet(tmp_path / "test.parquet"), read_jsonl(phantom / "test.jsonl")
     assert [unpacked(extra["sample"]) for extra in rows["extra_info"]] == samples
     assert compute_score("", samples[0].answer, "", rows["extra_info"][0]) == pytest.approx(1.0)

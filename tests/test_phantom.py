@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from string import Formatter
 
@@ -13,6 +11,7 @@ from PIL import Image
 
 from minigrpo.data import parse_boxes, phantom, read_jsonl, scenes, templates
 from minigrpo.data.phantom import DETAILS, KINDS, REMARKS, SIDES, Arguments, box_of, draw_film, film_samples, report, write_phantom
+from tests.processes import python
 
 SIZE = 96
 NAMES = {  # how a report calls a finding
@@ -196,9 +195,7 @@ def test_the_number_of_boxes_is_a_real_question(films):
 def test_the_same_run_again_is_told_and_leaves_the_files(folder):
     before = (folder / "train.jsonl").stat().st_mtime_ns
     flags = ["--output_dir", folder, "--train=6", "--test=3", "--seed=5", f"--size={SIZE}"]
-    command = [sys.executable, "-m", "minigrpo.data.phantom", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-    assert "already" in done.stdout and (folder / "train.jsonl").stat().st_mtime_ns == before
+    assert "already" in python("-m", "minigrpo.data.phantom", *flags) and (folder / "train.jsonl").stat().st_mtime_ns == before
 
 
 def test_films_need_no_seed(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from train_sft import make_optimizers as sft_optimizers
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """(config, tokenizer and image settings alone; the same with its weights)"""
-    whole = write_checkpoint(tmp_path_factory.mktemp("plan") / "whole")
+    whole = write_checkpoint(tmp_path_factory.mktemp("plan") / "whole", layers=3)
     bare = whole.with_name("bare")
     bare.mkdir()
     for path in whole.iterdir():
@@ -34,10 +34,11 @@ def arguments(model, kind=GrpoArguments, **more):
     return args
 
 
-SETTINGS = [dict(freeze=["vision"]), dict(activation_checkpointing=True, rollout_rows=8), dict(lora_rank=4, bf16=True)]
+SETTINGS = [dict(freeze=["vision"], activation_checkpointing=True, rollout_rows=8), dict(lora_rank=4, bf16=True)]
+APART = [{}, dict(freeze=["vision"]), dict(activation_checkpointing=True, rollout_rows=8)]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: " ".join(s) or "plain")
+@pytest.mark.parametrize("settings", [*SETTINGS, *(pytest.param(one, marks=pytest.mark.slow) for one in APART)], ids=lambda s: " ".join(s) or "plain")
 def test_a_plan_is_what_the_step_takes(hub, samples, settings):
     bare, whole = hub
     settings = dict(prompts_per_step=4, group_size=4, max_new_tokens=24, updates_per_rollout=1, micro_tokens=600) | settings

@@ -208,7 +208,7 @@ def test_bfloat16_casts_the_weights_once_a_rollout(policy, samples):
     assert counts == [2, 2]  # for the prompt, and for all of the answer
 
 
-def moved(policy, samples, *, compute, weights=torch.float32, steps=100):
+def moved(policy, samples, *, compute, weights=torch.float32, steps):
     """How far AdamW steps of 1e-6 (the paper's) move each weight, and the losses on the way."""
     ours = copy_of(policy)
     ours.model.to(weights)
@@ -225,14 +225,15 @@ def moved(policy, samples, *, compute, weights=torch.float32, steps=100):
     return torch.cat([(p.detach() - b).float().flatten() for p, b in zip(ours.parameters(), before)]), torch.tensor(losses)
 
 
-def test_steps_of_one_millionth_move_a_bf16_model_as_they_move_an_fp32_one(samples):
+@pytest.mark.parametrize("steps", [30, pytest.param(100, marks=pytest.mark.slow)])
+def test_steps_of_one_millionth_move_a_bf16_model_as_they_move_an_fp32_one(samples, steps):
     """Bug of many: with bf16 weights such a step is under half an ulp, and most of them never move. --bf16 keeps them in fp32."""
     policy = tiny_policy(samples, width=64, layers=1, pixels=64 * 64)
-    (exact, losses), (mixed, mixed_losses) = (moved(policy, samples, compute=dtype) for dtype in (torch.float32, torch.bfloat16))
+    (exact, losses), (mixed, mixed_losses) = (moved(policy, samples, compute=dtype, steps=steps) for dtype in (torch.float32, torch.bfloat16))
     assert torch.cosine_similarity(exact, mixed, dim=0) > 0.99 and 0.98 < mixed.norm() / exact.norm() < 1.02
     fall = losses[0] - losses[-1]
-    assert fall > 0.3 and (losses - mixed_losses).abs().max() < 0.02 * fall
-    stuck, _ = moved(policy, samples, compute=torch.bfloat16, weights=torch.bfloat16, steps=20)
+    assert fall > 0.003 * steps and (losses - mixed_losses).abs().max() < 0.01
+    stuck, _ = moved(policy, samples, compute=torch.bfloat16, weights=torch.bfloat16, steps=steps // 5)
     assert (stuck == 0).float().mean() > 0.9
 
 

@@ -212,10 +212,18 @@ def test_a_run_is_never_overwritten(trained, phantom, tmp_path):
                               trained / "sft", code=1)
 
 
-def test_help_explains_every_argument():
-    for program in ("train_sft.py", "train_grpo.py", "evaluate.py"):
-        said = run(program, "--help")
-        assert "--output_dir" in said and "JSONL" in said
+@pytest.mark.parametrize("program", ["train_sft.py", "train_grpo.py", "evaluate.py"])
+def test_help_explains_every_argument(program):
+    said = run(program, "--help")
+    assert "--output_dir" in said and "JSONL" in said
+
+
+@pytest.mark.parametrize("program", [pytest.param("train_sft.py", marks=pytest.mark.slow), "train_grpo.py",
+                                     pytest.param("evaluate.py", marks=pytest.mark.slow)])
+def test_a_new_interpreter_can_start_it(program):
+    """The other tests fork where everything has been imported: an import that is missing here would not be missed there."""
+    done = subprocess.run([sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "--output_dir" in done.stdout, done.stderr
 
 
 def test_patch_filters_take_small_steps():

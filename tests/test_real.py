@@ -7,7 +7,8 @@ import pytest
 
 from minigrpo.data import read_jsonl
 from minigrpo.metrics import constant_boxes, evaluate_answers
-from tests.test_programs import run, weights
+from tests.processes import python
+from tests.test_programs import weights
 
 DATA = os.environ.get("MINIGRPO_REAL_DATA")
 pytestmark = pytest.mark.skipif(not DATA, reason="MINIGRPO_REAL_DATA is not set: it names a folder of real films")
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.skipif(not DATA, reason="MINIGRPO_REAL_DATA is not set:
 def test_real_films_read_and_train(policy, tmp_path):
     train = Path(DATA) / "train.jsonl"
     policy.save_pretrained(tmp_path / "tiny")
-    run("train_sft.py", "--model", tmp_path / "tiny", "--train_data", train, "--output_dir", tmp_path / "sft", "--max_steps", 2,
+    python("train_sft.py", "--model", tmp_path / "tiny", "--train_data", train, "--output_dir", tmp_path / "sft", "--max_steps", 2,
         "--batch_size", 4)
     assert weights(tmp_path / "sft")
 

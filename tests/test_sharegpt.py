@@ -1,18 +1,15 @@
 """LLaVA / ShareGPT JSON and back."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest
 from PIL import Image
 
 from minigrpo.data import DataError, read_jsonl
 from minigrpo.data.sharegpt import read_sharegpt, to_sharegpt
-
-ROOT = Path(__file__).parent.parent
+from tests.processes import python
 
 
 def said(*texts):
@@ -89,10 +86,7 @@ def test_a_bad_item_is_named(read, item, wrong):
 
 
 def test_the_command_both_ways(phantom, tmp_path):
-    def run(*argv, code=0):
-        done = subprocess.run([sys.executable, "-m", "minigrpo.data.sharegpt", *map(str, argv)], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == code, done.stderr
-        return done.stderr
+    run = partial(python, "-m", "minigrpo.data.sharegpt")
     run(phantom / "train.jsonl", "--output_file", tmp_path / "llava.json")
     run(tmp_path / "llava.json", "--output_file", tmp_path / "deep" / "train.jsonl")
     first, again = read_jsonl(phantom / "train.jsonl"), read_jsonl(tmp_path / "deep" / "train.jsonl")

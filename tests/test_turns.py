@@ -7,6 +7,7 @@ import torch
 
 from minigrpo.data import Sample
 from minigrpo.loss import aggregate
+from tests.processes import python
 
 TURNS = [["Is there an effusion?", "No effusion."], ["And the heart?\nIts size, please.", "The heart is at [0.42, 0.41, 0.78, 0.75]."],
          ["Sure?", "Yes."]]
@@ -98,7 +99,6 @@ def test_sft_trains_on_conversations_and_classification(policy, phantom, tmp_pat
     import json
 
     from minigrpo.data import read_jsonl
-    from tests.test_programs import run
     report = json.loads((phantom / "train.jsonl").read_text().splitlines()[0])
     image = str(phantom / report["image"])
     lines = [{"id": "talk", "image": image, "task": "conversation", "turns": TURNS},
@@ -106,7 +106,7 @@ def test_sft_trains_on_conversations_and_classification(policy, phantom, tmp_pat
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert read_jsonl(tmp_path / "train.jsonl")[0].answer == "No effusion."
     policy.save_pretrained(tmp_path / "tiny")
-    run("train_sft.py", "--model", tmp_path / "tiny", "--train_data", tmp_path / "train.jsonl", "--output_dir", tmp_path / "sft",
+    python("train_sft.py", "--model", tmp_path / "tiny", "--train_data", tmp_path / "train.jsonl", "--output_dir", tmp_path / "sft",
         "--max_steps", 12, "--batch_size", 1, "--learning_rate", 3e-3)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "sft/metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.7 * losses[0]
