@@ -13,6 +13,7 @@ The defaults are the paper's. Other papers' settings are files: configs/dapo.yam
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 
 import minigrpo  # noqa: F401  before torch: it says how OpenMP's threads wait
@@ -34,7 +35,7 @@ from minigrpo.run.distributed import (deal, first, in_order, join, lost_rank, ow
 from minigrpo.run.folder import (graceful_stop, last_checkpoint, load_optimizers, open_run, save_best, save_checkpoint, save_final,
                                  stop_early)
 from minigrpo.run.groups import Groups, micro_batches, of_all_ranks, padding_share
-from minigrpo.run.guard import Skipped, halving, in_time, stop_if_unscored
+from minigrpo.run.guard import Skipped, agreed_scores, check_timeout, halving, in_time
 from minigrpo.run.log import JsonLines, Means, Timer, group_rows, peak_memory_gb, rollout_stats
 from minigrpo.run.plan import explain, plan_grpo
 from minigrpo.run.plots import draw_curves, due
@@ -108,7 +109,8 @@ class GrpoArguments(RunArguments):
                 "answers count less), or the sum over answers x --max_new_tokens, a constant (Dr. GRPO)",
         "choices": list(AGGREGATIONS)})
     reward_timeout: float = field(default=600.0, metadata={
-        "help": "seconds that the reward may take for a step's answers; where it hangs, they are masked"})
+        "help": "seconds that the reward may take for a step's answers. Where it takes longer, each group is asked alone, for as long "
+                "again in all, and groups without an answer are masked"})
     learning_rate: float = field(default=1e-6, metadata={"help": "peak; 1e-6 in the paper, about 1e-4 for a tiny model"})
     warmup: float = field(default=0.0, metadata={"help": "share of the steps over which the learning rate rises; 0 in the paper"})
     lr_schedule: str = field(default="constant", metadata={
@@ -183,6 +185,7 @@ def main() -> None:
     with input_errors():
         args = parse_args(GrpoArguments, __doc__)
         join(args.device)  # the other processes of torchrun, if there are any
+        check_timeout(args.reward_timeout)
         if args.prompts_per_step < ranks():
             raise ValueError(f"--prompts_per_step {args.prompts_per_step} for {ranks()} processes: each needs a prompt of its own")
         if args.bf16 and (note := note_on_bf16(args.device)):
@@ -190,8 +193,9 @@ def main() -> None:
         checkpoint = last_checkpoint(args)
         reward = reward_fn(args.reward, box_scale=args.box_scale, weights_dir=args.reward_weights,
                            device=args.reward_device or args.device, cache=cache_dir() / "references.sqlite")
-        found = read_jsonl(args.train_data, task=args.task, part=(rank(), ranks()))
-        validation = read_jsonl(args.eval_data, task=args.task, part=(rank(), ranks())) if args.eval_data else []
+        # Absolute, so that films are found whatever a reward of the user's own does to the working directory.
+        found = read_jsonl(os.path.abspath(args.train_data), task=args.task, part=(rank(), ranks()))
+        validation = read_jsonl(os.path.abspath(args.eval_data), task=args.task, part=(rank(), ranks())) if args.eval_data else []
         if shared := check_apart(found, validation, ("--train_data", f"--eval_data {args.eval_data}")):
             say(f"note: {shared}")
         validation = [sample for sample in validation if sample.task in reward.tasks]
@@ -218,6 +222,7 @@ def main() -> None:
                                  "with the --model that the run began with")
         reward.opened = policy.opened  # Thinking's chat template writes the first <think> itself
         folder, lock = open_run(args)
+        folder = folder.absolute()
 
     policy.freeze(args.freeze)
     if args.activation_checkpointing:
@@ -253,8 +258,8 @@ def main() -> None:
                         policy, prompts, group_size=G, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                         seed=seed * 1_000_003 + step, rows_at_once=args.rollout_rows))  # R = B G answers
                 with timer.phase("reward"):
-                    scores = in_time(reward, rollout.texts, [s for s in samples for _ in range(G)], G, args.reward_timeout)
-                    stop_if_unscored(scores, args.max_unscored, step)
+                    asked = [sample for sample in samples for _ in range(G)]
+                    scores = agreed_scores(lambda: in_time(reward, rollout.texts, asked, G, args.reward_timeout), args.max_unscored, step)
                     rewards, valid = torch.tensor(scores.values).view(-1, G), torch.tensor(scores.valid).view(-1, G)
                     if args.soft_overlong:
                         penalty = soft_overlong_penalty(rollout.mask.sum(1).cpu(), args.max_new_tokens, args.soft_overlong)
@@ -275,7 +280,9 @@ def main() -> None:
                 with timer.phase("rollout"):
                     prompts = policy.encode(own.samples)
             rollout = own.rollout
-            mask = overlong_filter(rollout.mask, rollout.finished) if args.overlong_filter else rollout.mask  # (R, T)
+            scored = own.valid.view(-1).to(policy.device)  # (R,); the others teach nothing: no token, no KL, no count
+            mask = overlong_filter(rollout.mask, rollout.finished) if args.overlong_filter else rollout.mask.bool()  # (R, T)
+            mask = mask & scored[:, None]
             advantage = group_advantages(own.rewards, scale=args.advantage_scale, leave_one_out=args.leave_one_out,
                                          valid=own.valid).view(-1).to(policy.device)  # (R,)
             with timer.phase("reference"), torch.no_grad():
@@ -294,12 +301,13 @@ def main() -> None:
                 for number, among in enumerate(updates):
                     span = slice(among.start * G, among.stop * G)
                     # Of the whole update, or the learning rate would depend on micro_tokens and on the number of ranks.
-                    denominator = total(denominator_of(mask[span], how=args.how, max_tokens=args.max_new_tokens))
+                    denominator = total(denominator_of(mask[span][scored[span]], how=args.how, max_tokens=args.max_new_tokens))
                     update_loss, figures, done = halving(args, "micro_tokens", lambda: accumulate(
                         policy, prompts, answers, among, denominator, args), undo=policy.model.zero_grad, alone=not policy.sharded)
                     sum_gradients(policy.parameters())
                     grad_norm = clip_gradients(policy.parameters(), args.grad_clip)
-                    if skipped.trusts(grad_norm, step, number, lambda: group_rows(own.take(list(among)), advantage[span])):
+                    learned = bool(denominator)  # else nothing of this update could be scored, and AdamW would move on by momentum
+                    if learned and skipped.trusts(grad_norm, step, number, lambda: group_rows(own.take(list(among)), advantage[span])):
                         optimizer.step()
                         share_weights(policy.parameters())
                         means.add_all(figures)
@@ -313,15 +321,16 @@ def main() -> None:
                    **efficiency(policy, prompts, rollout, timer.seconds, padding_share(prompts, mask, parts), limits)}
             if validation and (step + 1) % args.eval_steps == 0:
                 with whole(policy):
-                    row["eval_reward"] = halving(args, "rollout_rows", lambda: mean_reward(policy, validation, reward, args))
-                if row["eval_reward"] > best:
-                    best = row["eval_reward"]
+                    value = halving(args, "rollout_rows", lambda: mean_reward(policy, validation, reward, args))
+                row |= {} if value is None else {"eval_reward": value}
+                if value is not None and value > best:
+                    best = value
                     save_best(folder, step + 1, policy)
             metrics.write(row)
             rollouts.write({"step": step, "groups": group_rows(groups, in_order(mine, advantage.view(-1, G)).flatten(), count=2)})
             track(row)
             kl = {"kl": f"{row['kl']:.4f}"} if "kl" in row else {}
-            bar.set_postfix(reward=f"{row['reward']:.3f}", **kl, tokens=f"{row['answer_tokens']:.0f}")
+            bar.set_postfix(reward=f"{row.get('reward', math.nan):.3f}", **kl, tokens=f"{row['answer_tokens']:.0f}")
             skipped.stop_if_too_many()
             if code := stopping():
                 stop_early(code, folder, step + 1, policy, optimizer, keep=args.keep_checkpoints)

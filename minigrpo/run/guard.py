@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,11 +12,12 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from minigrpo.rewards import Scores
-from minigrpo.run.distributed import first, gathered, rank
+from minigrpo.rewards import BadReward, Scores
+from minigrpo.run.distributed import PATIENCE, first, gathered, rank, ranks
 from minigrpo.run.files import write_aside
 
 T = TypeVar("T")
+LONGEST_TIMEOUT = 3 * PATIENCE.total_seconds() / 8  # seconds; the reward of a step may take twice that, and the rest is for delays
 
 
 def halving(args: Any, name: str, work: Callable[[], T], undo: Callable[[], Any] = lambda: None, *, alone: bool = True) -> T:
@@ -30,7 +32,7 @@ def halving(args: Any, name: str, work: Callable[[], T], undo: Callable[[], Any]
         except torch.OutOfMemoryError:
             size = getattr(args, name)
             if not alone:
-                _warn(f"rank {rank()}: out of memory with --{name} {size}; with --shard a rank cannot go back alone: --resume with a "
+                warn(f"rank {rank()}: out of memory with --{name} {size}; with --shard a rank cannot go back alone: --resume with a "
                       f"smaller --{name}, or with --activation_checkpointing")
             if size <= 1 or not alone:
                 raise
@@ -38,7 +40,7 @@ def halving(args: Any, name: str, work: Callable[[], T], undo: Callable[[], Any]
         undo()
         torch.cuda.empty_cache()
         setattr(args, name, size // 2)
-        _warn(f"rank {rank()}: out of memory with --{name} {size}; on with {size // 2}")
+        warn(f"rank {rank()}: out of memory with --{name} {size}; on with {size // 2}")
 
 
 class Skipped:
@@ -58,7 +60,7 @@ class Skipped:
         path.parent.mkdir(exist_ok=True)
         write_aside(path, json.dumps({"step": step, "update": update, "grad_norm": str(norm), "batch": batch()}, indent=1) + "\n")
         if first():
-            _warn(f"step {step}: gradient norm {norm:.3g}, update {update} skipped, {self.count} so far, at {self.most} the run stops; "
+            warn(f"step {step}: gradient norm {norm:.3g}, update {update} skipped, {self.count} so far, at {self.most} the run stops; "
                   f"its batch: {path}")
         return False
 
@@ -69,22 +71,33 @@ class Skipped:
                      "raise --max_skipped, and --resume")
 
 
+def check_timeout(seconds: float) -> None:
+    """ValueError for a --reward_timeout for which the other processes would not wait."""
+    if ranks() > 1 and seconds > LONGEST_TIMEOUT:
+        raise ValueError(f"--reward_timeout {seconds:g} with {ranks()} processes: while the reward of one hangs the others wait, and after "
+                         f"{PATIENCE.seconds // 60} minutes they take it for dead; give {LONGEST_TIMEOUT:g} seconds at most")
+
+
 def in_time(reward: Callable, answers: list[str], samples: list, size: int, seconds: float) -> Scores:
-    """reward(answers, samples), and where that takes longer than `seconds`, each group of `size` answers by itself; those that
-    take longer still could not be scored. A call that hangs is left behind in its thread."""
-    found = _within(seconds, reward, answers, samples)
+    """reward(answers, samples), and where that takes longer than `seconds`, each group of `size` answers by itself, for as long again
+    in all: a group may take its share of what is left. Those that take longer could not be scored. A call that hangs is left
+    behind in its thread, which gets no lists that anybody else reads."""
+    found = _within(seconds, reward, list(answers), list(samples))
     if found is not None:
         return found
-    _warn(f"rank {rank()}: the reward took longer than --reward_timeout {seconds:g} s; asking for each group alone")
-    spans = [slice(begin, begin + size) for begin in range(0, len(answers), size)]
-    shares = [_within(seconds, reward, answers[span], samples[span]) for span in spans]
+    warn(f"rank {rank()}: the reward took longer than --reward_timeout {seconds:g} s; asking for each group alone")
+    spans, shares, end = [slice(begin, begin + size) for begin in range(0, len(answers), size)], [], time.monotonic() + seconds
+    for number, span in enumerate(spans):
+        left = max(0.0, end - time.monotonic()) / (len(spans) - number)
+        shares.append(_within(left, reward, answers[span], samples[span]))
     late = [samples[span][0].id for span, share in zip(spans, shares) if share is None]
     if late:
-        _warn(f"rank {rank()}: no reward in time for the answers to {', '.join(late)}: they are masked")
+        warn(f"rank {rank()}: no reward in time for the answers to {', '.join(late)}: they are masked")
     names = {name: None for share in shares if share for name in share.parts}  # in their order
     values, valid, parts = [], [], {name: [] for name in names}
     for span, share in zip(spans, shares):
-        share, count = share or Scores([0.0] * size, [False] * size), len(answers[span])
+        count = len(answers[span])
+        share = share or Scores([0.0] * count, [False] * count)
         values, valid = values + share.values, valid + share.valid
         for name in names:
             parts[name] += share.parts.get(name, [math.nan] * count)
@@ -92,22 +105,35 @@ def in_time(reward: Callable, answers: list[str], samples: list, size: int, seco
     return Scores(values, valid, parts, errors)
 
 
-def stop_if_unscored(scores: Scores, most: float, step: int) -> None:
-    """Says which of the step's answers the reward failed on, and ends the run where they are more than a share `most`."""
-    everyone = gathered((scores.valid, scores.errors))
-    valid = [ok for theirs, _ in everyone for ok in theirs]
+def agreed_scores(work: Callable[[], Scores], most: float, step: int) -> Scores:
+    """This rank's work(). Says which of the step's answers the reward failed on, on whichever rank, and ends the run where they are
+    more than a share `most`, or where the reward returned what is no score: on all ranks alike."""
+    scores, problem = None, None
+    try:
+        scores = work()
+    except BadReward as error:
+        problem = str(error)
+    everyone = gathered((scores and scores.valid, scores and scores.errors, problem))
+    end_for(next((text for _, _, text in everyone if text), None))
+    valid = [ok for theirs, _, _ in everyone for ok in theirs]
     failed = len(valid) - sum(valid)
     if failed:
-        reasons = "; ".join(dict.fromkeys(error for _, errors in everyone for error in errors)) or "NaN"
+        reasons = "; ".join(dict.fromkeys(error for _, errors, _ in everyone for error in errors)) or "NaN"
         text = f"step {step}: the reward could not score {failed} of {len(valid)} answers: {reasons}"
         if failed > most * len(valid):
-            sys.exit(f"{Path(sys.argv[0]).name}: error: {text}\nThis is more than --max_unscored {most}. Mend the reward, then --resume "
-                     "goes on from the last checkpoint" if first() else 1)
+            end_for(f"{text}\nThis is more than --max_unscored {most}. Mend the reward, then --resume goes on from the last checkpoint")
         if first():
-            _warn(text)
+            warn(text)
+    return scores
 
 
-def _warn(text: str) -> None:
+def end_for(problem: str | None) -> None:
+    """Ends the program with this message, if there is one; every rank calls it with the same."""
+    if problem:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {problem}" if first() else 1)
+
+
+def warn(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 

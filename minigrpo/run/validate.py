@@ -8,8 +8,9 @@ from tqdm import tqdm
 from minigrpo.data import Sample
 from minigrpo.generate import generate
 from minigrpo.policy import Policy
+from minigrpo.rewards import BadReward
 from minigrpo.run.distributed import first, gathered, rank, ranks, total
-from minigrpo.run.guard import in_time
+from minigrpo.run.guard import end_for, in_time, warn
 
 
 def greedy_answers(policy: Policy, samples: list[Sample], batch_size: int, max_new_tokens: int, show: bool = True
@@ -28,14 +29,25 @@ def greedy_answers(policy: Policy, samples: list[Sample], batch_size: int, max_n
     return [found[i][0] for i in range(len(samples))], [found[i][1] for i in range(len(samples))]
 
 
-def mean_reward(policy: Policy, samples: list[Sample], reward, args) -> float:
-    """Of greedy answers to the samples, over those that could be scored in time; the first rank scores."""
-    (answers, _), mean = greedy_answers(policy, samples, args.rollout_rows, args.max_new_tokens, show=False), 0.0
+def mean_reward(policy: Policy, samples: list[Sample], reward, args) -> float | None:
+    """Of greedy answers to the samples, over those that could be scored in time; the first rank scores. None where more than a share
+    --max_unscored could not: the mean of a few would pass for that of all, and become the best."""
+    (answers, _), mean, problem = greedy_answers(policy, samples, args.rollout_rows, args.max_new_tokens, show=False), None, None
     if first():
-        scores = in_time(reward, answers, samples, 1, args.reward_timeout)
-        values = [value for value, ok in zip(scores.values, scores.valid) if ok]
-        mean = sum(values) / max(1, len(values))
-    return gathered(mean)[0]
+        try:
+            scores = in_time(reward, answers, samples, 1, args.reward_timeout)
+            values = [value for value, ok in zip(scores.values, scores.valid) if ok]
+            failed = len(samples) - len(values)
+            if values and failed <= args.max_unscored * len(samples):
+                mean = sum(values) / len(values)
+            if failed:
+                end = "" if mean is not None else ": this validation has no value"
+                warn(f"the reward could not score {failed} of {len(samples)} answers to --eval_data ({'; '.join(scores.errors) or 'NaN'}){end}")
+        except BadReward as error:
+            problem = str(error)
+    mean, problem = gathered((mean, problem))[0]
+    end_for(problem)
+    return mean
 
 
 @torch.no_grad()
