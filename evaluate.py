@@ -21,9 +21,10 @@ from minigrpo.data.text import one_spelling
 from minigrpo.metrics import (breakdown, compare, constant_boxes, constant_report, evaluate_answers, load_clinical,
                               markdown_table)
 from minigrpo.policy import Policy
-from minigrpo.run.args import at_least_one, check_box_scale, check_pixels, checked_device, input_errors, parse_args
+from minigrpo.run.args import (at_least_one, check_box_scale, check_pixels, checked_device,
+                               input_errors, parse_args, run_errors)
 from minigrpo.run.distributed import first, gathered, join, rank, ranks, say
-from minigrpo.run.files import make_folder
+from minigrpo.run.files import make_folder, write_aside, writes
 from minigrpo.run.plots import draw_samples
 from minigrpo.run.report import write_report
 from minigrpo.run.roofline import note_on_bf16
@@ -79,6 +80,7 @@ class EvaluateArguments:
         self.device = checked_device(self.device)
 
 
+@run_errors(lambda: "Every file in the output folder is whole", "--batch_size or --max_pixels")
 def main() -> None:
     with input_errors():
         args = parse_args(EvaluateArguments, __doc__)
@@ -112,6 +114,8 @@ def main() -> None:
     if not first():
         return
 
+    with writes(folder):
+        folder.mkdir(parents=True, exist_ok=True)  # should somebody have removed it meanwhile
     write_predictions(folder / "predictions.jsonl", samples, answers, cut_off)  # hours of sampling outlive a scorer that fails
     reading = {"opened": args.opened or stored.get("opened", False), "box_scale": args.box_scale or stored.get("box_scale", 1.0)}
     if note := scale_note(answers, samples, **reading):
@@ -126,8 +130,8 @@ def main() -> None:
         metrics["baseline"] = args.baseline
         metrics["difference"] = compare(items, others)
     write_predictions(folder / "predictions.jsonl", samples, answers, cut_off, items)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    (folder / "table.md").write_text(table := markdown_table(metrics))
+    write_aside(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_aside(folder / "table.md", table := markdown_table(metrics))
     draw_samples(folder / "samples.png", samples, answers, baseline, **reading)
     if args.report_items:
         write_report(folder / "report.html", samples, answers, items, title=f"{metrics['model']} on {args.data}",
@@ -151,12 +155,12 @@ def constant_answers(train: list[Sample], samples: list[Sample]) -> list[str]:
 def write_predictions(path: Path, samples: list[Sample], answers: list[str], cut_off: list[bool] | None,
                       items: list[dict] | None = None) -> None:
     """predictions.jsonl: an answer a line, as the model wrote it, and with `items` its scores."""
-    nothing = [None] * len(samples)
-    with path.open("w") as file:
-        for sample, answer, cut, item in zip(samples, answers, cut_off or nothing, items or nothing):
-            row = {"id": sample.id, "task": sample.task, "question": sample.question, "reference": sample.answer, "answer": answer}
-            row |= {} if cut is None else {"cut_off": cut}
-            file.write(json.dumps(row | ({"scores": item} if item else {})) + "\n")
+    lines, nothing = [], [None] * len(samples)
+    for sample, answer, cut, item in zip(samples, answers, cut_off or nothing, items or nothing):
+        row = {"id": sample.id, "task": sample.task, "question": sample.question, "reference": sample.answer, "answer": answer}
+        row |= {} if cut is None else {"cut_off": cut}
+        lines.append(json.dumps(row | ({"scores": item} if item else {})) + "\n")
+    write_aside(path, "".join(lines))
 
 
 def read_answers(place: str, samples: list[Sample], argument: str) -> tuple[list[str], list[bool] | None, dict]:

@@ -30,18 +30,19 @@ from minigrpo.policy import Policy, Prompts
 from minigrpo.rewards import reward_fn
 from minigrpo.rewards.weights import cache_dir
 from minigrpo.run.args import RunArguments, at_least_one, check_box_scale, checked_device, input_errors, parse_args
-from minigrpo.run.distributed import (deal, first, in_order, join, lost_rank, owned, rank, ranks, say, share, share_weights,
+from minigrpo.run.distributed import (deal, first, in_order, join, owned, rank, ranks, say, share, share_weights,
                                       sum_gradients, total)
-from minigrpo.run.folder import (graceful_stop, last_checkpoint, load_optimizers, open_run, save_best, save_checkpoint, save_final,
-                                 stop_early)
+from minigrpo.run.folder import last_checkpoint, open_run, run_errors, step_of
 from minigrpo.run.groups import Groups, micro_batches, of_all_ranks, padding_share
 from minigrpo.run.guard import Skipped, agreed_scores, check_timeout, halving, in_time
 from minigrpo.run.log import JsonLines, Means, Timer, group_rows, peak_memory_gb, rollout_stats
 from minigrpo.run.plan import explain, plan_grpo
 from minigrpo.run.plots import draw_curves, due
 from minigrpo.run.roofline import efficiency, measure_roofline, note_on_bf16
+from minigrpo.run.save import graceful_stop, save_best, save_checkpoint, save_final, stop_early
 from minigrpo.run.schedule import SCHEDULES, learning_rate_at, rise_of, set_learning_rate
 from minigrpo.run.shard import apart, clip_gradients, in_step, shard, whole
+from minigrpo.run.state import load_optimizers
 from minigrpo.run.track import tracker
 from minigrpo.run.validate import mean_reward
 
@@ -221,15 +222,18 @@ def main() -> None:
                 raise ValueError(f"--model {args.model} has other layers or tokens than {checkpoint}, so it can't be its reference: resume "
                                  "with the --model that the run began with")
         reward.opened = policy.opened  # Thinking's chat template writes the first <think> itself
-        folder, lock = open_run(args)
+        start = step_of(checkpoint)
+        folder, lock = open_run(args, checkpoint, train + validation)
         folder = folder.absolute()
+        metrics = JsonLines(folder / "metrics.jsonl", start)
+        rollouts = JsonLines(folder / "rollouts.jsonl", start)
 
     policy.freeze(args.freeze)
     if args.activation_checkpointing:
         policy.checkpoint_activations()
     optimizer, = make_optimizers(policy, args)
-    start = load_optimizers(checkpoint, policy, optimizer) if checkpoint else 0
-    metrics, rollouts = JsonLines(folder / "metrics.jsonl", start), JsonLines(folder / "rollouts.jsonl", start)
+    if checkpoint:
+        load_optimizers(checkpoint, policy, optimizer)
     skipped, track = Skipped(folder, args, int(sum(metrics.past("skipped_updates")))), tracker(args, folder, start)
     best = max(metrics.past("eval_reward"), default=-math.inf)
     say(f"GRPO: {len(train)} samples ({len(found) - len(train)} left out: --reward covers "
@@ -242,7 +246,8 @@ def main() -> None:
         say(f"roofline: {limits['tflop_per_second']:.3g} TFLOP/s, {limits['gb_per_second']:.3g} GB/s")
 
     B, G, redraw = args.prompts_per_step, args.group_size, due()
-    with lock, lost_rank(folder), graceful_stop() as stopping:
+    memory = "--micro_tokens, --rollout_rows or --max_pixels, or add --activation_checkpointing"
+    with lock, run_errors(folder, memory), graceful_stop() as stopping:
         for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="grpo",
                                  disable=not first())):
             timer, means, skipped_before = Timer(), Means(), skipped.count
@@ -341,7 +346,7 @@ def main() -> None:
 
         if first():  # before final/, by which --resume knows that nothing is left to do
             draw_curves(folder)
-        save_final(folder, policy)
+        save_final(folder, args.max_steps, policy, optimizer)
     say(f"saved {folder / 'final'}")
 
 

@@ -22,16 +22,17 @@ from minigrpo.loss import aggregate
 from minigrpo.muon import Muon
 from minigrpo.policy import Policy
 from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
-from minigrpo.run.distributed import deal, first, join, lost_rank, owned, rank, ranks, say, share_weights, sum_gradients, total
-from minigrpo.run.folder import (graceful_stop, last_checkpoint, load_optimizers, open_run, save_best, save_checkpoint, save_final,
-                                 stop_early)
+from minigrpo.run.distributed import deal, first, join, owned, rank, ranks, say, share_weights, sum_gradients, total
+from minigrpo.run.folder import last_checkpoint, open_run, run_errors, step_of
 from minigrpo.run.guard import Skipped, halving
 from minigrpo.run.log import JsonLines, peak_memory_gb
 from minigrpo.run.plan import explain, plan_sft
 from minigrpo.run.plots import draw_curves, due
 from minigrpo.run.roofline import note_on_bf16
+from minigrpo.run.save import graceful_stop, save_best, save_checkpoint, save_final, stop_early
 from minigrpo.run.schedule import learning_rate_at, set_learning_rate
 from minigrpo.run.shard import apart, clip_gradients, in_step, shard, whole
+from minigrpo.run.state import load_optimizers
 from minigrpo.run.track import tracker
 from minigrpo.run.validate import mean_loss
 from minigrpo.tiny import TINY_PIXELS, tiny_policy
@@ -132,15 +133,17 @@ def main() -> None:
             policy = tiny_policy(train, seed=args.seed, pixels=args.max_pixels or TINY_PIXELS).to(args.device, autocast=args.bf16)
         if args.shard:
             shard(policy)
-        folder, lock = open_run(args)
+        start = step_of(checkpoint)
+        folder, lock = open_run(args, checkpoint, train + validation)
+        log = JsonLines(folder / "metrics.jsonl", start)
         images = group_by_image(train)
 
     policy.freeze(args.freeze)
     if args.activation_checkpointing:
         policy.checkpoint_activations()
     optimizers = make_optimizers(policy, args)
-    start = load_optimizers(checkpoint, policy, *optimizers) if checkpoint else 0
-    log = JsonLines(folder / "metrics.jsonl", start)
+    if checkpoint:
+        load_optimizers(checkpoint, policy, *optimizers)
     skipped, track = Skipped(folder, args, int(sum(log.past("skipped_updates")))), tracker(args, folder, start)
     best = min(log.past("eval_loss"), default=math.inf)
     say(f"SFT: {len(train)} samples on {len(images)} images, {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M trained parameters, "
@@ -170,7 +173,8 @@ def main() -> None:
             total_loss += weight * loss.item()
         return total_loss
 
-    with lock, lost_rank(folder), graceful_stop() as stopping:
+    memory = "--micro_batch or --max_pixels, or add --activation_checkpointing"
+    with lock, run_errors(folder, memory), graceful_stop() as stopping:
         steps, redraw, began = prefetch(encoded, range(start, args.max_steps)), due(), time.perf_counter()
         for step, made in (bar := tqdm(steps, initial=start, total=args.max_steps, desc="sft", disable=not first())):
             answers = [(mask, rows) for _, blocks in made[0] for _, mask, rows in blocks]
@@ -216,7 +220,7 @@ def main() -> None:
 
         if first():  # before final/, by which --resume knows that nothing is left to do
             draw_curves(folder)
-        save_final(folder, policy)
+        save_final(folder, args.max_steps, policy, *optimizers)
     say(f"saved {folder / 'final'}")
 
 

@@ -20,6 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from minigrpo.data import Sample
 from minigrpo.policy import Policy
+from minigrpo.run.files import write_aside
 from minigrpo.tiny import initialise, train_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
@@ -133,7 +134,7 @@ def write(name: str, result: dict) -> None:
     path = RESULTS / name
     before = json.loads(path.read_text()) if path.exists() else {}
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(before | rounded(result), indent=1) + "\n")
+    write_aside(path, json.dumps(before | rounded(result), indent=1) + "\n")
 
 
 def rounded(value):

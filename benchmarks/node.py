@@ -19,6 +19,7 @@ import psutil
 from minigrpo.data import read_jsonl
 from minigrpo.data.phantom import Arguments, write_phantom
 from minigrpo.run.args import parse_args
+from minigrpo.run.files import write_aside
 from minigrpo.tiny import tiny_policy
 
 ROOT = Path(__file__).parent.parent
@@ -125,7 +126,7 @@ def main() -> None:
         tiny_policy(read_jsonl(folder / "data/train.jsonl"), seed=0).save_pretrained(folder / "model")
         for what in args.what:
             results[what] = globals()[f"measure_{what}"](folder, args)
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            write_aside(RESULTS, json.dumps(results, indent=1) + "\n")
             print(what, json.dumps(results[what], indent=1))
 
 

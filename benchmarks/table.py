@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from benchmarks.common import RESULTS
+from minigrpo.run.files import write_aside
 
 PAGE = Path(__file__).parent.parent / "docs/performance.md"
 ROWS = {"rollout_vs_hf": "rollout, times `generate(num_return_sequences=G)`", "rollout_vs_trl": "rollout, times TRL",
@@ -80,4 +81,4 @@ def page_with_tables(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page_with_tables(PAGE.read_text()))
+    write_aside(PAGE, page_with_tables(PAGE.read_text()))

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 from minigrpo.data import Sample, load_image, parse_boxes, split_thinking
 from minigrpo.generate import generate
 from minigrpo.policy import Policy
-from minigrpo.run.args import at_least_one, check_box_scale, checked_device, input_errors, parse_args
+from minigrpo.run.args import at_least_one, check_box_scale, checked_device, input_errors, parse_args, run_errors
+from minigrpo.run.files import aside
 
 
 @dataclass
@@ -39,6 +40,7 @@ class AskArguments:
             raise ValueError(f"--temperature must be 0 (greedy) or more, got {self.temperature}")
 
 
+@run_errors(lambda: "The answer stands above", "--max_new_tokens")
 def main() -> None:
     with input_errors():
         args = parse_args(AskArguments, __doc__)
@@ -56,7 +58,8 @@ def main() -> None:
     answer = generate(policy, policy.encode([sample]), max_new_tokens=args.max_new_tokens, temperature=args.temperature).texts[0]
     print(answer)
     if boxes := parse_boxes(split_thinking(answer, policy.opened)[1], args.box_scale):
-        draw_boxes(film, boxes).save(drawn)
+        with aside(drawn) as part:
+            draw_boxes(film, boxes).save(part, "PNG" if drawn.suffix.lower() == ".png" else "JPEG")
         print(f"boxes drawn into {drawn}")
 
 

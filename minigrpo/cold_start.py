@@ -11,7 +11,6 @@ a line with "thinking" for each trace: train_sft.py asks those with ` /think`. R
 stopped run goes on where it was.
 """
 
-import argparse
 import base64
 import json
 import os
@@ -26,6 +25,8 @@ from minigrpo.data import Sample, read_jsonl
 from minigrpo.data.clean import lines_of
 from minigrpo.data.rewrite import Endpoint, ask_all, check_address, key_of
 from minigrpo.data.traces import TEMPLATES, check_reply, drawing_teacher, messages_for, read_templates
+from minigrpo.run.files import write_jsonl
+from minigrpo.run.terminal import Parser
 
 THINKING_TASKS = ("report", "grounding", "classification")  # a conversation has many answers, and one block a turn teaches little
 
@@ -79,7 +80,7 @@ def replies(args, samples: list[Sample], chosen: list[Sample], templates: dict) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("file", type=Path, help="JSONL file of samples")
     parser.add_argument("--teacher", required=True, help="`drawing` (phantom films, drawn scenes), `checkpoint` (a Qwen3-VL on this "
                                                          "machine), or an OpenAI-compatible address, such as http://127.0.0.1:8000/v1")
@@ -126,9 +127,10 @@ def main() -> None:
             traces[sample.id] = trace
     spoken = [record | {"id": f"{record['id']}-think", "thinking": traces[record["id"]]} for record in records if record["id"] in traces]
     lines = spoken if args.traces_only else records + spoken
-    part = args.output_file.with_suffix(".part")
-    part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    os.replace(part, args.output_file)
+    try:
+        write_jsonl(args.output_file, lines)
+    except OSError as error:
+        sys.exit(f"error: {error}")
     refused = ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common() if reason) or "none"
     print(f"{args.output_file}: {len(lines):,} lines; {len(chosen):,} samples asked, {len(traces):,} traces kept; refused: {refused}")
 

@@ -7,17 +7,17 @@
 A run's own picture is RUN/curves.png, which grows while it trains; so does this one each time it is drawn.
 """
 
-import argparse
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
 from minigrpo.run.args import input_errors
 from minigrpo.run.plots import DRAWN_BY, draw_runs, read_log
+from minigrpo.run.terminal import Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its metrics.jsonl")
     parser.add_argument("--labels", nargs="+", help="a name for each run; default: what their paths differ in")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the picture to write; default: curves.png")

@@ -19,7 +19,8 @@ BEGAN = time.perf_counter()
 import minigrpo.policy  # noqa: E402, F401  loaded for the programs, see `run`
 import minigrpo.run.plots  # noqa: E402, F401
 from minigrpo.commands import python, typed  # noqa: E402
-from minigrpo.run.args import input_errors, parse_args  # noqa: E402
+from minigrpo.run.args import input_errors, parse_args, run_errors  # noqa: E402
+from minigrpo.run.files import write_aside  # noqa: E402
 
 TASKS = {"report": "gleu", "grounding": "soft_f1"}
 SHOWN = {"report": ["gleu", "rouge_l", "bleu4", "length"], "grounding": ["soft_f1", "map50", "boxes"]}
@@ -33,6 +34,7 @@ class DemoArguments:
     model: str = field(default="tiny", metadata={"help": "what SFT starts from: a checkpoint, or `tiny`"})
 
 
+@run_errors(lambda: "What is done is kept", "the number of other programs")
 def main() -> None:
     with input_errors():
         args = parse_args(DemoArguments, __doc__)
@@ -88,8 +90,8 @@ def main() -> None:
     results = collect(out)
     results["seconds"] = seconds
     results["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (out / "results.md").write_text(table := markdown(results))
+    write_aside(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_aside(out / "results.md", table := markdown(results))
     print(f"\n{table}\nPictures: {', '.join(str(path) for path in sorted(out.glob('*/**/*.png')) if 'films' not in path.parts)}")
 
 

@@ -14,7 +14,8 @@ from minigrpo.data import TASKS, Sample, load_image, read_jsonl
 from minigrpo.data.film import header
 from minigrpo.packages import need
 from minigrpo.rewards import reward_fn
-from minigrpo.run.args import input_errors, parse_args
+from minigrpo.run.args import input_errors, parse_args, run_errors
+from minigrpo.run.files import aside
 
 
 def packed(sample: Sample) -> str:
@@ -88,6 +89,7 @@ class ElsewhereArguments:
                                                "choices": [*TASKS, "all"]})
 
 
+@run_errors(lambda: "Nothing was written", "the number of lines of --data")
 def main() -> None:
     with input_errors():
         args = parse_args(ElsewhereArguments, __doc__)
@@ -98,7 +100,8 @@ def main() -> None:
         samples = read_jsonl(args.data, task=args.task)
         need("parquet", "pandas", "pyarrow")
     import pandas
-    pandas.DataFrame([verl_row(sample, i) for i, sample in enumerate(samples)]).to_parquet(args.output)
+    with aside(Path(args.output)) as part:
+        pandas.DataFrame([verl_row(sample, i) for i, sample in enumerate(samples)]).to_parquet(part)
     print(f"{args.output}: {len(samples)} rows")
 
 

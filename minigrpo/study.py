@@ -28,7 +28,9 @@ import minigrpo.policy  # noqa: F401  loaded once: a run is a fork of this proce
 import minigrpo.run.plots  # noqa: F401
 import torch
 from minigrpo.commands import python, typed
-from minigrpo.run.args import input_errors, parse_args
+from minigrpo.run.args import input_errors, parse_args, run_errors
+from minigrpo.run.files import write_aside
+from minigrpo.run.terminal import steady_output
 from minigrpo.study_results import collect
 from minigrpo.study_table import draw_figures, page_text, tables, write_page
 
@@ -159,6 +161,7 @@ def start(run: Run, where: dict[str, Path], threads: int) -> multiprocessing.Pro
 
     def child() -> None:
         sys.stdout = sys.stderr = log = open(f"{out}.log", "w", buffering=1)
+        steady_output()
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         torch.set_num_threads(threads)
@@ -190,11 +193,12 @@ def run_all(runs: list[Run], where: dict[str, Path], jobs: int) -> None:
                     other.terminate()
                 tail = Path(f"{where[run.name]}.log").read_text(errors="replace")[-1500:]
                 sys.exit(f"study: {run.name} failed ({where[run.name]}.log); what is done stays done\n{tail}")
-            (where[run.name] / "done.json").write_text(json.dumps({"seconds": seconds, "threads": threads, "command": run.command}) + "\n")
+            write_aside(where[run.name] / "done.json", json.dumps({"seconds": seconds, "threads": threads, "command": run.command}) + "\n")
             done.add(run.name)
             print(f"{len(done):3d}/{len(runs)}  {run.name}  {seconds:.0f} s", flush=True)
 
 
+@run_errors(lambda: "The same command goes on", "--jobs")
 def main() -> None:
     with input_errors():
         args = parse_args(StudyArguments, __doc__)
@@ -211,7 +215,7 @@ def main() -> None:
         run_all(runs, where, args.jobs)
         names = ["gleu", *rewards_compared(args.reward_weights)]
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(collect(where, size, names, smoke=args.smoke), indent=1) + "\n")
+        write_aside(target, json.dumps(collect(where, size, names, smoke=args.smoke), indent=1) + "\n")
     results = json.loads(target.read_text())
     print(tables(results))
     images = (page or target).parent / "images"

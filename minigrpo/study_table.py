@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt  # noqa: E402  the backend must be set first
 
 from minigrpo.metrics.published import REWARDS, TABLE_1, TABLE_2, TABLE_3  # noqa: E402
 from minigrpo.metrics.table import cell, figure, grid  # noqa: E402
+from minigrpo.run.files import aside, write_aside  # noqa: E402
 
 ARMS = [f"{start}-{mode}" for start in ("general", "domain") for mode in ("direct", "thinking")]
 THEIRS = {"general-direct": ("Qwen3-VL", "Qwen3-VL+RL"), "general-thinking": ("Qwen3-VL-Thinking", "Qwen3-VL-Thinking+RL"),
@@ -137,7 +138,7 @@ def write_page(page: Path, results: dict) -> None:
     if results["runs"]:
         body = "\n\n".join(f"![{title}](images/study-{name}.png)" for name, title in FIGURES.items()) + "\n\n" + body
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(re.sub(r"(?<=<!-- results -->\n).*(?=<!-- end -->)", lambda _: body + "\n", text, flags=re.S))
+    write_aside(page, re.sub(r"(?<=<!-- results -->\n).*(?=<!-- end -->)", lambda _: body + "\n", text, flags=re.S))
 
 
 FIGURES = {"gains": "Before and after RL, with 95% intervals", "rewards": "Sampled reward over the runs, mean over the seeds",
@@ -155,7 +156,8 @@ def draw_figures(results: dict, folder: Path) -> list[Path]:
     paths = []
     for name, fig in drawn.items():
         fig.suptitle(FIGURES[name] + (" (smoke run)" if results["smoke"] else ""), fontsize=10)
-        fig.savefig(path := folder / f"study-{name}.png", dpi=100)
+        with aside(path := folder / f"study-{name}.png") as part:
+            fig.savefig(part, format="png", dpi=100)
         plt.close(fig)
         paths.append(path)
     return paths

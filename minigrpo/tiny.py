@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from minigrpo.data import Sample, read_jsonl
 from minigrpo.policy import Policy
 from minigrpo.run.args import input_errors, parse_args
-from minigrpo.run.files import make_folder
+from minigrpo.run.files import aside, make_folder
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
            "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -125,8 +125,9 @@ def main() -> None:
         if folder.exists():
             raise ValueError(f"{folder} exists already: give another --output_dir")
         policy = tiny_policy(read_jsonl(args.train_data), seed=args.seed)
-        make_folder(folder)
-    policy.save_pretrained(folder)
+        make_folder(folder.parent)
+        with aside(folder) as part:
+            policy.save_pretrained(part)
     print(f"{folder}: {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters, {len(policy.tokenizer)} tokens")
 
 

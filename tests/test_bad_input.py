@@ -2,9 +2,12 @@
 
 import gzip
 import json
+import os
+import runpy
 import shutil
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +17,10 @@ import evaluate
 import train_grpo
 import train_sft
 from minigrpo import ask, elsewhere, tiny
-from minigrpo.data import check, clean, openi, phantom as phantom_films, sharegpt
+from minigrpo.data import check, clean, join, openi, phantom as phantom_films, scenes, sharegpt
 from minigrpo.data.convert import adapter_main
 from minigrpo.rewards import Scores
-from minigrpo.run import files, folder
+from minigrpo.run import files
 from minigrpo.run.args import parse_args
 from minigrpo.run.guard import in_time
 from tests import fake_sets
@@ -227,9 +230,9 @@ def test_phantom_arguments(fails, tmp_path, extra, message):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("learning_rate: abc", "--learning_rate/--learning-rate: invalid float value: 'abc'"), ("learning_rate: [1, 2]", "learning_rate takes one value, got [1, 2]"),
-    ("learning_rate: {a: 1}", "learning_rate takes one value, got {'a': 1}"), ("learning_rate:", "run.yaml: learning_rate is empty: give it"),
-    ("group_size: 2.5", "--group-size: invalid int value: '2.5'"), ("group_size: true", "--group-size: invalid int value: 'True'"),
+    ("learning_rate: abc", "--learning_rate/--learning-rate: invalid float value: 'abc'"), ("learning_rate: [1, 2]", "learning_rate takes one value, got ['1', '2']"),
+    ("learning_rate: {a: 1}", "learning_rate takes one value, got {'a': '1'}"), ("learning_rate:", "run.yaml: learning_rate is empty: give it"),
+    ("group_size: 2.5", "--group-size: invalid int value: '2.5'"), ("group_size: true", "--group-size: invalid int value: 'true'"),
     ("bf16: maybe", "--bf16: "), ("train_data: [a, b]", "train_data takes one value"), ("kl_estimator: k4", "--kl-estimator: invalid choice: 'k4'"),
     ("freeze: vision", "freeze takes a list, got 'vision'"), ("freeze: [eyes]", "invalid choice: 'eyes'"), ("track: wandb", "track takes a list"),
     ("lora_targets: []", "lora_targets is empty"), ("1: 2\nlr: 3", "run.yaml: unknown settings: 1, lr"), ("a: [", "run.yaml is not YAML")])
@@ -452,7 +455,160 @@ def test_resuming_with_a_model_of_another_shape(fails, phantom, samples, policy,
     """Bug: GRPO went on with a reference of other layers and another vocabulary, and its KL meant nothing."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/args.json").write_text("{}")
-    folder.save_checkpoint(tmp_path / "run", 1, policy)
+    train_sft.save_checkpoint(tmp_path / "run", 1, policy)
     tiny.tiny_policy(samples, width=64, vocab_size=600).save_pretrained(tmp_path / "other")
     said = fails(train_grpo.main, "--model", tmp_path / "other", "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run", "--resume")
     assert "has other layers or tokens than" in said and "resume with the --model that the run began with" in said
+
+
+# ---- settings files and paths ---------------------------------------------------------------
+
+
+def grpo_args(*words):
+    return parse_args(train_grpo.GrpoArguments, "", [*map(str, words), "--model", "m", "--train_data", "t"])
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("run.yaml", "seed: 1\nseed: 2", "run.yaml: seed stands there twice"),
+    ("run.json", '{"seed": 1, "seed": 1}', "run.json: seed stands there twice"),
+    ("run.yaml", "seed: 010", "seed is 010, which YAML reads by eights"),
+    ("run.yaml", "learning_rate: -010", "learning_rate is -010"),
+    ("run.yaml", "group_size: 1:30", "--group-size: invalid int value: '1:30'"),
+    ("run.yaml", "seed: 0x10", "--seed: invalid int value: '0x10'"),
+    ("run.yaml", "output_dir: \"a\\0b\"", "can be no path (embedded null byte)"),
+    ("run.yaml", "output_dir: ~nobody-of-that-name/x", "there is no such home folder")])
+def test_settings_that_mean_another_thing_than_they_say(fails, tmp_path, name, text, message):
+    """Bug: the second of two won in silence; 010 was 8, 1:30 was 90, 0x10 was 16."""
+    (tmp_path / name).write_text(text)
+    assert message in fails(train_grpo.main, tmp_path / name, "--model", "m", "--train_data", "t")
+
+
+@pytest.mark.parametrize("value", ["no", "on", "010", "2026-01-01 1:00:00", "1.0"])
+def test_a_settings_file_s_text_stays_as_it_stands(tmp_path, value):
+    """Bug: `output_dir: no` made a folder called False, and 010 one called 8."""
+    (tmp_path / "run.yaml").write_text(f"output_dir: {value}")
+    assert grpo_args(tmp_path / "run.yaml").output_dir == value
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    """Bug: `output_dir: ~/x` made a folder called ~ in the working directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("output_dir: ~/runs/x\neval_data: ~/val.jsonl\neval_steps: 1")
+    args = grpo_args("~/run.yaml", "--reward_weights=~/weights")
+    assert [args.output_dir, args.eval_data, args.reward_weights] == [f"{tmp_path}/{name}" for name in ("runs/x", "val.jsonl", "weights")]
+
+
+def test_home_is_expanded_by_the_data_tools(tmp_path, monkeypatch, phantom):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(phantom / "test.jsonl", tmp_path / "a.jsonl")
+    (tmp_path / "films").symlink_to(phantom / "films")
+    for main, words in ((join.main, ["~/a.jsonl=2", "--output_file=~/b.jsonl"]), (clean.main, ["~/a.jsonl", "--output_file=~/c.jsonl"]),
+                        (sharegpt.main, ["~/a.jsonl", "--output_file=~/d.json"])):
+        monkeypatch.setattr(sys, "argv", ["program.py", *words])
+        main()
+    assert all((tmp_path / name).is_file() for name in ("b.jsonl", "c.jsonl", "d.json")) and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--seed", 1, "{}/run.yaml"], "run.yaml: a settings file comes first, and alone: program.py"),
+    (["--freeze", "vision", "--seed", 1, "{}/run.YAML"], "run.YAML: a settings file comes first"),
+    (["{}/run.yaml", "{}/other.yml"], "other.yml: a settings file comes first, and alone"),
+    (["{}/run.yaml", "stray"], "unrecognized arguments: stray")])
+def test_a_settings_file_in_the_wrong_place(fails, tmp_path, words, message):
+    """Bug: "unrecognized arguments: run.yaml"."""
+    (tmp_path / "run.yaml").write_text("group_size: 4")
+    words = [str(word).format(tmp_path) for word in words]
+    assert message in fails(train_grpo.main, *words, "--model", "m", "--train_data", "t", "--output_dir", tmp_path / "run")
+
+
+def test_a_settings_file_in_capitals(tmp_path):
+    (tmp_path / "run.YAML").write_text("group_size: 3")
+    assert grpo_args(tmp_path / "run.YAML", "--output_dir", "o").group_size == 3
+
+
+@pytest.mark.parametrize("program, data", [(train_sft, "--train_data"), (train_grpo, "--train_data"), (evaluate, "--data")])
+@pytest.mark.parametrize("name, message", [("x" * 300, "can be no path (File name too long)"), (b"\xff\xfe", "is not UTF-8: give another")])
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_names_that_no_folder_can_have(fails, phantom, policy, tmp_path, monkeypatch, program, data, name, message, resume):
+    """Bug: tracebacks, of the second kind after the first checkpoint."""
+    monkeypatch.setattr(program.Policy, "from_pretrained", lambda *args, **more: policy)
+    place = f"{tmp_path}/{os.fsdecode(name)}"
+    said = fails(program.main, "--model", "m", data, phantom / "test.jsonl", "--output_dir", place, *(resume if program != evaluate else []))
+    assert message in said and not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_too_long_for_the_data_tools(fails, phantom, tmp_path):
+    said = fails(join.main, phantom / "test.jsonl", "--output_file", tmp_path / ("x" * 300))
+    assert "can be no path (File name too long)" in said
+
+
+@pytest.mark.parametrize("argument", ["--train_data", "--eval_data"])
+def test_files_that_may_not_be_read(fails, phantom, tmp_path, monkeypatch, argument):
+    """Bug: a PermissionError's traceback."""
+    monkeypatch.setattr(train_sft, "read_jsonl", lambda *given, **more: (_ for _ in ()).throw(PermissionError(13, "Permission denied", "x.jsonl")))
+    words = {"--train_data": phantom / "train.jsonl", "--eval_data": phantom / "test.jsonl"} | {argument: tmp_path}
+    said = fails(train_sft.main, "--model", "tiny", "--output_dir", tmp_path / "run", *sum(words.items(), ()))
+    assert "Permission denied: 'x.jsonl'" in said
+
+
+def test_a_run_folder_that_may_not_be_written(fails, phantom, tmp_path, monkeypatch):
+    """Bug: --resume in a folder of somebody else's was a traceback out of the lock."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/args.json").write_text("{}")
+    opening = Path.open
+
+    def refusing(self, mode="r", *given, **more):
+        if "a" in mode or "w" in mode or "x" in mode:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opening(self, mode, *given, **more)
+    monkeypatch.setattr(Path, "open", refusing)  # root may write anywhere
+    said = fails(train_sft.main, "--model", "tiny", "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run", "--resume")
+    assert f"{tmp_path}/run/.lock cannot be written (Permission denied)" in said
+
+
+@pytest.mark.parametrize("name, times", [("split=train/a.jsonl", 1), ("split=train/a.jsonl=3", 3), ("a=3", 1), ("a=3=2", 2)])
+def test_equals_signs_in_the_paths_of_join(tmp_path, monkeypatch, name, times):
+    """Bug: what stands behind the = of a folder's name was taken for a number of times."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("split=train/a.jsonl", "a=3"):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text("")
+    path = name.removesuffix(f"={times}") if times > 1 else name
+    assert join.parse_file(name) == (Path(path), times)
+
+
+@pytest.mark.parametrize("text", ["no=where.jsonl", "a.jsonl=0", "a.jsonl=-1", "a.jsonl="])
+def test_times_that_are_none(text):
+    with pytest.raises(ValueError, match="is no file; behind a = stands how often"):
+        join.parse_file(text)
+
+
+def test_the_help_of_convert(monkeypatch, capsys):
+    """Bug: it printed nothing."""
+    monkeypatch.setattr(sys, "argv", ["convert", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("minigrpo.data.convert", run_name="__main__")
+    assert ended.value.code == 0 and "python -m minigrpo.data.openi --help" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tool, words", [(phantom_films, ["--train", 2, "--test", 1]), (scenes, ["--train", 2, "--test", 1])])
+def test_a_disk_that_is_full_of_films(fails, tmp_path, monkeypatch, tool, words):
+    """Bug: a traceback out of a pool of processes."""
+    def full(self, *given, **more):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Image.Image, "save", full)
+    said = fails(tool.main, "--output_dir", tmp_path / "films", *words, "--size", 64, "--seed", 0)
+    assert "cannot be written (No space left on device)" in said and not list(tmp_path.rglob("*.part")) + list(tmp_path.rglob("*.jsonl"))
+
+
+def test_a_full_disk_is_no_fault_of_a_film(fails, tmp_path, monkeypatch):
+    """Bug: every film that found no room was counted as "cannot be read", and left out."""
+    fake_sets.openi(tmp_path / "set")
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    assert "cannot be written (No space left on device)" in convert_openi(fails, tmp_path / "set", tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.p*"))

@@ -3,19 +3,27 @@
 import errno
 import json
 import os
+import pickle
 import random
+import shutil
 import signal
+import sys
 import time
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import evaluate
 import train_grpo
 import train_sft
-from minigrpo.run import files, folder, log
+from minigrpo.data import read_jsonl
+from minigrpo.run import args as args_module
+from minigrpo.run import files, folder, log, save, starts, track
+from minigrpo.run.args import parse_args
 from minigrpo.run.guard import in_time
 from minigrpo.rewards import Scores
 from tests.processes import finish, run, start
@@ -89,7 +97,7 @@ def stop(program, words):
 def dying_at(rank, number):
     """kill -9 at the number-th time that a file is synced, renamed or a folder removed."""
     calls = []
-    for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (folder.shutil, "rmtree")):
+    for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree")):
         def counted(*args, do=getattr(module, name), **more):
             calls.append(1)
             if len(calls) == number:
@@ -187,13 +195,13 @@ def full_disk(rank):
     """The first saves find no room: once inside safetensors (a limit on the size of files), once while syncing."""
     import resource
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    save, sync, seen = folder._save_aside, files.sync, []
+    write, sync, seen = save._save, files.sync, []
 
     def limited(*args):
         seen.append(1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000 if len(seen) == 1 else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         try:
-            return save(*args)
+            return write(*args)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
@@ -201,13 +209,13 @@ def full_disk(rank):
         if len(seen) == 2 and path.suffix == ".safetensors":
             raise OSError(errno.ENOSPC, "No space left on device")
         return sync(path)
-    folder._save_aside, files.sync = limited, no_room
+    save._save, files.sync = limited, no_room
 
 
 def test_a_full_disk_costs_a_checkpoint_and_no_step(place, whole):
     said = run("train_grpo", place("train_grpo", "full"), place.folder / "full.log", prepare=full_disk)
     assert "checkpoint of step 1 not saved" in said and "File too large" in said
-    assert "checkpoint of step 2 not saved ([Errno 28] No space left on device); the newest is none. Training goes on" in said
+    assert "step-000002 cannot be written (No space left on device); the newest is step 0: no checkpoint was saved yet. Training" in said
     assert "step 3 not saved" not in said
     assert_same(whole("train_grpo"), place.folder / "full")
 
@@ -218,8 +226,8 @@ def no_room_for_a_line(rank):
 
     def full(self, row):
         if row["step"] == 2 and self.path.name == "metrics.jsonl":
-            self.file.close()
-            self.file = open("/dev/full", "w")
+            full = os.open("/dev/full", os.O_WRONLY)
+            os.dup2(full, self.file.fileno())
         write(self, row)
     log.JsonLines.write = full
 
@@ -228,7 +236,7 @@ def test_a_full_disk_at_a_log_line_ends_the_run_and_loses_nothing(place, whole):
     """Bug: it was a traceback, out of which nobody reads that --resume goes on."""
     words = place("train_sft", "full-line", "--save_steps", 1)
     said = run("train_sft", words, place.folder / "full-line.log", prepare=no_room_for_a_line, code=1)
-    assert "metrics.jsonl cannot be written (No space left on device). Make room, then --resume" in said and "Traceback" not in said
+    assert "metrics.jsonl cannot be written (No space left on device). Make room" in said and "--resume goes on from" in said and "Traceback" not in said
     run("train_sft", [*words, "--resume"], place.folder / "full-line.log")
     assert_same(whole("train_sft"), place.folder / "full-line")
 
@@ -260,6 +268,404 @@ def test_a_second_run_into_the_same_folder_is_refused(place):
     words[words.index("--max_steps") + 1] = len(rows(name)) + 1
     main(train_sft, [*words, "--resume"])
     assert (name / "final").exists()
+
+
+# ---- what is kept, and what is not ours -----------------------------------------------------
+
+
+def begun(place, name, policy, *steps, optimizer=None):
+    """A run's folder with checkpoints, as a killed run leaves it."""
+    run_folder = place.folder / name
+    run_folder.mkdir()
+    (run_folder / "args.json").write_text("{}")
+    for step in steps:
+        train_sft.save_checkpoint(run_folder, step, policy, *([optimizer] if optimizer else []), keep=9)
+    return run_folder
+
+
+def flip_a_bit(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_checkpoint_just_saved_stays(place, policy, monkeypatch):
+    """Bug: of checkpoints 3 and 6, 6 damaged, a run that went on from 3 deleted the 4 that it had
+    just saved, since 6 is a higher number; killed there, it was lost."""
+    run_folder, seen = begun(place, "newer", policy, 3, 6), []
+    flip_a_bit(run_folder / "checkpoints/step-000006/model.safetensors")
+    save = train_sft.save_checkpoint
+
+    def dying(folder, step, *more, **keep):
+        save(folder, step, *more, **keep)
+        seen.extend(names(folder / "checkpoints"))
+        sys.exit("killed")
+    monkeypatch.setattr(train_sft, "save_checkpoint", dying)
+    assert stop(train_sft, [*place("train_sft", "newer", "--keep_checkpoints", 1, steps=8), "--resume"]) == "killed"
+    assert seen == ["step-000004", "step-000006.damaged"]
+
+
+def test_damaged_checkpoints_do_not_count(place, policy, monkeypatch, capsys):
+    """Of those to keep: 1 is older than the one that the run goes on from, 2 is damaged."""
+    run_folder = begun(place, "counted", policy, 1, 2, 3)
+    flip_a_bit(run_folder / "checkpoints/step-000002/model.safetensors")
+    args = SimpleNamespace(**vars(train_sft.SftArguments("m", "t", str(run_folder), resume=True)))
+    checkpoint = train_sft.last_checkpoint(args)
+    folder._tidy(run_folder, checkpoint)
+    assert "step-000002 is damaged, and set aside as step-000002.damaged" in capsys.readouterr().out
+    train_sft.save_checkpoint(run_folder, 4, policy, keep=3)
+    assert names(run_folder / "checkpoints") == ["step-000001", "step-000002.damaged", "step-000003", "step-000004"]
+
+
+def test_checkpoints_beyond_the_present_step_do_not_count(place, policy):
+    """Somebody has put it there while the run went on; it is neither counted nor removed."""
+    run_folder = begun(place, "beyond", policy, 9)
+    for step in (1, 2, 3):
+        train_sft.save_checkpoint(run_folder, step, policy, keep=2)
+    assert names(run_folder / "checkpoints") == ["step-000002", "step-000003", "step-000009"]
+
+
+def foreign(folder):
+    """Things of a user's own in a folder of the run."""
+    (folder / "keep").mkdir(parents=True)
+    (folder / "step-000001.bak2").mkdir()
+    (folder / "step-000002.txt").write_text("mine")
+    (folder / "elsewhere").mkdir()
+    for name in ("keep", "step-000001.bak2", "elsewhere"):
+        (folder / name / "thesis.txt").write_text("mine")
+    (folder / "step-000001").symlink_to(folder / "elsewhere")
+    (folder / "step-000000").symlink_to(folder / "nowhere")
+    (folder / "step-000007").write_text("mine")
+    return names(folder)
+
+
+@pytest.mark.parametrize("save, where", [("save_checkpoint", "checkpoints"), ("save_best", "best")])
+def test_only_the_run_s_own_folders_are_removed(save, where, place, policy):
+    """Bug: a file, or a name such as step-000001.bak2, was a traceback; a folder of the user's was deleted."""
+    run_folder = begun(place, f"foreign-{where}", policy)
+    mine = foreign(run_folder / where)
+    for step in (3, 4, 5):
+        getattr(train_sft, save)(run_folder, step, policy)
+    assert names(run_folder / where) == sorted([*mine, "step-000005"])
+    assert all((run_folder / where / name / "thesis.txt").exists() for name in ("keep", "step-000001.bak2", "elsewhere"))
+
+
+def test_a_finished_run_leaves_what_is_not_its_own(place, policy):
+    """Bug: checkpoints/ was removed whole."""
+    run_folder = begun(place, "foreign-end", policy, 3)
+    mine = foreign(run_folder / "checkpoints")
+    main(train_sft, [*place("train_sft", "foreign-end"), "--resume"])
+    assert (run_folder / "final").exists() and names(run_folder / "checkpoints") == [name for name in mine if name != "step-000003"]
+
+
+def test_a_link_where_a_checkpoint_must_go_stays(place, policy, capsys):
+    """It is said, and the run goes on."""
+    run_folder = begun(place, "link", policy)
+    foreign(run_folder / "checkpoints")
+    train_sft.save_checkpoint(run_folder, 1, policy)
+    assert "checkpoint of step 1 not saved" in capsys.readouterr().err
+    assert names(run_folder / "checkpoints/elsewhere") == ["thesis.txt"] and not list(run_folder.rglob("*.part"))
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640)])
+def test_files_have_the_mode_of_the_umask(mask, mode, place, policy):
+    """Bug: safetensors writes files that nobody but their owner can read."""
+    before = os.umask(mask)
+    try:
+        run_folder = begun(place, f"mode-{mode}", policy, 1)
+        train_sft.save_best(run_folder, 1, policy)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in run_folder.rglob("*") if path.is_file()}
+    assert modes["model.safetensors"] == mode and set(modes.values()) == {mode}
+
+
+# ---- what a run was made of -----------------------------------------------------------------
+
+
+def opened(capsys, words, samples=(), program=train_sft):
+    """What `open_run` says to these arguments."""
+    kind = train_sft.SftArguments if program is train_sft else train_grpo.GrpoArguments
+    _, lock = program.open_run(parse_args(kind, "", [*map(str, words)]), *([None, samples] if samples else []))
+    lock.close()
+    return capsys.readouterr().out
+
+
+def test_the_first_arguments_stay(place, capsys):
+    """Bug: each --resume overwrote args.json, so the third start said "was 0.0001 when this run began"."""
+    words = place("train_sft", "arguments")
+    opened(capsys, words)
+    for rate in (1e-4, 1e-3):
+        said = opened(capsys, [*words, "--learning_rate", rate, "--resume"])
+    assert json.loads((place.folder / "arguments/args.json").read_text())["learning_rate"] == 1e-3
+    assert "--learning_rate is 0.001 now; it was 0.001 from step 0, 0.0001 from step 0" in said
+    starts = [json.loads(line) for line in (place.folder / "arguments/starts.jsonl").read_text().splitlines()]
+    assert [start["args"]["learning_rate"] for start in starts] == [1e-3, 1e-4, 1e-3]
+    assert all({"minigrpo", "commit", "python", "torch", "transformers"} <= start["versions"].keys() for start in starts)
+
+
+def test_another_schedule_is_pointed_out(place, capsys):
+    """Bug: SFT resumed with another --max_steps jumps along its cosine, and nothing said so."""
+    opened(capsys, place("train_sft", "schedule"))
+    said = opened(capsys, [*place("train_sft", "schedule", steps=8), "--resume"])
+    assert "--max_steps is 8 now; it was 4 from step 0. The learning rate's schedule ends there" in said
+
+
+def changed(what, data):
+    """Change one thing that a run learns from."""
+    lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
+    if what == "order":
+        (data / "train.jsonl").write_text("".join(lines[::-1]))
+    elif what == "half":
+        (data / "train.jsonl").write_text("".join(lines[: len(lines) // 2]))
+    elif what == "a word":
+        (data / "train.jsonl").write_text("".join(lines).replace("effusion", "Effusion"))
+    elif what == "a film":
+        film = sorted((data / "films").iterdir())[-1]
+        film.write_bytes(film.read_bytes() + b"\0")
+    elif what == "validation":
+        (data / "test.jsonl").write_text((data / "train.jsonl").read_text())
+    elif what == "the model":
+        flip_a_bit(data / "model/config.json")
+
+
+@pytest.mark.parametrize("what, said", [
+    ("order", "--train_data"), ("half", "--train_data"), ("a word", "--train_data"), ("a film", "films"),
+    ("validation", "--eval_data"), ("the model", "--model"), ("nothing", None)])
+def test_changed_data_are_named_on_resume(what, said, place, phantom, tmp_path, capsys):
+    """Bug: a run went on with a file that had been reordered, edited or halved, to other weights, without a word."""
+    data = shutil.copytree(phantom, tmp_path / "data")
+    shutil.copytree(place.folder / "model", data / "model")
+    words = ["--model", data / "model", "--train_data", data / "train.jsonl", "--eval_data", data / "test.jsonl", "--eval_steps", 1,
+             "--output_dir", tmp_path / "run"]
+    samples = lambda: read_jsonl(data / "train.jsonl", verify_images=False)
+    opened(capsys, words, samples())
+    changed(what, data)
+    notes = opened(capsys, [*words, "--resume"], samples())
+    assert f"the content of {said}" in notes.replace("the content of the films", "the content of films") if said else not notes
+    again = opened(capsys, [*words, "--resume"], samples())
+    assert again == notes.replace(" now; ", " since step 0; "), "it is still not what the run began with"
+
+
+def test_other_versions_are_named_on_resume(place, capsys, monkeypatch):
+    words = place("train_grpo", "versions")
+    opened(capsys, words, program=train_grpo)
+    monkeypatch.setattr(starts.platform, "python_version", lambda: "3.99.0")
+    assert "note: python is 3.99.0 now; it was 3." in opened(capsys, [*words, "--resume"], program=train_grpo)
+
+
+@pytest.mark.parametrize("figure, wanted, message", [
+    ("momentum_buffer", "adamw", "holds the state of --optimizer muon"), ("exp_avg", "muon", "holds the state of --optimizer adamw")])
+def test_another_optimizer_is_refused(figure, wanted, message, place, policy):
+    """Bug: KeyError 'step', with args.json rewritten already."""
+    state = SimpleNamespace(state={p: {figure: torch.zeros_like(p)} for p in policy.model.parameters() if p.dim() == 2})
+    run_folder = begun(place, f"optimizer-{wanted}", policy, 1, optimizer=state)
+    said = stop(train_sft, [*place("train_sft", f"optimizer-{wanted}"), "--resume", "--optimizer", wanted])
+    assert message in said and f"resume with --optimizer {message.split()[-1]}" in said
+    assert (run_folder / "args.json").read_text() == "{}" and not (run_folder / "starts.jsonl").exists()
+
+
+def test_a_run_of_another_program_is_refused(place, capsys):
+    """Bug: train_grpo.py --resume went on in a run of train_sft.py, with a note for every argument."""
+    opened(capsys, place("train_sft", "whose"))
+    assert "holds a run of train_sft.py: resume it with that" in stop(train_grpo, [*place("train_grpo", "whose"), "--resume"])
+
+
+@pytest.mark.parametrize("steps", [4, 9])
+def test_a_finished_run(steps, tmp_path, capsys):
+    """Bug: a kill between final/ and the curves left a run without curves; and of a larger --max_steps it said "is finished" alone."""
+    (tmp_path / "final").mkdir()
+    (tmp_path / "args.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(4)))
+    with pytest.raises(SystemExit) as ended:
+        train_sft.last_checkpoint(train_sft.SftArguments("m", "t", str(tmp_path), resume=True, max_steps=steps))
+    assert ended.value.code == 0 and (tmp_path / "curves.png").exists()
+    said = capsys.readouterr().out
+    assert ("It took 4 steps, and --max_steps is 9" in said and f"--model {tmp_path}/final" in said) == (steps > 4)
+
+
+def test_damaged_lines_of_a_log_are_set_aside(tmp_path, capsys):
+    """Bug: two NUL bytes in the first line erased all rows behind it in silence; a line `5` was a traceback."""
+    path, good = tmp_path / "metrics.jsonl", [b'{"step": %d, "loss": 1.0}' % step for step in range(4)]
+    path.write_bytes(b"\n".join([b"\0\0" + good[0], good[1], b"5", good[2], b'\xff{"step"', b'{"loss": 1}', good[3], b'{"step": 4, "lo']))
+    log = train_sft.JsonLines(path, 9)
+    assert path.read_bytes() == b"\n".join([*good[1:], b""]) and log.past("loss") == [1.0] * 3
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes().split(b"\n") == [b"\0\0" + good[0], b"5", b'\xff{"step"', b'{"loss": 1}', b""]
+    assert f"note: {path}: line 1, 3, 5, 6: no row of a log, set aside in metrics.jsonl.damaged" in capsys.readouterr().out
+    train_sft.JsonLines(path, 9)
+    assert not capsys.readouterr().out
+
+
+# ---- what happens around a run --------------------------------------------------------------
+
+
+NO_ROOM = [Exception("No space left on device (os error 28)"), SafetensorError("I/O error: No space left on device"),
+           OSError(errno.ENOSPC, "No space left on device")]
+
+
+def no_room_in(where, error):
+    """`Policy.save_pretrained` that fails half-way in folders of this name."""
+    save = train_sft.Policy.save_pretrained
+
+    def full(self, target, weights=None):
+        save(self, target, weights)
+        if where in str(target):
+            raise error
+    return full
+
+
+@pytest.mark.parametrize("error", NO_ROOM, ids=lambda error: type(error).__name__)
+def test_a_checkpoint_that_cannot_be_written(error, place, policy, monkeypatch, capsys):
+    """Bug: tokenizers raises a plain Exception, which was a traceback and left a .part that filled the disk."""
+    run_folder = begun(place, f"no-room-{type(error).__name__}", policy, 1)
+    monkeypatch.setattr(train_sft.Policy, "save_pretrained", no_room_in("step-000002", error))
+    train_sft.save_checkpoint(run_folder, 2, policy)
+    train_sft.save_best(run_folder, 2, policy)
+    said = capsys.readouterr().err
+    assert "checkpoint of step 2 not saved" in said and "best model so far, of step 2, is not saved" in said
+    assert f"{run_folder}/checkpoints/step-000002 cannot be written (" in said and said.count("No space left on device") == 2
+    assert names(run_folder / "checkpoints") == ["step-000001"] and not list(run_folder.rglob("*.part"))
+
+
+@pytest.mark.parametrize("program", [train_sft, train_grpo])
+def test_a_final_model_that_cannot_be_written(program, place, whole, monkeypatch):
+    """Bug: a traceback, and without a checkpoint the run was lost."""
+    name, words = f"{program.__name__}-end", place(program.__name__, f"{program.__name__}-end", "--save_steps", 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sft.Policy, "save_pretrained", no_room_in("final", NO_ROOM[0]))
+        said = stop(program, words)
+    assert f"{name}/final cannot be written (No space left on device (os error 28))" in said and "--resume finishes the run" in said
+    assert f"All 4 steps are in {place.folder / name}/checkpoints/step-000004" in said and not list((place.folder / name).rglob("*.part"))
+    monkeypatch.setattr(torch.optim.AdamW, "step", None)  # no step is done again
+    main(program, [*words, "--resume"])
+    assert_same(whole(program.__name__), place.folder / name)
+    assert not (place.folder / name / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("stream, kind", [(1, "full"), (2, "full"), (1, "pipe"), (2, "pipe"), (2, "closed")])
+def test_output_that_cannot_be_written_ends_nothing(stream, kind, place):
+    """Bug: a terminal's log on a full disk, or `| head`, ended the training."""
+    name = f"output-{stream}-{kind}"
+    words = place("train_sft", name, "--batch_size", 1, steps=2)
+    run("train_sft", words, place.folder / f"{name}.log", prepare=partial(without_output, stream=stream, kind=kind))
+    assert (place.folder / name / "final").exists()
+
+
+def without_output(rank, stream, kind):
+    if kind == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), stream)
+    elif kind == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, stream)
+    else:
+        os.close(stream)
+        setattr(sys, ("stdin", "stdout", "stderr")[stream], None)  # as an interpreter that is started so has it
+
+
+def happening(place, name, event):
+    """`tracker` that lets something happen behind the run's back after step 1."""
+    def tracker(args, folder, start):
+        return lambda row: event(place.folder / name) if row["step"] == 1 else None
+    return tracker
+
+
+@pytest.mark.parametrize("name, event", [
+    ("renamed", lambda folder: folder.rename(folder.with_name("elsewhere"))), ("removed", shutil.rmtree),
+    ("no-log", lambda folder: (folder / "metrics.jsonl").unlink())])
+def test_a_run_s_folder_that_is_gone(name, event, place, monkeypatch):
+    """Bug: exit 0 with nothing but final/, or a traceback."""
+    monkeypatch.setattr(train_sft, "tracker", happening(place, name, event))
+    said = stop(train_sft, place("train_sft", name, "--save_steps", 100))
+    assert "metrics.jsonl cannot be written (it was removed or renamed, or its folder was)" in said and "--resume" in said
+    assert not (place.folder / name / "final").exists()
+
+
+@pytest.mark.parametrize("program", [train_sft, train_grpo])
+def test_a_film_that_vanishes(program, place, phantom, whole, monkeypatch, tmp_path):
+    """Bug: a traceback that named no way to go on."""
+    data, name = shutil.copytree(phantom, tmp_path / "data"), f"{program.__name__}-film"
+    words = place(program.__name__, name)
+    words[words.index("--train_data") + 1] = data / "train.jsonl"
+    away = lambda _: (data / "films").rename(data / "away")
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "tracker", happening(place, name, away))
+        said = stop(program, words)
+    assert f"image {data}/films/phantom-train-" in said and "cannot be read (no such file): put it back" in said
+    assert f"--resume goes on from {place.folder / name}/checkpoints/step-00000" in said
+    (data / "away").rename(data / "films")
+    main(program, [*words, "--resume"])
+    assert_same(whole(program.__name__), place.folder / name)
+
+
+CPU_MEMORY = ("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+              "9999999999 bytes. Error code 12 (Cannot allocate memory)")
+
+
+@pytest.mark.parametrize("error", [RuntimeError(CPU_MEMORY), MemoryError()], ids=["torch", "python"])
+@pytest.mark.parametrize("program, names", [(train_sft, "--micro_batch"), (train_grpo, "--micro_tokens")])
+def test_too_little_memory_on_a_cpu(program, names, error, place, monkeypatch, capsys):
+    """Bug: halved on a GPU alone; on a CPU a traceback."""
+    def score(*args, **more):
+        raise error
+    monkeypatch.setattr(program.Policy, "score", score)
+    said = stop(program, place(program.__name__, f"memory-{program.__name__}-{type(error).__name__}"))
+    assert "out of memory (" in said and f"Lower {names}" in said and "--resume goes on from step 0" in said
+    assert f"out of memory with {names}" in capsys.readouterr().err
+
+
+def test_a_tracker_that_fails_is_left_out(place, monkeypatch, capsys):
+    """Bug: TensorBoard on a full disk ended the training."""
+    monkeypatch.setattr(track, "_tensorboard", lambda *_: lambda row: 1 / 0)
+    monkeypatch.setattr(args_module, "find_spec", lambda name: True)
+    main(train_sft, place("train_sft", "tracker", "--track", "tensorboard", steps=2))
+    assert capsys.readouterr().out.count("--track tensorboard failed (division by zero)") == 1
+    assert len(rows(place.folder / "tracker")) == 2
+
+
+def test_scores_are_not_written_over_answers(tmp_path, samples):
+    """Bug: predictions.jsonl was written anew in place, and a kill or a full disk there left 0 or 20 of 27 answers."""
+    path, answers = tmp_path / "predictions.jsonl", [s.answer for s in samples]
+    evaluate.write_predictions(path, samples, answers, None)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        evaluate.write_predictions(path, samples, answers, None, [{"gleu": 1.0}] * 5 + [{"gleu": {1}}] * len(samples))
+    assert path.read_bytes() == before
+
+
+# ---- the writer -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [*NO_ROOM, KeyError("x"), RuntimeError("PytorchStreamWriter failed"), MemoryError()],
+                         ids=lambda error: type(error).__name__)
+def test_every_failure_to_write_is_one_error(error, tmp_path):
+    (tmp_path / "a").write_text("before")
+    with pytest.raises(files.WriteError) as failed, files.aside(tmp_path / "a") as part:
+        part.write_text("half")
+        raise error
+    assert failed.value.path == tmp_path / "a" and str(failed.value).startswith(f"{tmp_path}/a cannot be written (")
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "before"
+    assert str(pickle.loads(pickle.dumps(failed.value))) == str(failed.value)
+
+
+def test_a_part_that_is_somebody_s_link_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "a.part").symlink_to(tmp_path / "precious")
+    files.write_aside(tmp_path / "a", "new")
+    assert (tmp_path / "precious").read_text() == "precious" and (tmp_path / "a").read_text() == "new" and names(tmp_path) == ["a", "precious"]
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_writer_leaves_nothing(end, tmp_path):
+    with pytest.raises(end), files.aside(tmp_path / "a") as part:
+        part.mkdir()
+        (part / "half").write_text("half")
+        raise end
+    assert not names(tmp_path)
 
 
 # ---- inside a step --------------------------------------------------------------------------------------------------

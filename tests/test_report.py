@@ -113,7 +113,7 @@ def test_the_file_stays_small(shown, tmp_path, monkeypatch):
     for i in range(8):
         shutil.copy(samples[0].image, tmp_path / f"copy{i}.png")
     many = [one(i) for i in range(8)]
-    film = len(report.small_film(samples[0].image)["href"])
+    film = len(report.small_film(samples[0], samples[0].image)["href"])
     monkeypatch.setattr(report, "BUDGET", 3 * film)
     page = Page(write_report(tmp_path / "small.html", many, answers[:1] * 8, items[:1] * 8, title="t").read_text())
     assert len(page.articles) == 3

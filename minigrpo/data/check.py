@@ -11,7 +11,6 @@ error. A file is for train, valid or test as its name or its folder says (train/
 for each name. Which file was taken for which side is printed.
 """
 
-import argparse
 import hashlib
 import os
 import statistics
@@ -26,6 +25,8 @@ from itertools import accumulate
 from pathlib import Path
 
 from tqdm import tqdm
+
+from minigrpo.run.terminal import Parser
 
 from .film import blocks, read_film
 from .overlap import side_of
@@ -220,7 +221,7 @@ def check(paths: list[Path], *, model: str | None = None, workers: int | None = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="JSONL files; name train and test together to find leaks")
     parser.add_argument("--model", help="checkpoint whose tokenizer and image processor count; without it, words are counted")
     parser.add_argument("--sheet", type=Path, help="PNG of films with their boxes; default: beside the first file, as NAME-check.png")
@@ -243,7 +244,8 @@ def main() -> None:
         if draw_sheet(sheet, [sample for file in files for sample in file.samples], bad={line for file in files for line in bad_images(file)}):
             print(f"{sheet}: films with their boxes{', replaced' if replaced else ''}; look at it")
     except (OSError, ValueError) as error:
-        errors.append(f"--sheet {sheet} cannot be written ({error}): name a .png in a folder that exists")
+        reason = getattr(error, "reason", error)
+        errors.append(f"--sheet {sheet} cannot be written ({reason}): name a .png in a folder that exists")
     if errors:
         print(*errors, sep="\n")
         sys.exit(f"{len(errors):,} errors")

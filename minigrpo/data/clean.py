@@ -8,12 +8,14 @@ the second asks a language model at any OpenAI-compatible endpoint instead (`min
 a report with nothing left is dropped and counted. Boxes and findings of a sample stay as they are.
 """
 
-import argparse
 import json
 import os
 import re
 import sys
 from pathlib import Path
+
+from minigrpo.run.files import write_jsonl
+from minigrpo.run.terminal import Parser
 
 from .rewrite import Endpoint, check_address, rewrite_all
 from .rows import one_paragraph
@@ -81,7 +83,7 @@ def lines_of(path: Path, target: Path) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("file", type=Path, help="JSONL file whose reports are cleaned")
     parser.add_argument("--output_file", type=Path, required=True, help="JSONL file to write")
     parser.add_argument("--endpoint", help="base address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1; without it, "
@@ -117,10 +119,9 @@ def main() -> None:
     if not kept:
         sys.exit(f"error: nothing is left of the {len(reports):,} reports of {args.file}, so nothing is written")
     try:
-        args.output_file.parent.mkdir(parents=True, exist_ok=True)
-        args.output_file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
+        write_jsonl(args.output_file, kept)
     except OSError as error:
-        sys.exit(f"error: --output_file {args.output_file} cannot be written ({error.strerror}): give another")
+        sys.exit(f"error: {error}: give another --output_file")
     print(f"{args.output_file}: {len(records):,} samples read, {len(kept):,} kept, {len(records) - len(kept):,} dropped (nothing left of the "
           f"report); {len(reports):,} reports, {changed:,} changed")
 

@@ -4,11 +4,8 @@ An adapter is a function (root, split, ledger) -> drafts; `convert` reads the fi
 the ledger and prints it.
 """
 
-import argparse
-import json
 import math
 import os
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +14,9 @@ from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
+
+from minigrpo.run.files import WriteError, aside, sync_all, write_jsonl
+from minigrpo.run.terminal import Parser
 
 from .film import header, load_image
 from .ledger import Ledger
@@ -48,10 +48,14 @@ def write_film(source: Path, stem: Path, pixels: int, load: Callable[[Path], Ima
         small = shrink(film, pixels)
         if small is not film or suffix not in (".png", ".jpg", ".jpeg") or header(source)[0].startswith("I"):
             suffix = ".png"
-            small.convert("L").save(f"{stem}.png", compress_level=3)
+            small = small.convert("L")
+            with aside(stem.with_name(f"{stem.name}.png"), durable=False) as part:
+                small.save(part, "PNG", compress_level=3)
         else:
-            shutil.copyfile(source, f"{stem}{suffix}")
-    except ImportError:  # a decoder that the user can install
+            data = source.read_bytes()
+            with aside(stem.with_name(stem.name + suffix), durable=False) as part:
+                part.write_bytes(data)
+    except (ImportError, WriteError):  # a decoder that is not installed; a full disk
         raise
     except Exception as error:  # decoders raise a dozen kinds, all of which mean the same
         return "", f"film cannot be read ({type(error.__cause__ or error).__name__})"
@@ -90,9 +94,8 @@ def convert(read: Reader, unit: str, root: Path, split: str, out: Path, *, pixel
     table = ledger.table()  # fails on a row that nobody closed, before anything is written
     if not lines:
         raise ValueError(f"no sample is left for {split}:\n{table}")
-    partial = target.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    partial.rename(target)  # a run that is killed leaves no half file under the final name
+    sync_all(films)
+    write_jsonl(target, lines)
     return ledger
 
 
@@ -109,7 +112,7 @@ def check_drafts(drafts: list[Draft]) -> None:
 
 def adapter_main(read: Reader, unit: str, doc: str, load=load_image, more: Callable | None = None) -> None:
     """`python -m minigrpo.data.NAME --root DIR --split test --output_dir OUT`; `more` adds an adapter's own arguments."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(doc)
     parser.add_argument("--root", type=Path, required=True, help="folder of the set as it was downloaded")
     parser.add_argument("--split", choices=SPLITS, required=True)
     parser.add_argument("--output_dir", type=Path, required=True, help="gets SPLIT.jsonl and films/; splits may share it")

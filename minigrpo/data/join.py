@@ -6,11 +6,11 @@
 the output lies; a line's second copy is named ID-2, and an id that two files share is an error.
 """
 
-import argparse
-import json
-import os
 import sys
 from pathlib import Path
+
+from minigrpo.run.files import write_jsonl
+from minigrpo.run.terminal import Parser, path_of
 
 from .clean import lines_of
 
@@ -18,11 +18,12 @@ from .clean import lines_of
 def parse_file(text: str) -> tuple[Path, int]:
     """"data/train.jsonl=3" -> (its path, 3)."""
     name, equals, times = text.rpartition("=")
-    if not equals:
-        return Path(text), 1
+    if not equals or Path(path_of(text)).is_file():  # of a folder called split=train
+        return Path(path_of(text)), 1
     if not times.isascii() or not times.isdigit() or int(times) < 1:
-        raise ValueError(f"{text!r}: behind = stands how often each line is taken, 1 or more")
-    return Path(name), int(times)
+        raise ValueError(f"{text!r} is no file; behind a = stands how often each line is taken, 1 or "
+                         "more")
+    return Path(path_of(name)), int(times)
 
 
 def join(files: list[tuple[Path, int]], target: Path) -> list[dict]:
@@ -40,7 +41,7 @@ def join(files: list[tuple[Path, int]], target: Path) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("files", nargs="+", help="JSONL files, FILE or FILE=TIMES")
     parser.add_argument("--output_file", type=Path, required=True, help="JSONL file to write")
     args = parser.parse_args()
@@ -48,12 +49,9 @@ def main() -> None:
         if args.output_file.exists():
             raise ValueError(f"{args.output_file} exists already: remove it, or give another --output_file")
         records = join([parse_file(text) for text in args.files], args.output_file)
+        write_jsonl(args.output_file, records)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    args.output_file.parent.mkdir(parents=True, exist_ok=True)
-    part = args.output_file.with_suffix(".part")
-    part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    os.replace(part, args.output_file)
     print(f"{args.output_file}: {len(records):,} lines of {len(args.files)} files")
 
 

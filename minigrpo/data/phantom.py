@@ -10,10 +10,10 @@ Body coordinates (u, v): u from the midline, positive towards the image's right,
 reach the image by a small rotation and shift. Within a lung, t runs from 0 (apex) to 1 (top of the diaphragm's dome).
 """
 
-import argparse
 import json
 import multiprocessing
 import os
+import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from minigrpo.data import templates
 from minigrpo.data.boxes import format_boxes
-from minigrpo.run.files import write_aside
+from minigrpo.run.files import aside, sync_all, write_aside
+from minigrpo.run.terminal import Parser
 
 SPLITS = ("train", "test")
 SIDES = {"right": -1, "left": 1}  # sign of u
@@ -758,7 +759,8 @@ def write_film(job: tuple[str, int], *, seed: int, size: int, folder: Path) -> l
     split, index = job
     number, patient = SPLITS.index(split), f"phantom-{split}-{index:05d}"
     film = draw_film(seed, number, index, size)
-    Image.fromarray(film.pixels).save(folder / "films" / f"{patient}.png", compress_level=3)
+    with aside(folder / "films" / f"{patient}.png", durable=False) as part:
+        Image.fromarray(film.pixels).save(part, "PNG", compress_level=3)
     return film_samples(film, patient, f"films/{patient}.png", np.random.default_rng([seed, number, index, 1]))
 
 
@@ -788,6 +790,7 @@ def write_phantom(output_dir: str | Path, arguments: Arguments, workers: int | N
         results = tqdm(pool.imap(write, jobs, chunksize=8), total=len(jobs), desc="films", unit="film")
         for (split, _), samples in zip(jobs, results, strict=True):
             lines[split] += [json.dumps(sample) + "\n" for sample in samples]
+    sync_all(folder / "films")
     for split in SPLITS:
         write_aside(folder / f"{split}.jsonl", "".join(lines[split]))
     write_aside(done, json.dumps(asdict(arguments)) + "\n")  # last: a killed run leaves no phantom.json
@@ -795,8 +798,8 @@ def write_phantom(output_dir: str | Path, arguments: Arguments, workers: int | N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", required=True)
+    parser = Parser(__doc__)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to make")
     parser.add_argument("--train", type=int, required=True, help="training films, one patient each")
     parser.add_argument("--test", type=int, required=True, help="test films, of other patients")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same films")
@@ -806,9 +809,13 @@ def main() -> None:
     for name, least in (("train", 0), ("test", 0), ("seed", 0), ("size", 32)):
         if options[name] < least:
             parser.error(f"--{name} must be at least {least}, got {options[name]}")
-    if any(place.exists() and not place.is_dir() for place in (Path(output_dir), *Path(output_dir).parents)):
+    if any(place.exists() and not place.is_dir() for place in (output_dir, *output_dir.parents)):
         parser.error(f"--output_dir {output_dir} is, or lies under, a file: give another")
-    if write_phantom(output_dir, Arguments(**options)):
+    try:
+        new = write_phantom(output_dir, Arguments(**options))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    if new:
         print(f"wrote {options['train']} + {options['test']} films to {output_dir}")
     else:
         print(f"{output_dir} was made with the same arguments already")

@@ -7,10 +7,10 @@ them. `--reading` adds reports of chest films that were never drawn to a file, a
 text somewhere, and without any of it reinforcement has no word of a report to strengthen.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from tqdm import tqdm
 from minigrpo.data import phantom
 from minigrpo.data.boxes import format_boxes
 from minigrpo.data.templates import REGION_ANSWERS, draw_template
+from minigrpo.run.files import aside, sync_all, write_jsonl
+from minigrpo.run.terminal import Parser
 
 SPLITS = ("train", "test")
 COLOURS = {"red": (200, 50, 45), "green": (60, 150, 70), "blue": (60, 90, 200), "yellow": (235, 205, 60), "black": (35, 35, 40),
@@ -124,7 +126,8 @@ def write_scene(job: tuple[str, int], *, seed: int, size: int, folder: Path) -> 
     split, index = job
     rng, name = np.random.default_rng([seed, SPLITS.index(split), index, 2]), f"scene-{split}-{index:05d}"
     image, things = draw_scene(rng, size)
-    image.save(folder / "scenes" / f"{name}.png", compress_level=3)
+    with aside(folder / "scenes" / f"{name}.png", durable=False) as part:
+        image.save(part, "PNG", compress_level=3)
     return scene_samples(things, name, f"scenes/{name}.png", rng)
 
 
@@ -148,20 +151,24 @@ def write_scenes(output_dir: str | Path, *, train: int, test: int, reading: int,
         for (split, _), samples in zip(jobs, found, strict=True):
             lines[split] += samples
         lines["train"] += pool.imap(partial(read_report, seed=seed), range(reading), chunksize=8)
+    sync_all(folder / "scenes")
     for split in SPLITS:
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[split]))
+        write_jsonl(folder / f"{split}.jsonl", lines[split])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", required=True)
+    parser = Parser(__doc__)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to make")
     parser.add_argument("--train", type=int, required=True, help="scenes to learn from")
     parser.add_argument("--test", type=int, default=0, help="scenes to test on")
     parser.add_argument("--reading", type=int, default=0, help="reports as text, without a film")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same scenes")
     parser.add_argument("--size", type=int, default=224, help="pixels a side")
     options = vars(parser.parse_args())
-    write_scenes(**options)
+    try:
+        write_scenes(**options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     print(f"wrote {options['train']} + {options['test']} scenes and {options['reading']} reports to {options['output_dir']}")
 
 

@@ -9,12 +9,14 @@ patient, ...) is written as further keys, which its readers ignore and ours take
 Without a "task": several turns are a conversation, a single answer with boxes is grounding, any other is `--task`.
 """
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from minigrpo.run.files import write_aside, write_jsonl
+from minigrpo.run.terminal import Parser
 
 from .boxes import parse_boxes
 from .sample import DataError, Sample, read_jsonl
@@ -107,7 +109,7 @@ def read_sharegpt(path: Path, image_root: Path, folder: Path, task: str) -> Iter
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("file", type=Path, help=".json (to read it) or .jsonl (to write it as LLaVA / ShareGPT JSON)")
     parser.add_argument("--output_file", type=Path, required=True, help=".jsonl or .json, the other one of the two")
     parser.add_argument("--image_root", type=Path, help="what the JSON's image paths are relative to; default: its own folder")
@@ -121,13 +123,13 @@ def main() -> None:
             raise ValueError(f"{target} exists already: remove it, or give another --output_file")
         if not source.is_file():
             raise ValueError(f"{source}: no such file")
-        target.parent.mkdir(parents=True, exist_ok=True)
         if source.suffix == ".json":
             found = list(read_sharegpt(source, args.image_root or source.parent, target.parent, args.task))
-            target.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found), encoding="utf-8")
+            write_jsonl(target, found)
         else:
             found = [to_sharegpt(sample, target.parent) for sample in read_jsonl(source, verify_images=False)]
-            target.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_aside(target, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{target}: {len(found):,} samples")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from minigrpo.run.files import aside
+
 from .sample import Sample, load_image
 
 TILE, CAPTION = 256, 64  # pixels
@@ -24,7 +26,8 @@ def draw_sheet(path: Path, samples: list[Sample], *, count: int = 24, columns: i
     sheet = Image.new("RGB", (columns * TILE, rows * (TILE + CAPTION)), "white")
     for place, sample in enumerate(chosen):
         sheet.paste(tile(sample), (place % columns * TILE, place // columns * (TILE + CAPTION)))
-    sheet.save(path)
+    with aside(path) as part:
+        sheet.save(part, Image.registered_extensions()[path.suffix.lower()])
     return True
 
 

@@ -1,8 +1,12 @@
 """Arguments of the programs: dataclasses on the command line, or from a YAML or JSON file, and their errors."""
 
+import json
 import math
 import os
+import re
 import sys
+from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,14 +17,19 @@ import yaml
 from transformers import HfArgumentParser
 
 from minigrpo.checkpoint import SMALLEST
-from minigrpo.data import TASKS
+from minigrpo.data import TASKS, DataError
 from minigrpo.packages import need
 from minigrpo.run.distributed import is_lost, ranks, speak_in_turn
+from minigrpo.run.files import WriteError
+from minigrpo.run.terminal import fail, path_of, steady_output
 
 T = TypeVar("T")
 PARTS = ("vision", "projector", "language")  # of a Qwen3-VL, to freeze
 TRACKERS = ("tensorboard", "wandb")  # named like the packages that they need
 LARGEST_SEED = 2**40
+SETTINGS = (".yaml", ".yml", ".json")
+PATHS = ("model", "train_data", "eval_data", "data", "output_dir", "output", "image", "predictions",
+         "baseline", "reward_weights", "json", "page")  # arguments in which ~ is the home folder
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the language model's, for adapters
 
 
@@ -165,12 +174,24 @@ def at_least_one(args, name: str) -> None:
 
 def parse_args(kind: type[T], description: str, argv: list[str] | None = None) -> T:
     """`program.py --name value ...` or `program.py settings.yaml --name value ...`; the command line wins."""
+    steady_output()
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(kind, description=description, usage="%(prog)s [settings.yaml] --name value ... (--help lists them all)")
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        path = Path(argv.pop(0))
+    usage = "%(prog)s [settings.yaml] --name value ... (--help lists them all)"
+    parser = HfArgumentParser(kind, description=description, usage=usage)
+    if argv and argv[0].lower().endswith(SETTINGS):
+        path = Path(path_of(argv.pop(0)))
         argv = words_of(read_settings(path), parser, path) + argv
-    args = kind(**vars(parser.parse_args(argv)))
+    parsed, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        if word.lower().endswith(SETTINGS) and not word.startswith("-"):
+            raise ValueError(f"{word}: a settings file comes first, and alone: {parser.prog} "
+                             f"{word} --name value ...")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args = kind(**vars(parsed))
+    for name in set(PATHS) & set(vars(args)):
+        if getattr(args, name):
+            setattr(args, name, path_of(getattr(args, name)))
     if hasattr(args, "check"):
         args.check()
     return args
@@ -189,21 +210,53 @@ def words_of(settings: dict, parser: HfArgumentParser, path: Path) -> list[str]:
                 raise ValueError(f"{path}: {name} is empty: give it a value, or leave it out")
         elif isinstance(value, dict) or isinstance(value, list) != takes_list:
             raise ValueError(f"{path}: {name} takes {'a list' if takes_list else 'one value'}, got {value!r}")
+        elif actions[name].type in (int, float) and re.fullmatch(r"[-+]?0\d+", str(value)):
+            raise ValueError(f"{path}: {name} is {value}, which YAML reads by eights and people by "
+                             "tens: write it without the leading 0")
         else:
             words += [f"--{name}", *map(str, value)] if takes_list else [f"--{name}={value}"]
     return words
 
 
+class _Settings(yaml.BaseLoader):
+    """YAML whose values stay the text that stands there, as on a command line: a folder called no
+    is not False. Only null is None."""
+
+    def construct_mapping(self, node, deep=False):
+        return _once([(str(self.construct_object(key, deep=True)),
+                       self.construct_object(value, deep=True)) for key, value in node.value])
+
+
+_Settings.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"),
+                                ["~", "n", "N", ""])
+_Settings.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
+
+
+def _once(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"{twice} stands there twice: which one counts? Remove the other")
+    return found
+
+
 def read_settings(path: Path) -> dict:
-    """The `name: value` pairs of a YAML or JSON file."""
+    """The `name: value` pairs of a YAML or JSON file; a value is a text, None, or a list of such."""
     try:
-        settings = yaml.safe_load(path.read_bytes())  # JSON is YAML, too; bytes, so that YAML finds out the encoding
+        text = path.read_bytes()  # bytes, so that the parsers find out the encoding
+        if path.suffix.lower() == ".json":
+            settings = json.loads(text, object_pairs_hook=_once, parse_int=str, parse_float=str,
+                                  parse_constant=str)
+        else:
+            settings = yaml.load(text, _Settings)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such settings file") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read as a settings file ({error.strerror})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML or JSON: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold `name: value` pairs, the same names as on the command line")
     return settings
@@ -214,10 +267,45 @@ def input_errors():
     """Around a program's set-up: what the user gave wrong ends the program with one message instead of a traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         speak_in_turn()
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    except RuntimeError as error:
+        fail(str(error))
+    except (MemoryError, RuntimeError) as error:
         if is_lost(error):
             sys.exit(1)  # the rank that failed has said why
-        raise
+        if not out_of_memory(error):
+            raise
+        fail(f"{_first_line(error)}. Take a smaller --model, or a machine with more memory; --plan "
+             "says what a run will take")
+
+
+@contextmanager
+def run_errors(advice: Callable[[], str], memory: str):
+    """Around what follows the set-up: what comes from outside, such as a full disk, a film that is
+    gone, or too little memory, ends the program with one message, `advice` behind it. All else is
+    a fault of the program and keeps its traceback.
+
+    `memory` names the arguments to lower where memory runs out.
+    """
+    try:
+        yield
+        return
+    except WriteError as error:
+        text = f"{error}. Make room, or mend what else it is"
+    except DataError as error:
+        text = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        text = f"{_first_line(error)}. Lower {memory}"
+    fail(f"{text}. {advice()}")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch, on a GPU or on a CPU, or Python found no memory."""
+    named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return named or "allocate memory" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]})"

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,16 +60,16 @@ def is_lost(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def lost_rank(folder: Path):
-    """Where another rank has died, end with a message instead of a traceback or an endless wait."""
+def lost_rank(advice: Callable[[], str]):
+    """Where another rank has died, end with a message, `advice` in it, instead of a traceback or an
+    endless wait."""
     try:
         yield
     except RuntimeError as error:
         if not is_lost(error):
             raise
-        kept = sorted((folder / "checkpoints").glob("step-*[0-9]"))
-        print(f"rank {rank()}: another rank has died, so this run cannot go on ({str(error).splitlines()[0]}). --resume continues "
-              f"from {kept[-1] if kept else 'step 0: no checkpoint was saved yet'}, with as many ranks as you like",
+        print(f"rank {rank()}: another rank has died, so this run cannot go on "
+              f"({str(error).splitlines()[0]}). {advice()}, with as many ranks as you like",
               file=sys.stderr, flush=True)
         os._exit(1)  # at a plain exit, threads of collectives may wait for the dead rank
 

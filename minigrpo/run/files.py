@@ -1,40 +1,114 @@
-"""Files and folders that are whole or absent, whatever kills the process: written aside, synced, renamed; checked when read."""
+"""Files and folders that are whole or absent, whatever kills the process or fills the disk.
+
+Written aside, synced, renamed; checked when read. Every file that a program writes is written here.
+"""
 
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 CHECKSUMS = "checksums.json"
 
 
+class WriteError(OSError):
+    """`path` could not be written, for `reason`."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"{path} cannot be written ({reason})")
+        self.path, self.reason, self.strerror = path, reason, reason
+
+    def __reduce__(self):  # processes send it to each other
+        return WriteError, (self.path, self.reason)
+
+
+@contextmanager
+def writes(path: Path) -> Iterator[None]:
+    """Around what writes `path` and does nothing else: any exception becomes a WriteError. A full
+    disk is an OSError of Python's, a SafetensorError, and in tokenizers a plain Exception."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except Exception as error:
+        plain = isinstance(error, OSError) or type(error) is Exception
+        text = getattr(error, "strerror", None) or str(error)
+        raise WriteError(path, text if plain else f"{type(error).__name__}: {text}") from error
+
+
+@contextmanager
+def aside(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yields where to write the file or folder that takes the name `path` at the end.
+
+    If anything goes wrong, `path` stays as it was, what was begun is removed, and the error is a
+    WriteError. A file that is not `durable` may be lost in a power cut until `sync_all`.
+    """
+    part = part_of(path)
+    try:
+        with writes(path):
+            remove(part)
+            yield part
+            seal(part, path, durable=durable)
+    except BaseException:  # Ctrl-C, too
+        remove(part)
+        raise
+
+
+def write_aside(path: Path, content: str | bytes) -> None:
+    """The file with this content, in UTF-8, or as it was before."""
+    if isinstance(content, str):  # half of a surrogate pair, as samplers write, becomes \udc00
+        content = content.encode("utf-8", "backslashreplace")
+    with aside(path) as part:
+        part.write_bytes(content)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """One object a line; the folder is made if need be."""
+    with writes(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def part_of(path: Path) -> Path:
+    """Where a file or folder is written before it bears its name."""
+    return path.with_name(path.name + ".part")
+
+
+def remove(path: Path) -> None:
+    """A file, a link (not what it points to), or a folder with all that is in it, if it can be."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError:
+        pass
+
+
 def make_folder(folder: Path) -> None:
-    """A program's output folder; ValueError where none can be made or nothing can be written into it."""
+    """A program's output folder; ValueError where none can be made or nothing written into it."""
+    try:
+        str(folder).encode()  # tokenizers, for one, writes to no other path
+    except UnicodeEncodeError:
+        raise ValueError(f"--output_dir {ascii(str(folder))} is not UTF-8: give another") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output_dir {folder} cannot be made ({error.strerror}): give another") from None
+        raise ValueError(f"--output_dir {folder} cannot be made ({error.strerror}): give "
+                         "another") from None
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"--output_dir {folder} cannot be written into: give another, or change its permissions")
-
-
-def write_aside(path: Path, text: str) -> None:
-    """The file with this text, or as it was before."""
-    aside = path.with_name(path.name + ".part")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    sync(path.parent)
+        raise ValueError(f"--output_dir {folder} cannot be written into: give another, or change "
+                         "its permissions")
 
 
 def sync(path: Path) -> None:
-    """What was written to the file, or renamed in the folder, is on the disk when this returns."""
+    """What was written to the file, or renamed in the folder, is on the disk on return."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -42,34 +116,50 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def seal(aside: Path, folder: Path) -> None:
-    """The finished folder `aside` becomes `folder`, with a checksum of each of its files, all of it on the disk before it bears
-    its name."""
-    files = _files(aside)
-    with ThreadPoolExecutor(8) as pool:  # hashing and syncing release the GIL
-        sums = dict(zip(files, pool.map(lambda name: _sum_and_sync(aside / name), files)))
-    write_aside(aside / CHECKSUMS, json.dumps(sums, indent=1) + "\n")
-    for inside in [path for path in aside.rglob("*") if path.is_dir()]:
-        sync(inside)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(aside, folder)
-    sync(folder.parent)
+def sync_all(folder: Path) -> None:
+    """`sync` of every file of the folder, and of their names."""
+    with writes(folder), ThreadPoolExecutor(8) as pool:
+        list(pool.map(sync, (folder / name for name in _files(folder))))
+        sync(folder)
+
+
+def seal(part: Path, path: Path, *, durable: bool = True) -> None:
+    """`part` is renamed `path` once it is on the disk. A folder gets checksums of its files."""
+    if part.is_dir():
+        files, mode = _files(part), part.stat().st_mode & 0o666
+        for name in files:  # safetensors lets nobody but their owner read them
+            os.chmod(part / name, mode)
+        with ThreadPoolExecutor(8) as pool:  # hashing and syncing release the GIL
+            sums = dict(zip(files, pool.map(lambda name: _sum_and_sync(part / name), files)))
+        write_aside(part / CHECKSUMS, json.dumps(sums, indent=1) + "\n")
+        for inside in [inner for inner in part.rglob("*") if inner.is_dir()]:
+            sync(inside)
+    elif durable:
+        sync(part)
+    os.replace(part, path)
+    if durable:
+        sync(path.parent)
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder: a file that is missing, or not as it was written; None where all is well."""
+    """What is wrong with a sealed folder: a file that is missing, or not as it was written; None
+    where all is well."""
     try:
         sums = json.loads((folder / CHECKSUMS).read_text())
-    except (OSError, ValueError):
-        return f"it has no readable {CHECKSUMS}: it was not finished, or an older version made it"
+    except (OSError, ValueError, RecursionError):
+        return (f"it has no readable {CHECKSUMS}: it was not finished, or an older version made "
+                "it")
     present = set(_files(folder)) - {CHECKSUMS}
     if not isinstance(sums, dict) or present != set(sums):
         odd = sorted(present ^ set(sums))
         return f"its files are not those that were saved ({', '.join(odd[:3])})"
-    with ThreadPoolExecutor(8) as pool:
-        found = pool.map(lambda name: checksum(folder / name), sums)
-        wrong = [name for name, now in zip(sums, found) if now != sums[name]]
-    return f"{', '.join(wrong[:3])}: not as it was saved, the checksum differs" if wrong else None
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            now = dict(zip(sums, pool.map(lambda name: checksum(folder / name), sums)))
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+    wrong = ", ".join([name for name in sums if now[name] != sums[name]][:3])
+    return f"{wrong}: not as it was saved, the checksum differs" if wrong else None
 
 
 def checksum(path: Path) -> str:
@@ -78,21 +168,25 @@ def checksum(path: Path) -> str:
 
 
 def lock(path: Path) -> IO | None:
-    """The lock of a file, until the returned handle is closed or its process dies, however it dies; None where another process
-    has it. File systems without locks (some Lustre mounts) let everyone in."""
-    handle = path.open("a")
+    """The lock of a file, until the returned handle is closed or its process dies, however it
+    dies; None where another process has it. File systems without locks (some Lustre mounts) let
+    everyone in."""
+    with writes(path):
+        handle = path.open("a")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         handle.close()
         return None
     except OSError as error:
-        print(f"note: no lock on {path} ({error.strerror}): take care that no other run writes there")
+        print(f"note: no lock on {path} ({error.strerror}): take care that no other run writes "
+              "there")
     return handle
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+    paths = (path for path in folder.rglob("*") if not path.is_dir())
+    return sorted(str(path.relative_to(folder)) for path in paths)
 
 
 def _sum_and_sync(path: Path) -> str:

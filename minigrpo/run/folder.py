@@ -1,259 +1,195 @@
 """A run's folder: made once, never overwritten, resumed from its newest checkpoint.
 
-    args.json  metrics.jsonl  curves.png  rollouts.jsonl (GRPO)  checkpoints/step-000050/  best/step-000040/ (--eval_data)
-    skipped/ (updates that were not taken)  final/ (LoRA: final/adapter/)
+    args.json  starts.jsonl  metrics.jsonl  curves.png  rollouts.jsonl (GRPO)
+    checkpoints/step-000050/  best/step-000040/ (--eval_data)  final/ (LoRA: final/adapter/)
+    skipped/ (updates that were not taken)
+
+In checkpoints/ and best/ the folders of such names, and their parts, are the run's own. Whatever
+else lies there, links too, is left alone.
 """
 
 import json
-import shutil
-import signal
+import re
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from itertools import cycle
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from minigrpo.data import Sample
+from minigrpo.lora import check_checkpoint
+from minigrpo.run import args as arguments
+from minigrpo.run.distributed import first, gathered, lost_rank, say
+from minigrpo.run.files import damage, lock, make_folder, part_of, remove, write_aside
+from minigrpo.run.log import read_rows
+from minigrpo.run.plots import draw_curves
+from minigrpo.run.starts import add_start, differences, past_starts, this_start
+from minigrpo.run.state import check_optimizer
 
-from minigrpo.lora import check_checkpoint, merge_adapters, save_adapters
-from minigrpo.policy import Policy
-from minigrpo.run.distributed import any_rank, first, gathered, is_sharded, rank, ranks, say
-from minigrpo.run.files import damage, lock, make_folder, seal, write_aside
-from minigrpo.run.shard import full, full_weights, slice_like
-
-WRITING = (OSError, SafetensorError)  # what a full disk raises
-STOP_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}  # 75, EX_TEMPFAIL: run the same command again with --resume
-LEFT_OPEN = {"resume", "max_steps", "save_steps", "output_dir", "device", "keep_checkpoints", "track", "reward_timeout",
-             "shard"}
+STEP = re.compile(r"step-([0-9]{6,})")
 
 
-def open_run(args) -> tuple[Path, AbstractContextManager]:
-    """Make the run folder and write args.json; refuse a folder that already holds a run unless --resume is set, or that another
-    process is writing to. Also returns the lock, a context that lasts as long as the run."""
+def open_run(args, checkpoint: Path | None = None, samples: Sequence[Sample] = ()
+             ) -> tuple[Path, AbstractContextManager]:
+    """The run's folder, made and with args.json in it, and its lock, a context for as long as
+    the run lasts. ValueError for a folder that holds a run without --resume, or that another
+    process is writing to.
+
+    Where the run goes on from `checkpoint`, args.json stays as it began; starts.jsonl gains a
+    line, and what differs is said. `samples` are those that the run reads.
+    """
     folder, held = Path(args.output_dir), nullcontext()
     if first():
-        before = _check_folder(folder, args)
+        first_args = _check_folder(folder, args)
         make_folder(folder)
         held = lock(folder / ".lock")
         if held is None:
-            raise ValueError(f"{folder} is in use: another process is writing this run. Give another --output_dir")
-        if before is not None:
-            now = asdict(args)
-            for name in sorted(set(now) - LEFT_OPEN):
-                if before.get(name) != now[name]:
-                    print(f"note: --{name} was {before.get(name)} when this run began and is {now[name]} now")
-        write_aside(folder / "args.json", json.dumps(asdict(args), indent=2) + "\n")
+            raise ValueError(f"{folder} is in use: another process is writing this run. Give "
+                             "another --output_dir")
+        before = [] if first_args is None else past_starts(folder, first_args)
+        now = this_start(args, step_of(checkpoint), samples)
+        for note in differences(before, now):
+            print(f"note: {note}")
+        if first_args is None:
+            write_aside(folder / "args.json", json.dumps(asdict(args), indent=2) + "\n")
+        add_start(folder, before, now)
+        _tidy(folder, checkpoint)
     gathered(None)  # the others wait until the folder is there
     return folder, held
 
 
 def _check_folder(folder: Path, args) -> dict | None:
     """The arguments that the run in this folder began with; None where there is none yet."""
-    if (folder / "args.json").exists():
-        if not args.resume:
-            raise ValueError(f"{folder} already holds a run. Give another --output_dir, or --resume to continue it")
-        try:
-            return dict(json.loads((folder / "args.json").read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{folder / 'args.json'} does not hold a run's arguments ({error}): put back what the run wrote") from None
-    if folder.is_dir() and any(path.name not in (".lock", "args.json.part") for path in folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no run. Give another --output_dir")
-    return None
+    path = folder / "args.json"
+    if not path.exists():
+        ours = (".lock", "args.json.part")
+        if folder.is_dir() and any(inside.name not in ours for inside in folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and holds no run. Give another --output_dir")
+        return None
+    if not args.resume:
+        raise ValueError(f"{folder} already holds a run. Give another --output_dir, or --resume "
+                         "to continue it")
+    try:
+        first_args = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} does not hold a run's arguments ({error}): put back what the "
+                         "run wrote") from None
+    grpo = "group_size" in first_args
+    if first_args and grpo != hasattr(args, "group_size"):
+        raise ValueError(f"{folder} holds a run of {'train_grpo.py' if grpo else 'train_sft.py'}: "
+                         "resume it with that, or give another --output_dir")
+    return first_args
 
 
 def last_checkpoint(args) -> Path | None:
-    """The newest checkpoint that is whole; says which, and exits with 0 where the run is already finished."""
+    """The newest checkpoint that is whole, which it says; None without --resume or where there
+    is none yet. Exits with 0 where the run is finished. ValueError where no checkpoint is
+    whole, or where it cannot go on with these arguments."""
     if not args.resume:
         return None
     folder = Path(args.output_dir)
-    if first() and (folder / "args.json").exists():
-        probe = lock(folder / ".lock")
-        if probe is None:
-            raise ValueError(f"{folder} is in use: another process is writing this run. Wait for it, or end it")
-        probe.close()
-    if (folder / "final").exists() and (folder / "args.json").exists():  # else nothing in it is ours to remove
+    if (folder / "args.json").exists():  # else nothing in it is ours
+        _check_folder(folder, args)
         if first():
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # what a kill right after the last step has left
-        say(f"{folder} is finished: its model is {folder / 'final'}")
-        sys.exit(0)
-    for checkpoint in reversed(checkpoints(folder)):
+            probe = lock(folder / ".lock")
+            if probe is None:
+                raise ValueError(f"{folder} is in use: another process is writing this run. Wait "
+                                 "for it, or end it")
+            probe.close()
+        if (folder / "final").exists():
+            _end_finished(folder, args)
+    found = checkpoints(folder)
+    for checkpoint in reversed(found):
         wrong = damage(checkpoint) if first() else None  # reading all bytes once is enough
         wrong = gathered(wrong)[0]
         if wrong is None:
             check_checkpoint(checkpoint, args)
+            check_optimizer(checkpoint, args)
             say(f"resuming from {checkpoint}")
             return checkpoint
         say(f"{checkpoint} cannot be used: {wrong}")
-    if checkpoints(folder):
-        raise ValueError(f"no checkpoint in {folder / 'checkpoints'} can be used. Put a whole one back, or begin anew in another "
-                         "--output_dir")
+    if found:
+        raise ValueError(f"no checkpoint in {folder / 'checkpoints'} can be used. Put a whole one "
+                         "back, or begin anew in another --output_dir")
     say(f"no checkpoint in {folder}: starting at step 0")
     return None
 
 
+def _end_finished(folder: Path, args) -> None:
+    """Do what a kill after the last step has left undone, and exit."""
+    rows, _ = read_rows(folder / "metrics.jsonl")
+    if first():
+        remove_checkpoints(folder)
+        if rows and not (folder / "curves.png").exists():
+            draw_curves(folder)
+    say(f"{folder} is finished: its model is {folder / 'final'}")
+    if rows and args.max_steps > (done := rows[-1]["step"] + 1):
+        say(f"It took {done} steps, and --max_steps is {args.max_steps}. To train it further, "
+            f"begin another run from it: --model {folder / 'final'} --output_dir ANOTHER, "
+            "without --resume")
+    sys.exit(0)
+
+
+def _tidy(folder: Path, checkpoint: Path | None) -> None:
+    """Remove what a kill has left half written, and rename damaged checkpoints, which would
+    else count among those to keep, to step-000006.damaged."""
+    parts = [path for name in ("checkpoints", "best") for path in (folder / name).glob("*.part")]
+    for part in [*parts, folder / "final.part"]:
+        if is_numbered(part.with_suffix("")) or part.stem == "final":
+            remove(part)
+    for other in checkpoints(folder) if checkpoint else []:
+        # `last_checkpoint` has found those after `checkpoint` to be damaged.
+        if other != checkpoint and (step_of(other) > step_of(checkpoint) or damage(other)):
+            aside = other.with_name(other.name + ".damaged")
+            if not aside.exists() and not other.is_symlink():
+                other.rename(aside)
+                say(f"{other} is damaged, and set aside as {aside.name}")
+
+
+def is_numbered(path: Path) -> bool:
+    """Whether it is called step-NNNNNN, and nothing else behind it."""
+    return STEP.fullmatch(path.name) is not None
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
-    return sorted((folder / "checkpoints").glob("step-*[0-9]"), key=step_of)
+    found = (folder / "checkpoints").glob("step-*")
+    return sorted((path for path in found if is_numbered(path) and path.is_dir()), key=step_of)
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+def step_of(checkpoint: Path | None) -> int:
+    """The number of steps done; 0 without a checkpoint."""
+    return int(STEP.fullmatch(checkpoint.name)[1]) if checkpoint else 0
 
 
-def save_checkpoint(folder: Path, step: int, policy: Policy, *optimizers: torch.optim.Optimizer, keep: int = 1) -> None:
-    """Weights (with LoRA: adapters alone) and optimiser state after `step` steps; of the older ones, the last keep - 1 stay.
-
-    Data order and sampling depend on (seed, step) alone, so a run continues from this as if it had never stopped. Where it
-    cannot be written (a full disk), training goes on from the one before.
-    """
-    place = folder / "checkpoints" / f"step-{step:06d}"
-    problem = _save_aside(place.with_suffix(".part"), policy, optimizers)
-    if problem is None and first():
-        try:
-            seal(place.with_suffix(".part"), place)
-        except OSError as error:
-            problem = error
-    if any_rank(problem is not None):
-        if first():
-            shutil.rmtree(place.with_suffix(".part"), ignore_errors=True)
-        if problem:
-            kept = checkpoints(folder)
-            print(f"\ncheckpoint of step {step} not saved ({problem}); the newest is {kept[-1] if kept else 'none'}. Training goes "
-                  "on: make room before the next one is due", file=sys.stderr, flush=True)
-        return
-    if first():
-        for other in (folder / "checkpoints").iterdir():
-            if other not in checkpoints(folder)[-keep:]:
-                shutil.rmtree(other)
+def remove_folder(path: Path) -> None:
+    """A folder, but no link to one, and no file."""
+    if path.is_dir() and not path.is_symlink():
+        remove(path)
 
 
-def _save_aside(aside: Path, policy: Policy, optimizers) -> Exception | None:
-    """Every rank writes the optimiser state that it keeps, the first one also the weights. Returns what went wrong on this rank."""
-    problem, weights = None, full_weights(policy)
+def remove_checkpoints(folder: Path) -> None:
+    """Those of a finished run, and checkpoints/ itself where nothing else is in it."""
+    for path in [*checkpoints(folder), *map(part_of, checkpoints(folder))]:
+        remove_folder(path)
     try:
-        if first():
-            shutil.rmtree(aside, ignore_errors=True)
-            save_adapters(policy, aside) if policy.adapters else policy.save_pretrained(aside, weights)
-    except WRITING as error:
-        problem = error
-    if any_rank(problem is not None):
-        return problem
-    state = optimizer_state(policy, optimizers)
-    try:
-        save_file(state, aside / f"optimizer-{rank():05d}.safetensors")
-    except WRITING as error:
-        problem = error
-    gathered(None)
-    return problem
-
-
-def optimizer_state(policy: Policy, optimizers) -> dict[str, torch.Tensor]:
-    """"parameter:figure" -> tensor, by the parameters' names, so that any number of ranks can share it out anew, sharded or not.
-
-    Sharded parameters come together one by one, and the ranks take turns in keeping them.
-    """
-    name_of, keeper = {id(p): name for name, p in policy.model.named_parameters()}, cycle(range(ranks()))
-    state = {}
-    for p, figures in [item for optimizer in optimizers for item in optimizer.state.items()]:
-        found = {f"{name_of[id(p)]}:{figure}": full(value).contiguous() for figure, value in figures.items()}  # on all ranks
-        if not is_sharded(p) or next(keeper) == rank():
-            state |= found
-    return state
-
-
-def load_optimizers(checkpoint: Path, policy: Policy, *optimizers: torch.optim.Optimizer) -> int:
-    """Put the checkpoint's optimiser states back, those of this rank's parameters; returns the number of steps done."""
-    files = sorted(checkpoint.glob("optimizer-*.safetensors"))
-    place = {key: file for file in files for key in _keys(file)}
-    name_of = {id(p): name for name, p in policy.model.named_parameters()}
-    by_name: dict[str, list[str]] = {}
-    for key in place:
-        by_name.setdefault(key.rsplit(":", 1)[0], []).append(key)
-    for optimizer in optimizers:
-        state, number = {}, 0
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                found = by_name.get(name_of[id(p)], [])
-                if found:
-                    state[number] = {key.rsplit(":", 1)[1]: slice_like(p, _tensor(place[key], key)) for key in found}
-                number += 1
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return step_of(checkpoint)
-
-
-def _keys(file: Path) -> list[str]:
-    with safe_open(file, "pt") as stored:
-        return list(stored.keys())
-
-
-def _tensor(file: Path, key: str) -> torch.Tensor:
-    with safe_open(file, "pt") as stored:
-        return stored.get_tensor(key)
-
-
-def save_best(folder: Path, step: int, policy: Policy) -> None:
-    """RUN/best/step-000040: the weights (with LoRA: adapters) that were best on --eval_data so far, in place of the ones before."""
-    weights = full_weights(policy)
-    if not first():
-        return
-    place = folder / "best" / f"step-{step:06d}"
-    aside = place.with_suffix(".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        save_adapters(policy, aside) if policy.adapters else policy.save_pretrained(aside, weights)
-        seal(aside, place)
-    except WRITING as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        print(f"\nthe best model so far, of step {step}, could not be saved ({error})", file=sys.stderr, flush=True)
-        return
-    for other in place.parent.iterdir():
-        if other != place:
-            shutil.rmtree(other)
-
-
-def save_final(folder: Path, policy: Policy) -> None:
-    """RUN/final, the trained checkpoint, with LoRA merged (and the adapters alone in final/adapter); the ones to resume from
-    are no longer needed."""
-    aside = folder / "final.part"
-    if policy.adapters and first():
-        shutil.rmtree(aside, ignore_errors=True)
-        save_adapters(policy, aside / "adapter")
-    if policy.adapters:
-        merge_adapters(policy)
-    weights = full_weights(policy)
-    if first():
-        if not (aside / "adapter").exists():
-            shutil.rmtree(aside, ignore_errors=True)
-        policy.save_pretrained(aside, weights)
-        seal(aside, folder / "final")
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    gathered(None)
+        (folder / "checkpoints").rmdir()
+    except OSError:
+        pass
 
 
 @contextmanager
-def graceful_stop():
-    """Yields a function that gives the exit code once Ctrl-C or SIGTERM came, on whichever rank, and 0 before: the step in hand
-    is finished. A second Ctrl-C aborts."""
-    came: list[int] = []
+def run_errors(folder: Path, memory: str):
+    """Around a run's steps: what ends it from outside is said in one message, with where
+    --resume goes on. `memory` names the arguments to lower where memory runs out."""
+    def advice() -> str:
+        return f"--resume goes on from {newest(folder)}"
 
-    def on_signal(number, _):
-        if came and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        came.append(STOP_CODES[number])
-        say(f"\n{signal.Signals(number).name}: stopping after this step" + " (Ctrl-C again to abort at once)" * (number == signal.SIGINT))
-
-    before = {number: signal.signal(number, on_signal) for number in STOP_CODES}
-    try:
-        yield lambda: max(gathered(came[0] if came else 0))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with lost_rank(advice), arguments.run_errors(advice, memory):
+        yield
 
 
-def stop_early(code: int, folder: Path, step: int, policy: Policy, *optimizers: torch.optim.Optimizer, keep: int = 1) -> None:
-    """Leave a checkpoint behind and end the program with 130 after Ctrl-C, 75 after SIGTERM."""
-    save_checkpoint(folder, step, policy, *optimizers, keep=keep)
-    say(f"stopped after step {step}; --resume continues from {folder / 'checkpoints'}")
-    sys.exit(code)
+def newest(folder: Path) -> str:
+    """Where --resume would go on, in words."""
+    found = checkpoints(folder)
+    return str(found[-1]) if found else "step 0: no checkpoint was saved yet"

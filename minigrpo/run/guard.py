@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from minigrpo.rewards import BadReward, Scores
+from minigrpo.run.args import out_of_memory
 from minigrpo.run.distributed import PATIENCE, first, gathered, rank, ranks
 from minigrpo.run.files import write_aside
 
@@ -29,7 +30,9 @@ def halving(args: Any, name: str, work: Callable[[], T], undo: Callable[[], Any]
     while True:
         try:
             return work()
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
             size = getattr(args, name)
             if not alone:
                 warn(f"rank {rank()}: out of memory with --{name} {size}; with --shard a rank cannot go back alone: --resume with a "

@@ -12,44 +12,71 @@ import torch
 
 from minigrpo.data import asks_to_think, split_thinking
 
-from .distributed import first, gathered
-from .files import write_aside
+from .distributed import first, gathered, say
+from .files import WriteError, write_aside, writes
 from .groups import Groups
 
 
 class JsonLines:
-    """Appends one JSON object a line, on the disk before the next step; a resumed run drops the lines of steps that it will do
-    again. Every rank has the same rows; the first writes them."""
+    """Appends one JSON object a line, on the disk before the next step. A resumed run drops the
+    lines of steps that it will do again, and sets aside what is no line of a log.
+
+    Every rank has the same rows; the first writes them. WriteError where it cannot.
+    """
 
     def __init__(self, path: Path, start_step: int):
-        self.path, kept = path, []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:  # the line that a kill cut short
-                    break
-                if row["step"] < start_step:
-                    kept.append(line + "\n")
-        self.kept, self.file = [json.loads(line) for line in kept], None
+        rows, damaged = read_rows(path)
+        self.path, self.file = path, None
+        self.kept = [row for row in rows if row["step"] < start_step]
+        gathered(None)  # all ranks have read it
         if first():
-            write_aside(path, "".join(kept))  # written in place, a kill here would lose every line
-            self.file = path.open("a")
+            if damaged:
+                set_aside(path, damaged)
+            # In place, a kill would lose every line.
+            write_aside(path, "".join(json.dumps(row) + "\n" for row in self.kept))
+            with writes(path):
+                self.file = path.open("ab", buffering=0)
 
     def past(self, name: str) -> list[float]:
         """A figure of the steps before the one that this run started or resumed with."""
-        return [row[name] for row in self.kept if name in row]
+        return [row[name] for row in self.kept if isinstance(row.get(name), (int, float))]
 
     def write(self, row: dict) -> None:
         if self.file:
-            try:
-                self.file.write(json.dumps(row) + "\n")
-                self.file.flush()
+            with writes(self.path):
+                line = json.dumps(row).encode() + b"\n"
+                while line:  # a disk that fills up takes the beginning and refuses the rest
+                    line = line[self.file.write(line):]
                 os.fsync(self.file.fileno())
-            except OSError as error:  # a full disk: what follows could not be kept either
-                self.file = None
-                sys.exit(f"{Path(sys.argv[0]).name}: error: {self.path} cannot be written ({error.strerror}). Make room, then --resume goes "
-                         "on from the last checkpoint")
+            there = self.path.stat() if self.path.exists() else None
+            if not there or not os.path.samestat(there, os.fstat(self.file.fileno())):
+                raise WriteError(self.path, "it was removed or renamed, or its folder was")
+
+
+def read_rows(path: Path) -> tuple[list[dict], dict[int, bytes]]:
+    """The rows of a log, objects with a "step", and by number the lines that are none; of no file,
+    none. A last line without an end, which a kill cut short, is neither."""
+    rows, damaged = [], {}
+    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, line in enumerate([*lines, last], 1):
+        try:
+            row = json.loads(line.decode())
+            if type(row["step"]) is not int:
+                raise TypeError
+            rows.append(row)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if line.strip() and number <= len(lines):
+                damaged[number] = line
+    return rows, damaged
+
+
+def set_aside(path: Path, damaged: dict[int, bytes]) -> None:
+    """Lines that are no rows of `path` go to a file beside it."""
+    beside = path.with_name(path.name + ".damaged")
+    before = beside.read_bytes() if beside.exists() else b""
+    write_aside(beside, before + b"".join(line + b"\n" for line in damaged.values()))
+    say(f"note: {path}: line {', '.join(map(str, damaged))}: no row of a log, set aside in "
+        f"{beside.name}; all others are kept")
 
 
 class Timer:

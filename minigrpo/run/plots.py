@@ -1,7 +1,6 @@
 """Pictures: the curves of a run, and the films and answers of an evaluation."""
 
 import json
-import os
 import random
 import sys
 import time
@@ -17,7 +16,9 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from minigrpo.data import Sample, load_image, parse_boxes, split_thinking
+from minigrpo.data import Sample, parse_boxes, split_thinking
+from minigrpo.data.sample import load_film
+from minigrpo.run.files import aside
 from minigrpo.run.report import differences
 
 # Panel titles and the figures of metrics.jsonl that each shows; a panel without its first figure is left out.
@@ -114,9 +115,8 @@ def draw_runs(runs: dict[str, list[dict]], path: Path) -> None:
                    ncols=min(len(runs), 2 * columns), loc="outside upper center")
     else:
         fig.suptitle(next(iter(runs)), fontsize=10)
-    aside = path.with_name(path.name + ".part")
-    fig.savefig(aside, dpi=110, format="png", metadata={"Software": DRAWN_BY})
-    os.replace(aside, path)
+    with aside(path) as part:
+        fig.savefig(part, dpi=110, format="png", metadata={"Software": DRAWN_BY})
 
 
 def draw_line(axis, steps, values, *, color, style: str, points: bool, faint: float) -> None:
@@ -186,7 +186,8 @@ def draw_samples(path: Path, samples: list[Sample], answers: list[str], before: 
         top = max(film[3], bottom) + 1.5 * GAP
     page.set(xlim=(0, WIDTH), ylim=(top, 0))
     fig.set_size_inches(WIDTH, top)
-    fig.savefig(path, dpi=DPI)
+    with aside(path) as part:
+        fig.savefig(part, dpi=DPI, format="png")
     return path
 
 
@@ -266,7 +267,7 @@ def show_film(page, sample: Sample, left: float, top: float, width: float, heigh
     """The film as large as fits; left, top, right and bottom of where it lies. Without a film: nothing, no width."""
     if not sample.images:
         return left, top, left - GAP, top
-    film = load_image(sample.images[0])
+    film = load_film(sample, sample.images[0])
     scale = min(width / film.width, height / film.height)
     right, bottom = left + scale * film.width, top + scale * film.height
     film.thumbnail((1024, 1024))

@@ -16,8 +16,10 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from minigrpo.data import Sample, load_image, parse_boxes, split_thinking
+from minigrpo.data import Sample, parse_boxes, split_thinking
+from minigrpo.data.sample import load_film
 from minigrpo.metrics.items import CORPUS
+from minigrpo.run.files import write_aside
 
 SIDE, QUALITY = 448, 80  # of the films; about 30 kB each
 BUDGET = 18_000_000  # bytes of films: the file stays below 20 MB
@@ -33,7 +35,7 @@ def write_report(path: Path, samples: list[Sample], answers: list[str], items: l
     for i in random.Random(0).sample(range(len(samples)), min(count, len(samples))):
         name = samples[i].images[0] if samples[i].images else None
         if name and name not in films:
-            film = small_film(name) | {"id": f"film{len(films)}"}
+            film = small_film(samples[i], name) | {"id": f"film{len(films)}"}
             size += len(film["href"])
             if size > BUDGET:
                 break
@@ -45,13 +47,13 @@ def write_report(path: Path, samples: list[Sample], answers: list[str], items: l
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = page.get_template("report.html").render(title=title, cards=cards, films=list(films.values()), total=len(samples),
                                                    metrics=metrics, choices=choices)
-    path.write_text(text, encoding="utf-8", errors="replace")  # a sampler may write half a surrogate pair
+    write_aside(path, text)
     return path
 
 
-def small_film(name: str) -> dict:
+def small_film(sample: Sample, name: str) -> dict:
     """{"href": data URL, "width", "height"} of the film, its longer side at most SIDE pixels."""
-    image = load_image(name)
+    image = load_film(sample, name)
     image.thumbnail((SIDE, SIDE))
     stream = io.BytesIO()
     image.convert("L").save(stream, "JPEG", quality=QUALITY)

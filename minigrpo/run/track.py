@@ -5,17 +5,28 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from minigrpo.run.distributed import first
+from minigrpo.run.distributed import first, say
+from minigrpo.run.terminal import fail
 
 
 def tracker(args, folder: Path, start: int) -> Callable[[dict], None]:
     """A function that logs a row of metrics.jsonl to all that --track names, on the first rank. A resumed run continues its
-    curves."""
-    logs = [{"tensorboard": _tensorboard, "wandb": _wandb}[name](args, folder, start) for name in args.track if first()]
+    curves. One that cannot begin ends the program; one that fails later is left out."""
+    logs = {}
+    for name in args.track if first() else ():
+        try:
+            logs[name] = {"tensorboard": _tensorboard, "wandb": _wandb}[name](args, folder, start)
+        except Exception as error:  # packages of others, which write to disks and to servers
+            fail(f"--track {name} cannot begin ({error}): mend that, or leave it out")
 
     def log(row: dict) -> None:
-        for write in logs:
-            write(row)
+        for name, write in list(logs.items()):
+            try:
+                write(row)
+            except Exception as error:
+                del logs[name]
+                say(f"\nnote: --track {name} failed ({error}) and gets no more rows; metrics.jsonl "
+                    "has them all")
     return log
 
 

@@ -1,0 +1,123 @@
+"""RUN/starts.jsonl: what a run was made of, in a line for its start and one for each --resume.
+
+A line holds the arguments, versions, and what the files held that the run learns from. What
+differs from an earlier start is said.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import minigrpo
+from minigrpo.data import Sample
+from minigrpo.run.files import checksum, write_aside
+from minigrpo.run.log import read_rows
+
+FILE = "starts.jsonl"
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "peft")
+FREE = {"resume", "save_steps", "output_dir", "device", "keep_checkpoints", "track",
+        "reward_timeout", "shard", "plan"}  # arguments whose change is nobody's concern
+
+
+def past_starts(folder: Path, first_args: dict) -> list[dict]:
+    """The run's starts so far; an older version's run has none but its args.json, `first_args`."""
+    return read_rows(folder / FILE)[0] or [{"step": 0, "args": first_args}]
+
+
+def this_start(args, step: int, samples: Sequence[Sample]) -> dict:
+    """The line of a start at `step`, with `samples` to learn from and to validate on."""
+    return {"step": step, "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "program": Path(sys.argv[0]).name, "args": asdict(args), "versions": versions(),
+            "content": content(args, samples)}
+
+
+def add_start(folder: Path, before: list[dict], now: dict) -> None:
+    lines = [json.dumps(start) + "\n" for start in [*before, now]]
+    write_aside(folder / FILE, "".join(lines))
+
+
+def differences(before: list[dict], now: dict) -> list[str]:
+    """A note for everything that is not as it was at an earlier start, and since when."""
+    notes = []
+    for part, title in (("args", "--{}"), ("versions", "{}"), ("content", "the content of {}")):
+        for name, value in now[part].items():
+            past = [(start[part][name], start["step"]) for start in before
+                    if name in start.get(part, {})]
+            past = [item for k, item in enumerate(past) if k == 0 or item[0] != past[k - 1][0]]
+            if name in FREE or all(was == value for was, _ in past):
+                continue
+            since = f"since step {past.pop()[1]}" if past[-1][0] == value else "now"
+            then = ", ".join(f"{was} from step {step}" for was, step in past)
+            notes.append(f"{title.format(name)} is {value} {since}; it was {then}")
+            if name == "max_steps" and "warmup" in now["args"]:
+                notes[-1] += ". The learning rate's schedule ends there, so the rate jumps"
+    return notes
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"minigrpo": minigrpo.__version__, "commit": commit(),
+                                    "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def commit() -> str | None:
+    """The clone's, "-dirty" behind it where files were changed; None for an installed package."""
+    def git(*words: str) -> str:
+        place = ["git", "-C", str(Path(minigrpo.__file__).parent)]
+        return subprocess.run([*place, *words], capture_output=True, text=True, check=True,
+                              timeout=10).stdout.strip()
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # else some other repository around it
+        return git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def content(args, samples: Sequence[Sample]) -> dict[str, str]:
+    """What is in the files that a run learns from, in words that differ where it does: of data
+    files, films (names and sizes), --model, and a module of the user's own reward."""
+    found = {}
+    for name in ("train_data", "eval_data"):
+        if path := getattr(args, name):
+            found[f"--{name}"] = of_file(Path(path))
+    films = {(os.path.relpath(image, os.path.dirname(sample.file)), os.path.getsize(image))
+             for sample in samples for image in sample.images}
+    found["the films"] = (f"{len(films):,} files, {sum(size for _, size in films):,} bytes, "
+                          + _hash(sorted(films)))
+    if Path(args.model).is_dir():
+        found["--model"] = of_folder(Path(args.model))
+    for name in re.findall(r"([\w.]+):\w+", getattr(args, "reward", "")):
+        if file := getattr(sys.modules.get(name), "__file__", None):
+            found[name] = of_file(Path(file))
+    return found
+
+
+def of_file(path: Path) -> str:
+    return f"{path.stat().st_size:,} bytes, {checksum(path)[:16]}"
+
+
+def of_folder(folder: Path) -> str:
+    """Names and sizes of all files, and the bytes of small ones, among them the checksums of all
+    in a checkpoint of ours."""
+    files = sorted((path.name, path.stat().st_size, path) for path in folder.iterdir()
+                   if path.is_file())
+    known = [(name, size, checksum(path) if size < 1e6 else "") for name, size, path in files]
+    return f"{len(files)} files, {sum(size for _, size, _ in files):,} bytes, {_hash(known)}"
+
+
+def _hash(things: list) -> str:
+    return hashlib.sha256(json.dumps(things).encode()).hexdigest()[:16]

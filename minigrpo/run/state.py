@@ -1,0 +1,69 @@
+"""The optimiser's state in a checkpoint: figures by parameters' names, for any number of ranks."""
+
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from minigrpo.policy import Policy
+from minigrpo.run.distributed import is_sharded, rank, ranks
+from minigrpo.run.shard import full, slice_like
+
+ADAM = {"step", "exp_avg", "exp_avg_sq"}  # the figures of AdamW's state
+
+
+def check_optimizer(checkpoint: Path, args) -> None:
+    """ValueError where --optimizer is another than the one whose state the checkpoint holds."""
+    figures = {key.rsplit(":", 1)[1] for file in _files(checkpoint) for key in _keys(file)}
+    before, now = "muon" if figures - ADAM else "adamw", getattr(args, "optimizer", "adamw")
+    if figures and before != now:
+        raise ValueError(f"{checkpoint} holds the state of --optimizer {before}, from which {now} "
+                         f"cannot go on: resume with --optimizer {before}, or begin another run "
+                         f"with --model {checkpoint}")
+
+
+def optimizer_state(policy: Policy, optimizers) -> dict[str, torch.Tensor]:
+    """"parameter:figure" -> tensor, by the parameters' names, so that any number of ranks can share it out anew, sharded or not.
+
+    Sharded parameters come together one by one, and the ranks take turns in keeping them.
+    """
+    name_of, keeper = {id(p): name for name, p in policy.model.named_parameters()}, cycle(range(ranks()))
+    state = {}
+    for p, figures in [item for optimizer in optimizers for item in optimizer.state.items()]:
+        found = {f"{name_of[id(p)]}:{figure}": full(value).contiguous() for figure, value in figures.items()}  # on all ranks
+        if not is_sharded(p) or next(keeper) == rank():
+            state |= found
+    return state
+
+
+def load_optimizers(checkpoint: Path, policy: Policy, *optimizers: torch.optim.Optimizer) -> None:
+    """Put the checkpoint's optimiser states back, those of this rank's parameters."""
+    place = {key: file for file in _files(checkpoint) for key in _keys(file)}
+    name_of = {id(p): name for name, p in policy.model.named_parameters()}
+    by_name: dict[str, list[str]] = {}
+    for key in place:
+        by_name.setdefault(key.rsplit(":", 1)[0], []).append(key)
+    for optimizer in optimizers:
+        state, number = {}, 0
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                found = by_name.get(name_of[id(p)], [])
+                if found:
+                    state[number] = {key.rsplit(":", 1)[1]: slice_like(p, _tensor(place[key], key)) for key in found}
+                number += 1
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    return sorted(checkpoint.glob("optimizer-*.safetensors"))
+
+
+def _keys(file: Path) -> list[str]:
+    with safe_open(file, "pt") as stored:
+        return list(stored.keys())
+
+
+def _tensor(file: Path, key: str) -> torch.Tensor:
+    with safe_open(file, "pt") as stored:
+        return stored.get_tensor(key)

@@ -1,0 +1,94 @@
+"""What a program takes from the command line and says on the terminal, whatever that terminal is.
+
+Imports no torch: the data tools use it too.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Of the data tools: the module's docstring is the help, and `type=Path` knows ~."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.register("type", Path, _path)
+
+    def parse_args(self, *given, **more):
+        steady_output()
+        return super().parse_args(*given, **more)
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(path_of(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path_of(text: str) -> str:
+    """A path with ~ and ~user expanded, which no shell does in `--name=~/x` or a settings file.
+
+    ValueError for one that no file can have: an unknown user's home, too long a name, a null
+    character.
+    """
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise ValueError(f"{text}: there is no such home folder; write the path in full, or "
+                         f"./{text} if it is called so")
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # what the path is needed for decides
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{text} can be no path ({reason}): give another") from None
+    return path
+
+
+def fail(text: str) -> NoReturn:
+    """End the program with what went wrong, and the code 1."""
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {text}")
+
+
+class Steady:
+    """A stream that ends no program: what it cannot write (a full disk, a pipe that nobody reads
+    any more) is lost."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError, RuntimeError):  # the last: a signal's message within a print
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError, RuntimeError):
+            pass
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def steady_output() -> None:
+    """From here on no output ends the program, and characters that the terminal lacks are shown
+    as \\u2026."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, Steady):
+            continue
+        steady = Steady(stream or open(os.devnull, "w"))  # None: closed by whoever started us
+        try:
+            stream.reconfigure(errors="backslashreplace")
+        except (AttributeError, OSError, ValueError):
+            pass
+        if stream is getattr(sys, f"__{name}__"):  # which is flushed when the interpreter ends
+            setattr(sys, f"__{name}__", steady)
+        setattr(sys, name, steady)
