@@ -200,6 +200,33 @@ def test_many_scans_of_a_large_film(monkeypatch, tmp_path):
         load_image(tmp_path / "film.jpg")
 
 
+@pytest.mark.parametrize("big", [False, True])
+def test_a_tiff_of_a_million_tiles(tmp_path, big):
+    """A tile a pixel: 8 MB took half a minute and 600 MB."""
+    order, side, count, size = ">" if big else "<", 1000, 1_000_000, 8 if big else 4
+    tags = [(256, 4, 1, side), (257, 4, 1, side), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (322, 4, 1, 1), (323, 4, 1, 1), (324, 4, count, 16)]
+    head = struct.pack(order + "2sHHHQ", b"MM", 43, 8, 0, 16 + 4 * count) if big else struct.pack(order + "2sHIQ", b"II", 42, 16 + 4 * count, 0)
+    entries = b"".join(struct.pack(order + ("HHQQ" if big else "HHII"), *tag) for tag in tags)
+    (tmp_path / "film.tif").write_bytes(head + bytes(4 * count) + struct.pack(order + ("Q" if big else "H"), len(tags)) + entries + bytes(size))
+    with pytest.raises(ValueError, match="a TIFF of more than 100,000 strips or tiles"):
+        load_image(tmp_path / "film.tif")
+
+
+def test_films_in_tiles_and_strips_are_read(tmp_path):
+    for name, settings in {"strips.tif": {278: 1}, "one.tif": {278: 150}}.items():
+        saved(tmp_path / name, (RAMP * 255).astype(np.uint8), tiffinfo=settings, compression="tiff_lzw")
+        assert np.abs(grey(tmp_path / name) - RAMP * 255).max() <= 1
+
+
+@pytest.mark.parametrize("head", [b"P2\n2100 2000\n255\n", b"P5\n2100 2000\n4095\n", b"P3\n2100 2000\n255\n"])
+def test_a_large_ppm_that_python_would_decode(tmp_path, head):
+    (tmp_path / "film.pgm").write_bytes(head + b"0 " * 100)
+    with pytest.raises(ValueError, match="takes minutes to decode: store it as PNG"):
+        load_image(tmp_path / "film.pgm")
+    (tmp_path / "small.pgm").write_bytes(b"P2\n3 2\n4095\n0 1 2 4095 4 5\n")
+    assert grey(tmp_path / "small.pgm")[1, 0] == 255
+
+
 def test_a_large_16_bit_film_makes_no_large_copies(tmp_path):
     """Bug: 100 million pixels took 2.2 GB, since all were copied as float64, three times."""
     Image.new("I;16", (3000, 2500), 1000).save(tmp_path / "film.png")

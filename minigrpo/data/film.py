@@ -21,6 +21,8 @@ MOST_PIXELS = 100_000_000  # a mammogram has 20 million; a small file can claim 
 MOST_STRETCHED = 200  # longer side over shorter: Qwen3-VL's processor refuses more, in mid-run
 # Each scan of a JPEG passes over the whole image, and costs as little as 30 bytes. A progressive one has 10.
 MOST_SCANS, MOST_SCANNED = 100, 2_000_000_000  # scans; scans times pixels
+MOST_TILES = 100_000  # of a TIFF: each costs Pillow 600 bytes and 30 us, whatever it holds; a film has some thousand
+MOST_SLOW = 4_000_000  # pixels of a PPM that Pillow decodes in Python: 6 s
 LARGE = 16_000_000  # pixels: of larger images one is decoded at a time, so that threads don't add up
 BLOCK = 1 << 20  # pixels that are scaled at a time
 DEPTHS = (8, 10, 12, 14, 16)  # bits a detector gives; whatever it gives is stored in files of 8 or 16 bits
@@ -76,6 +78,8 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Image.Image, BinaryIO]]:
     if not os.path.isfile(path):  # a pipe would be waited for, a device has no end
         raise ValueError("no such file" if not os.path.exists(path) else "it is no file")
     with open(path, "rb") as file:
+        if tiles_of(file) > MOST_TILES:
+            raise ValueError(f"a TIFF of more than {MOST_TILES:,} strips or tiles: store it anew")
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
@@ -86,6 +90,8 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Image.Image, BinaryIO]]:
             if image.format in ("JPEG", "MPO"):
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     check_scans(data, image.width * image.height)
+            if image.width * image.height > MOST_SLOW and {tile[0] for tile in image.tile} & {"ppm", "ppm_plain"}:
+                raise ValueError("a large PPM in text, or whose white is neither 255 nor 65535, takes minutes to decode: store it as PNG")
             yield image, file
 
 
@@ -125,6 +131,26 @@ def count_scans(data: bytes | mmap.mmap) -> int:
         if not 0xD0 <= kind <= 0xD8 and kind != 0x01:  # all others have a length, and may hold what looks like a marker
             place += int.from_bytes(data[place:place + 2], "big")
     return scans
+
+
+def tiles_of(file: BinaryIO) -> int:
+    """Strips or tiles of a TIFF's first image, 0 for another file: Pillow makes a list of them before it tells the size."""
+    head = file.read(16).ljust(16, b"\0")
+    order, version = {b"II": "<", b"MM": ">"}.get(head[:2]), head[2:4]
+    most = 0
+    if order and version in (struct.pack(order + "H", 42), struct.pack(order + "H", 43)):
+        big = version == struct.pack(order + "H", 43)  # BigTIFF
+        start, = struct.unpack(order + ("Q" if big else "I"), head[8:16] if big else head[4:8])
+        file.seek(min(start, 2**62))
+        count, = struct.unpack(order + ("Q" if big else "H"), file.read(8 if big else 2).ljust(8 if big else 2, b"\0"))
+        for _ in range(min(count, 4096)):
+            entry = file.read(20 if big else 12)
+            if len(entry) < 12:
+                break
+            tag, _, values = struct.unpack(order + ("HHQ" if big else "HHI"), entry[:12 if big else 8])
+            most = max(most, values if tag in (273, 324) else 0)  # where each strip, or tile, lies
+    file.seek(0)
+    return most
 
 
 def _read(path: str | os.PathLike) -> tuple[Image.Image, str]:
