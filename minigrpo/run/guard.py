@@ -95,7 +95,8 @@ def in_time(reward: Callable, answers: list[str], samples: list, size: int, seco
         shares.append(_within(left, reward, answers[span], samples[span]))
     late = [samples[span][0].id for span, share in zip(spans, shares) if share is None]
     if late:
-        warn(f"rank {rank()}: no reward in time for the answers to {', '.join(late)}: they are masked")
+        more = f" and {len(late) - 5} more" if len(late) > 5 else ""
+        warn(f"rank {rank()}: no reward in time for the answers to {', '.join(late[:5])}{more}: they are masked")
     names = {name: None for share in shares if share for name in share.parts}  # in their order
     values, valid, parts = [], [], {name: [] for name in names}
     for span, share in zip(spans, shares):
