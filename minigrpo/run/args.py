@@ -214,7 +214,7 @@ def input_errors():
     """Around a program's set-up: what the user gave wrong ends the program with one message instead of a traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # a path that is too long, that is missing, that may not be read
         speak_in_turn()
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except RuntimeError as error:
