@@ -11,6 +11,7 @@ answers the same whatever the film shows, as well as one can: the best box of ea
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,6 +215,10 @@ def read_about(path: Path) -> dict:
         raise ValueError(f"{path} is not JSON ({error}): remove it, and name --opened and --box_scale if they were used") from None
     if not isinstance(about, dict):
         raise ValueError(f"{path} holds no object, so it is no evaluation's: remove it")
+    scale, opened = about.get("box_scale", 1.0), about.get("opened", False)
+    if type(scale) not in (int, float) or not 0 < scale < math.inf or type(opened) is not bool:
+        raise ValueError(f"{path}: box_scale {scale!r} must be a number above 0, and opened {opened!r} true or false: "
+                         "write what the answers were made with")
     return about
 
 

@@ -1,125 +1,288 @@
 """Qwen3-VL checkpoints: what is read from a folder or the hub, and all that a folder of ours holds.
 
-Dense Qwen3-VL of every size, Instruct and Thinking, tied or untied head, one file or shards. What we write, transformers' own
-`AutoProcessor` and vLLM load unchanged: weights, config, generation config, tokenizer, chat template, and the settings of both
-the image and the video processor (the latter is not used here, but theirs is not made without it).
+Dense Qwen3-VL of every size, Instruct and Thinking, tied or untied head, one file or shards. What
+we write, transformers' own `AutoProcessor` and vLLM load unchanged: weights, config, generation
+config, tokenizer, chat template, and the settings of both the image and the video processor (the
+latter is not used here, but theirs is not made without it).
+
+Every program reads checkpoints through `open_checkpoint`: `trust.py` reads the files, transformers
+makes its objects of what is chosen from them, and `checks.py` says whether they belong together.
 """
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from huggingface_hub import snapshot_download
+from transformers import (AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, Qwen3VLConfig,
+                          Qwen3VLForConditionalGeneration)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils import cached_file
+from transformers.models.qwen3_vl.configuration_qwen3_vl import (Qwen3VLTextConfig,
+                                                                 Qwen3VLVisionConfig)
 from transformers.utils import logging as transformers_logging
 
-from minigrpo.trust import check_folder
+from minigrpo import trust
+from minigrpo.chat import render
+from minigrpo.checks import (END, ORIGIN, SMALLEST, Checkpoint, check_config, check_counts,
+                             check_finite, check_weights, check_whole, reading)
 
-SMALLEST = 32 * 32  # pixels: one merged patch
 PAPER = 512 * 512  # pixels, of its SFT
-# Qwen3-VL's own, for a model that came without: frames of 64 x 64 pixels at least, all frames together 24,576 merged patches.
-VIDEO = {"size": {"longest_edge": 25_165_824, "shortest_edge": 4096}, "video_processor_type": "Qwen3VLVideoProcessor"}
+# Qwen3-VL's own, for a model that came without: frames of 64 x 64 pixels at least, all frames
+# together 24,576 merged patches.
+VIDEO = {"size": {"longest_edge": 25_165_824, "shortest_edge": 4096},
+         "video_processor_type": "Qwen3VLVideoProcessor"}
+
+# What transformers is given of each file; nothing else in it has any effect.
+MODEL = {"model_type", "image_token_id", "video_token_id", "vision_start_token_id",
+         "vision_end_token_id"}
+TEXT = {*Qwen3VLTextConfig.__annotations__, "model_type", "rope_theta", "rope_scaling",
+        "bos_token_id", "eos_token_id"}
+VISION = {*Qwen3VLVisionConfig.__annotations__, "model_type"}
+TOKENIZER = {"bos_token", "eos_token", "pad_token", "unk_token", "additional_special_tokens",
+             "extra_special_tokens", "tokenizer_class", "added_tokens_decoder", "add_prefix_space",
+             "clean_up_tokenization_spaces", "errors", "model_max_length", "split_special_tokens"}
+TOKENIZERS = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast",
+              "TokenizersBackend")
+IMAGES = {"size", "min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size",
+          "image_mean", "image_std", "rescale_factor", "resample", "do_rescale", "do_normalize",
+          "do_resize", "do_convert_rgb"}
+NEEDED = {"patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std"}
+SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
 
 
-def read_config(name_or_dir: str) -> Qwen3VLConfig:
-    """config.json of a folder or a model on the hub; whatever is not a dense Qwen3-VL is refused by its name."""
-    folder = Path(name_or_dir)
-    if str(name_or_dir) == "tiny" and not folder.exists():
-        raise ValueError("only train_sft.py makes a `tiny` model (from --train_data, as `python -m minigrpo.tiny` does): give the folder "
-                         "of a checkpoint, such as RUN/final")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{name_or_dir} is no checkpoint: it holds no config.json. Give a folder that "
-                         "save_pretrained wrote, such as RUN/final, or a model's name on the hub")
+def open_checkpoint(name: str, *, weights: bool = True) -> Checkpoint:
+    """A folder, or a model on the hub, checked against itself: all but the numbers in it."""
+    c, files = _open(name)
+    c.tokenizer = tokenizer_of(c, files)
+    c.tokenizer.chat_template = template_of(c.folder, files)
+    c.images, c.image_file, c.video = images_of(c.folder, files)
+    c.generation = generation_of(c, files)
+    check_whole(c)
+    if weights:
+        paths = trust.weight_files(c.folder, files)
+        if c.folder != Path(name) and not all(path.exists() for path in paths):
+            snapshot_download(name, revision=c.folder.name, allow_patterns=[p.name for p in paths])
+        held = trust.read_headers(paths)
+        c.weights = {weight: path for weight, (_, path) in held.items()}
+        if unused := check_weights(c, held):
+            print(f"note: {name} holds {len(unused)} weights that are not Qwen3-VL's, such as "
+                  f"{unused[0]!r}: they are not used")
+    return c
+
+
+def read_config(name: str) -> Qwen3VLConfig:
+    """config.json alone; whatever is not a dense Qwen3-VL is refused by its name."""
+    return _open(name)[0].config
+
+
+def _open(name: str) -> tuple[Checkpoint, dict]:
+    folder = local_folder(name)
+    files = trust.read_folder(folder)
+    config = config_of(folder, files)
+    check_config(folder, config)
+    with reading(folder / "config.json"), torch.device("meta"):
+        return Checkpoint(name, folder, Qwen3VLForConditionalGeneration(config).eval()), files
+
+
+def local_folder(name: str) -> Path:
+    """A folder itself, or where the hub's cache keeps a model: all of it but the weights."""
     try:
-        found, _ = PreTrainedConfig.get_config_dict(str(name_or_dir))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name_or_dir} is neither a checkpoint folder nor a model on the hub "
-                         f"({str(error).splitlines()[0]})") from error
-    kind = found.get("model_type")
+        name.encode()
+        if Path(name).is_dir():
+            return Path(name)
+        if Path(name).exists():
+            raise ValueError(f"--model {name} is a file: give the folder that holds it")
+    except UnicodeEncodeError:
+        raise ValueError(f"--model {name!r}: the path is not UTF-8, which tokenizers and "
+                         "safetensors need: rename the folder") from None
+    except OSError:  # too long for a file's name
+        pass
+    if name == "tiny":
+        raise ValueError("only train_sft.py makes a `tiny` model (from --train_data, as `python -m "
+                         "minigrpo.tiny` does): give the folder of a checkpoint, such as RUN/final")
+    try:
+        return Path(snapshot_download(name, allow_patterns=trust.SMALL))
+    except Exception as error:  # of the name, the network, the cache
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name[:300]} is neither a checkpoint folder nor a model on the hub "
+                         f"({reason[:300]})") from error
+
+
+def chosen(values: dict, names: set[str]) -> dict:
+    return {name: value for name, value in values.items() if name in names}
+
+
+def config_of(folder: Path, files: dict) -> Qwen3VLConfig:
+    if "config.json" not in files:
+        raise ValueError(f"{folder} is no checkpoint: it holds no config.json. Give a folder that "
+                         "save_pretrained wrote, such as RUN/final, or a model's name on the hub")
+    content, path = files["config.json"], folder / "config.json"
+    kind = content.get("model_type")
     if kind == "qwen3_vl_moe":
-        raise ValueError(f"{name_or_dir} is a mixture of experts ({kind}, such as Qwen3-VL-30B-A3B); minigrpo trains the dense "
-                         "Qwen3-VL: 2B, 4B, 8B or 32B")
+        raise ValueError(f"{folder} is a mixture of experts ({kind}, such as Qwen3-VL-30B-A3B); "
+                         "minigrpo trains the dense Qwen3-VL: 2B, 4B, 8B or 32B")
     if kind != "qwen3_vl":
-        raise ValueError(f"{name_or_dir} is a {kind} model; minigrpo trains dense Qwen3-VL (qwen3_vl)")
-    if "quantization_config" in found:
-        method = found["quantization_config"].get("quant_method", "some method")
-        raise ValueError(f"{name_or_dir} is quantised ({method}), and such weights can't be trained: give the checkpoint that "
-                         "it was made from")
-    return Qwen3VLConfig.from_dict(found)
+        raise ValueError(f"{folder} is a {kind!s:.100} model; minigrpo trains dense Qwen3-VL "
+                         "(qwen3_vl)")
+    check_counts(path, content)
+    text, vision = content["text_config"], content["vision_config"]
+    tied = content.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    with reading(path):
+        return Qwen3VLConfig(**chosen(content, MODEL), tie_word_embeddings=tied,
+                             text_config=chosen(text, TEXT) | {"tie_word_embeddings": tied},
+                             vision_config=chosen(vision, VISION))
 
 
-def load(name_or_dir: str, device: str = "cpu", max_pixels: int = 0) -> tuple:
+@contextmanager
+def clean_folder(links: list[Path], texts: dict[str, dict]):
+    """A folder for transformers to read: links to these files, and these texts."""
+    with TemporaryDirectory(prefix="minigrpo-") as place:
+        for path in links:
+            (Path(place) / path.name).symlink_to(path.absolute())
+        for name, content in texts.items():
+            (Path(place) / name).write_text(json.dumps(content))
+        yield place
+
+
+def tokenizer_of(c: Checkpoint, files: dict) -> PreTrainedTokenizerBase:
+    names = [name for name in ("tokenizer.json", "vocab.json", "merges.txt") if name in files]
+    if "tokenizer.json" in files:
+        trust.check_tokenizer(c.folder / "tokenizer.json", files["tokenizer.json"])
+    elif len(names) < 2:
+        raise ValueError(f"{c.folder} holds no tokenizer.json: {ORIGIN}")
+    texts = {name: chosen(files.get(name, {}), TOKENIZER) for name in
+             ("tokenizer_config.json", "special_tokens_map.json")}
+    texts |= chosen(files, {"added_tokens.json"})
+    kind = texts["tokenizer_config.json"].get("tokenizer_class")
+    if kind not in TOKENIZERS:
+        raise ValueError(f"{c.folder / 'tokenizer_config.json'}: tokenizer_class {kind!r:.100} is "
+                         f"none of Qwen3-VL's: {ORIGIN}")
+    with (clean_folder([c.folder / name for name in names], texts) as place,
+          reading(f"{c.folder}: the tokenizer ({', '.join([*names, 'tokenizer_config.json'])})")):
+        tokenizer = AutoTokenizer.from_pretrained(place, config=c.config, trust_remote_code=False)
+    tokenizer.name_or_path = c.name
+    return tokenizer
+
+
+def template_of(folder: Path, files: dict) -> str:
+    """As transformers looks for it: chat_template.jinja, tokenizer_config.json, and then the
+    chat_template.json of older checkpoints; of several templates the one named default."""
+    for name in ("chat_template.jinja", "tokenizer_config.json", "chat_template.json"):
+        with reading(folder / name):
+            template = files.get(name)
+            template = template.get("chat_template") if isinstance(template, dict) else template
+            if isinstance(template, list):
+                template = {item["name"]: item["template"] for item in template}["default"]
+            if template:
+                return template + ""
+    raise ValueError(f"{folder} has no chat template: copy chat_template.jinja or "
+                     "chat_template.json from the model that it was made from")
+
+
+def images_of(folder: Path, files: dict) -> tuple[Qwen2VLImageProcessorPil, str, dict]:
+    """The image processor, its file, and the settings of the video processor. As transformers looks
+    for them: processor_config.json, where its version 5 writes both, then a file for each."""
+    both, name = files.get("processor_config.json", {}), "processor_config.json"
+    images, video = both.get("image_processor"), both.get("video_processor")
+    if not images:
+        name = "preprocessor_config.json"
+        images = files.get(name)
+    if images is None:
+        raise ValueError(f"{folder} holds no {name}, the settings of its images: {ORIGIN}")
+    with reading(folder / name):
+        images = {key: value for key, value in images.items() if value is not None}
+        needed = NEEDED if "max_pixels" in images else NEEDED | {"size"}
+        if absent := needed - images.keys():
+            raise ValueError(f"it has no {', '.join(sorted(absent))}")
+        return (Qwen2VLImageProcessorPil(**chosen(images, IMAGES)), name,
+                dict(video or files.get("video_preprocessor_config.json", {})))
+
+
+def generation_of(c: Checkpoint, files: dict) -> GenerationConfig:
+    """The end tokens are a list, and the one that SFT teaches is among them. Settings of sampling
+    that transformers would refuse to save are left out: nothing here uses them."""
+    found = files.get("generation_config.json", {})
+    with reading(c.folder / "generation_config.json"):
+        ends = found.get("eos_token_id")
+        ends = [c.tokenizer.eos_token_id] if ends is None else ends
+        ends = list(ends) if isinstance(ends, list) else [ends]
+        ids = {key: found[key] for key in ("bos_token_id", "pad_token_id")
+               if type(found.get(key)) is int}
+        ids["eos_token_id"] = ends + [c.token(END)] * (c.token(END) not in ends)
+        try:
+            whole = GenerationConfig(**ids, **chosen(found, SAMPLING))
+            whole.validate(strict=True)
+            return whole
+        except ValueError:
+            return GenerationConfig(**ids)
+
+
+def load(name: str, device: str = "cpu", max_pixels: int = 0) -> tuple:
     """(model with fp32 weights, tokenizer, image processor, settings of the video processor).
 
-    The weights are mapped from disk and converted one by one, so that only the fp32 model itself takes memory.
+    The weights are mapped from disk and converted one by one, so that only the fp32 model itself
+    takes memory.
     """
     transformers_logging.disable_progress_bar()
-    config = read_config(name_or_dir)
-    if Path(name_or_dir).is_dir():
-        check_folder(Path(name_or_dir))
+    c = open_checkpoint(name)
+    files = sorted(set(c.weights.values()))
+    texts = {"generation_config.json": {}}
+    if len(files) > 1:
+        shards = {weight: path.name for weight, path in c.weights.items()}
+        texts[trust.INDEX] = {"metadata": {}, "weight_map": shards}
+    with clean_folder(files, texts) as place, reading(c.folder):
+        model, about = Qwen3VLForConditionalGeneration.from_pretrained(
+            place, config=c.config, dtype=torch.float32, use_safetensors=True,
+            output_loading_info=True)
+        if absent := [*about["missing_keys"], *about["mismatched_keys"]]:
+            raise ValueError(f"it lacks {absent[0]}")  # transformers would take random numbers
+    check_finite(c.folder, model)
+    model.generation_config = c.generation
+    model.name_or_path = model.config.name_or_path = name  # not the folder that transformers saw
+    set_budget(c, max_pixels)
     # eval() for good: Qwen3-VL has no dropout or batch statistics that training would need.
-    model, about = Qwen3VLForConditionalGeneration.from_pretrained(
-        name_or_dir, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    absent = sorted(about["missing_keys"]) + sorted(str(key[0]) for key in about["mismatched_keys"])
-    if absent:  # transformers would go on with random weights in their place
-        raise ValueError(f"{name_or_dir} lacks {len(absent)} weights that its config.json asks for, such as {absent[0]}: "
-                         "fetch it again, or check that config.json belongs to it")
-    tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False)
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = read_json(name_or_dir, "chat_template.json").get("chat_template")
-    if not tokenizer.chat_template:
-        raise ValueError(f"{name_or_dir} has no chat template: copy chat_template.jinja or chat_template.json from the model it "
-                         "was made from")
-    return (model.to(device).eval(), tokenizer, image_processor(name_or_dir, max_pixels),
-            read_json(name_or_dir, "video_preprocessor_config.json"))
+    return model.to(device).eval(), c.tokenizer, c.images, c.video
 
 
-def image_processor(name_or_dir: str, max_pixels: int = 0, *, quiet: bool = False) -> Qwen2VLImageProcessorPil:
-    """The checkpoint's, with its budget of pixels an image or, where `max_pixels` is given, with that one; says what differs."""
-    processor = Qwen2VLImageProcessorPil.from_pretrained(name_or_dir)
-    stored = processor.size["longest_edge"]
-    note = (lambda text: None) if quiet else print
+def set_budget(c: Checkpoint, max_pixels: int = 0, *, say=print) -> None:
+    """Images of more pixels shrink to `max_pixels`; 0 leaves the checkpoint's own budget. Tiny ones
+    still grow, to a quarter of it at most: rounded up to whole tokens that stays within it."""
+    stored = c.images.size["longest_edge"]
+    if max_pixels and max_pixels < SMALLEST:
+        raise ValueError(f"--max_pixels {max_pixels} is less than one token: an image token is "
+                         f"32 x 32 = {SMALLEST} pixels")
     if max_pixels and max_pixels != stored:
-        note(f"note: {name_or_dir} was made for images of up to {stored:,} pixels, and --max_pixels is {max_pixels:,}: train and "
-             "evaluate with one budget")
-        set_budget(processor, max_pixels)
+        say(f"note: {c.name} was made for images of up to {stored:,} pixels, and --max_pixels is "
+            f"{max_pixels:,}: train and evaluate with one budget")
+        c.images.size = {"longest_edge": max_pixels,
+                         "shortest_edge": min(c.images.size["shortest_edge"], max_pixels // 4)}
     elif stored > 4 * PAPER:
-        note(f"note: {name_or_dir} takes images of up to {stored:,} pixels, {stored // 1024:,} tokens each: --max_pixels bounds "
-             f"them (the paper's SFT: {PAPER})")
-    return processor
+        say(f"note: {c.name} takes images of up to {stored:,} pixels, {stored // 1024:,} tokens "
+            f"each: --max_pixels bounds them (the paper's SFT: {PAPER})")
 
 
-def set_budget(processor: Qwen2VLImageProcessorPil, max_pixels: int) -> None:
-    """Images of more pixels shrink to `max_pixels`. Tiny ones still grow, to a quarter of it at most: rounded up to whole tokens
-    that stays within it."""
-    if max_pixels < SMALLEST:
-        raise ValueError(f"--max_pixels {max_pixels} is less than one token: an image token is 32 x 32 = {SMALLEST} pixels")
-    processor.size = {"longest_edge": max_pixels, "shortest_edge": min(processor.size["shortest_edge"], max_pixels // 4)}
-
-
-def save(folder: str | Path, model: Qwen3VLForConditionalGeneration, tokenizer, processor, video: dict | None,
-         weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a checkpoint folder, see above; `weights` in place of the model's own, where those are sharded."""
+def save(folder: str | Path, model: Qwen3VLForConditionalGeneration, tokenizer, processor,
+         video: dict | None, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a checkpoint folder, see above; `weights` in place of the model's own, where those are
+    sharded."""
     folder = Path(folder)
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     processor.save_pretrained(folder)
-    path = folder / "preprocessor_config.json"  # the class that AutoProcessor makes; config.json would do, but vLLM asks here
+    # The class that AutoProcessor makes; config.json would do, but vLLM asks here.
+    path = folder / "preprocessor_config.json"
     images = json.loads(path.read_text()) | {"processor_class": "Qwen3VLProcessor"}
     path.write_text(json.dumps(images, indent=2) + "\n")
-    same = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "processor_class")
+    same = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std",
+            "processor_class")
     settings = video or VIDEO | {name: images[name] for name in same}
-    (folder / "video_preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    path = folder / "video_preprocessor_config.json"
+    path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def opens_thinking(tokenizer) -> bool:
-    """Whether the chat template itself writes the first <think> of an answer, as Qwen3-VL-Thinking's does."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True)
-    return text.rstrip().endswith("<think>")
-
-
-def read_json(name_or_dir: str, file: str) -> dict:
-    """A file of the checkpoint; {} where it has none."""
-    path = cached_file(str(name_or_dir), file, _raise_exceptions_for_missing_entries=False)
-    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    """Whether the chat template itself writes the first <think> of an answer, as that of
+    Qwen3-VL-Thinking does."""
+    return render(tokenizer, [{"role": "user", "content": "?"}]).rstrip().endswith("<think>")

@@ -12,7 +12,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
+from minigrpo import trust
+from minigrpo.checks import check_finite, reading
 from minigrpo.policy import Policy
 
 
@@ -29,26 +32,32 @@ def check_checkpoint(checkpoint: Path, args) -> None:
         if args.lora_rank:
             raise ValueError(f"{checkpoint} holds whole weights and no adapters: resume it with --lora_rank 0")
         return
-    before, now = json.loads(path.read_text()), settings(args)
+    before, now = trust.parse(path, trust.read_text(path)), settings(args)
     for name, argument in (("r", "lora_rank"), ("lora_alpha", "lora_alpha"), ("target_modules", "lora_targets")):
-        if before[name] != now[name]:
-            had = before[name] if name != "target_modules" else before[name].rsplit("(", 1)[1].strip(")").replace("|", " ")
+        if before.get(name) != now[name]:
+            had = str(before.get(name)).rsplit("(", 1)[-1].strip(")").replace("|", " ")
             raise ValueError(f"{checkpoint} holds adapters of another --{argument}: resume it with --{argument} {had}")
 
 
 def add_adapters(policy: Policy, args, checkpoint: Path | None = None) -> Policy:
     """Adapters of --lora_rank at --lora_targets, new from --seed or as the checkpoint has them; they alone are trained. Returns
     the policy."""
-    from peft import LoraConfig, PeftModel, get_peft_model  # seconds to import, so only here
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # seconds to import, so only here
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it by its old name
-    if checkpoint is None:
-        torch.manual_seed(args.seed)  # of A, which starts random
-        policy.adapters = get_peft_model(policy.model, LoraConfig(**settings(args), lora_dropout=0.0, bias="none"))
-        return policy
-    if json.loads((checkpoint / "base.json").read_text())["fingerprint"] != fingerprint(policy.model):
-        raise ValueError(f"--model {args.model} is not the model that the adapters in {checkpoint} were trained on: give the "
-                         f"one that {checkpoint.parent.parent / 'args.json'} names, unchanged")
-    policy.adapters = PeftModel.from_pretrained(policy.model, checkpoint, is_trainable=True, torch_device=str(policy.device))
+    if checkpoint is not None:
+        base = checkpoint / "base.json"
+        if trust.parse(base, trust.read_text(base) or "").get("fingerprint") != fingerprint(policy.model):
+            raise ValueError(f"--model {args.model} is not the model that the adapters in {checkpoint} were trained on: give the "
+                             f"one that {checkpoint.parent.parent / 'args.json'} names, unchanged")
+    torch.manual_seed(args.seed)  # of A, which starts random
+    policy.adapters = get_peft_model(policy.model, LoraConfig(**settings(args), lora_dropout=0.0, bias="none"))
+    if checkpoint is not None:
+        path = checkpoint / "adapter_model.safetensors"
+        with reading(str(path), "resume from another checkpoint"):  # the weights alone: peft's settings are ours
+            loaded = set_peft_model_state_dict(policy.adapters, load_file(path, str(policy.device)))
+            if odd := [*loaded.unexpected_keys, *(name for name in loaded.missing_keys if ".lora_" in name)]:
+                raise ValueError(f"{odd[0]} is missing, or one too many")
+        check_finite(path, policy.model)
     return policy
 
 

@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
 from minigrpo import checkpoint as checkpoints
+from minigrpo.chat import render
+from minigrpo.checks import END
 from minigrpo.data import Sample
 from minigrpo.data.sample import load_film
 from minigrpo.logprob import linear_logprob
@@ -120,12 +122,14 @@ class Policy:
         # The patches arrive cut out, so the convolution over them is one matrix product; Conv3d takes five times as long.
         patch = self.visual.patch_embed
         patch.forward = lambda x: F.linear(x.to(patch.proj.weight.dtype), patch.proj.weight.flatten(1), patch.proj.bias)
+        self.end_id = tokenizer.convert_tokens_to_ids(END)  # the one that we teach
         ends = model.generation_config.eos_token_id
-        ends = [tokenizer.eos_token_id] if ends is None else ends
-        self.end_ids = sorted({ends} if isinstance(ends, int) else set(ends))  # Qwen3-VL has several, all of them end
+        ends = list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
+        ends += [self.end_id] * (self.end_id not in ends)
+        model.generation_config.eos_token_id = ends  # saved so: other programs stop there, too
+        self.end_ids = sorted(ends)  # Qwen3-VL has several, all of them end
         self.levels = levels_of(image_processor)  # what the model sees of each level of grey
         self.vision_end_id = tokenizer.convert_tokens_to_ids("<|vision_end|>")
-        self.end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")  # the one that we teach
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str, *, device: str = "cpu", autocast: bool = False, max_pixels: int = 0) -> "Policy":
@@ -229,7 +233,7 @@ class Policy:
         for number, (asked, answer) in enumerate(turns):
             messages.append({"role": "user", "content": asked})
             if number:
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                text = render(self.tokenizer, messages)
                 last = text.rindex(end, 0, text.rindex(end))  # of the answer before: Thinking's template rewrites older answers
                 between = self._tokens([text[last + len(end):]])[0]  # "\n", and the next question
                 tokens, mask = tokens + between, mask + [0] * len(between)
@@ -240,8 +244,7 @@ class Policy:
 
     def _chat(self, question: str, slots: list[int]) -> list[int]:
         content = [{"type": "image"} for _ in slots] + [{"type": "text", "text": question}]
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                                  add_generation_prompt=True)
+        text = render(self.tokenizer, [{"role": "user", "content": content}])
         # The template writes one <|image_pad|> an image; each needs one for every merged patch.
         head, *tails = text.split("<|image_pad|>", len(slots))
         text = head + "".join("<|image_pad|>" * n + tail for n, tail in zip(slots, tails))

@@ -80,3 +80,16 @@ def write_checkpoint(folder: Path, size: str = "2B", *, thinking: bool = False, 
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2))
     return folder
+
+
+def cache_as_downloaded(folder: Path, cache: Path, name: str) -> Path:
+    """The checkpoint `folder` as huggingface_hub keeps the model `name`: links in a snapshot, files among the blobs."""
+    place, commit = cache / f"models--{name.replace('/', '--')}", "0123456789abcdef0123456789abcdef01234567"
+    snapshot = place / "snapshots" / commit
+    for inside in (snapshot, place / "blobs", place / "refs"):
+        inside.mkdir(parents=True)
+    (place / "refs/main").write_text(commit)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        (place / "blobs" / f"{number:040x}").write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:040x}")
+    return snapshot

@@ -1,12 +1,17 @@
 """Checkpoints laid out like the hub's, of every size and kind, through loading, training's view of them, and saving."""
 
 import json
+import math
+import os
 import shutil
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
@@ -17,7 +22,7 @@ from minigrpo.data import Sample, load_image, split_thinking
 from minigrpo.generate import generate
 from minigrpo.policy import Policy
 from minigrpo.rewards import reward_fn
-from tests.hub import SIZES, config_json, write_checkpoint
+from tests.hub import SIZES, cache_as_downloaded, config_json, write_checkpoint
 
 PARAMETERS = {"2B": 2.13e9, "4B": 4.44e9, "8B": 8.77e9, "32B": 33.4e9}  # as the hub shows them
 
@@ -197,3 +202,284 @@ def test_one_budget_of_pixels_travels_with_the_checkpoint(films, tmp_path, capsy
         assert ("one budget" in capsys.readouterr().out) == warned
     with pytest.raises(ValueError, match="less than one token"):
         Policy.from_pretrained(str(tmp_path / "saved"), max_pixels=100)
+
+
+# ---- a checkpoint against itself ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("sound") / "hub", shard="10MB")
+
+
+@pytest.fixture
+def hub(sound, tmp_path):
+    """A copy to damage, with its weights in one file."""
+    return Path(shutil.copytree(sound, tmp_path / "hub"))
+
+
+def edit(file: str, **changes):
+    """A change of entries of a JSON file: of an object inside by "object.entry", removed by ...; of
+    the whole file by a text."""
+    def change(folder):
+        content = json.loads((folder / file).read_text())
+        for key, value in changes.items():
+            *inside, key = key.split("__")
+            place = content
+            for name in inside:
+                place = place[name]
+            if value is ...:
+                del place[key]
+            else:
+                place[key] = value
+        (folder / file).write_text(json.dumps(content))
+    return change
+
+
+def write(file: str, content: str | bytes):
+    return lambda folder: (folder / file).write_bytes(
+        content if isinstance(content, bytes) else content.encode())
+
+
+def half(file: str):
+    def change(folder):
+        content = (folder / file).read_bytes()
+        (folder / file).write_bytes(content[:len(content) // 2])
+    return change
+
+
+def weight(name: str, alter, file: str = "model.safetensors"):
+    """A change of one weight: `alter` takes it and returns it, or None for none."""
+    def change(folder):
+        weights = load_file(folder / file)
+        weights[name] = alter(weights.get(name))
+        save_file({key: value for key, value in weights.items() if value is not None}, folder / file)
+    return change
+
+
+def value(index, number):
+    def alter(tensor):
+        tensor.flatten()[index] = number
+        return tensor
+    return alter
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4967215360\n"
+NORM, WORDS = "model.language_model.norm.weight", "model.language_model.embed_tokens.weight"
+GRIEF = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}" \
+        "{% endfor %}{% endfor %}"
+DOUBLING = "{% set x = namespace(y='ab') %}{% for i in range(60) %}{% set x.y = x.y + x.y %}{% endfor %}" \
+           "{{ x.y }}"
+CALLS = "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}"
+SPLIT = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated", "invert": False}
+PREPEND = {"type": "Prepend", "prepend": "x" * 1000}
+
+FAULTS = {
+    # Files that are not there, not all there, or somewhere else.
+    "no preprocessor_config": (lambda f: (f / "preprocessor_config.json").unlink(),
+                               "no preprocessor_config.json.*copy it from"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json.*copy it"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no safetensors.*fetch it again"),
+    "pointer as weights": (write("model.safetensors", POINTER), "model.safetensors.*git lfs pull"),
+    "pointer as tokenizer": (write("tokenizer.json", POINTER), "tokenizer.json.*git lfs pull"),
+    "pointer as template": (write("chat_template.jinja", POINTER), "template.jinja.*git lfs pull"),
+    "pointer as config": (write("config.json", POINTER), "config.json.*git lfs pull"),
+    "pointer as images": (write("preprocessor_config.json", POINTER), "preproc.*git lfs pull"),
+    "half the weights": (half("model.safetensors"), "model.safetensors is cut off"),
+    "half the tokenizer": (half("tokenizer.json"), "tokenizer.json .*cut off.*fetch it"),
+    "half the template": (half("chat_template.jinja"), "chat_template.jinja.*cannot be used.*copy"),
+    "half the config": (half("config.json"), "config.json .*cut off: fetch it"),
+    "no weights in it": (write("model.safetensors", b""), "model.safetensors is cut off"),
+    # The chat template.
+    "no image token": (write("chat_template.jinja", "{{ messages[0].content[-1].text }}"),
+                       "writes 0 <.image_pad.> for 1 images"),
+    "one image of two": (lambda f: (f / "chat_template.jinja").write_text(
+        (f / "chat_template.jinja").read_text().replace("for item in content", "for item in content[-2:]")),
+        "writes 1 <.image_pad.> for 2 images"),
+    "no question": (lambda f: (f / "chat_template.jinja").write_text(
+        (f / "chat_template.jinja").read_text().replace("item.text", "'?'")), "does not write a question"),
+    "no turn of the assistant": (lambda f: (f / "chat_template.jinja").write_text(
+        (f / "chat_template.jinja").read_text().partition("{%- if add_generation_prompt")[0]),
+        "begin the assistant's turn"),
+    "no ends of turns": (lambda f: (f / "chat_template.jinja").write_text(
+        (f / "chat_template.jinja").read_text().replace("<|im_end|>", "")), "does not end each turn"),
+    "loops without end": (write("chat_template.jinja", GRIEF), "takes more than 1 s"),
+    "a text that doubles": (write("chat_template.jinja", DOUBLING), "MemoryError"),
+    "calls of calls": (write("chat_template.jinja", CALLS), "RecursionError"),
+    "a text of a gigabyte": (write("chat_template.jinja", "{{ 'x' * 10**9 }}"), "MemoryError"),
+    # Tokens.
+    "pad null": (edit("tokenizer_config.json", pad_token=None), 'no pad_token.*"pad_token": "<.endof'),
+    "pad unknown": (edit("tokenizer_config.json", pad_token="<pad>"), "more tokens|no pad_token"),
+    "end of another name": (lambda f: (f / "tokenizer.json").write_text(
+        (f / "tokenizer.json").read_text().replace("<|im_end|>", "<|the_end|>")), "more tokens than|not a token of"),
+    "image of another id": (edit("config.json", image_token_id=5), "image_token_id.*not the tokenizer's"),
+    "end of another id": (edit("config.json", vision_end_token_id=5), "not the tokenizer's ids"),
+    "eos x": (edit("generation_config.json", eos_token_id="x"), r"eos_token_id \['x', 304\] are not"),
+    "eos a word": (edit("generation_config.json", eos_token_id=[304, 40]), "not special tokens"),
+    "eos of no token": (edit("generation_config.json", eos_token_id=10**6), "not special tokens"),
+    "more tokens than rows": (edit("config.json", text_config__vocab_size=300), "more tokens than"),
+    "no bytes": (edit("tokenizer.json", decoder=None), "do not give that text again"),
+    "dropout": (edit("tokenizer.json", model__dropout=0.5), "cuts a text always alike"),
+    "pattern of patterns": (edit("tokenizer.json", pre_tokenizer=SPLIT), "pre_tokenizer is not Qwen3"),
+    "words that grow": (edit("tokenizer.json", normalizer=PREPEND), "normalizer is not Qwen3-VL's"),
+    # Images.
+    "patches of 14": (edit("preprocessor_config.json", patch_size=14), r"\(14, 2, 2\) are not those"),
+    "merge 0": (edit("preprocessor_config.json", merge_size=0), r"\(16, 2, 0\) are not those"),
+    "merge 1": (edit("preprocessor_config.json", merge_size=1), r"\(16, 2, 1\) are not those"),
+    "moments of 1": (edit("preprocessor_config.json", temporal_patch_size=1), r"\(16, 1, 2\) are not"),
+    "no size": (edit("preprocessor_config.json", size=None), "it has no size"),
+    "no brightness": (edit("preprocessor_config.json", image_mean=...), "it has no image_mean"),
+    "size of 0": (edit("preprocessor_config.json", size=dict(longest_edge=0, shortest_edge=0)), "size"),
+    "spread of 0": (edit("preprocessor_config.json", image_std=[0.5, 0, 0.5]), "image_std"),
+    "mean of two": (edit("preprocessor_config.json", image_mean=[0.5, 0.5]), "image_mean"),
+    "not resized": (edit("preprocessor_config.json", do_resize=False), "do_resize"),
+    # The config.
+    "a deep config": (edit("config.json", x=json.loads("[" * 500 + "]" * 500)), "more than 30 deep"),
+    "a list as config": (write("config.json", "[]"), "config.json is not JSON.*not an object"),
+    "a list as text_config": (edit("config.json", text_config=[]), "config.json has no text_config"),
+    "no vision_config": (edit("config.json", vision_config=...), "config.json has no vision_config"),
+    "no heads": (edit("config.json", text_config__num_attention_heads=0), "num_attention_heads is 0"),
+    "no key heads": (edit("config.json", text_config__num_key_value_heads=0), "num_key_value_heads is 0"),
+    "no vision heads": (edit("config.json", vision_config__num_heads=0), "num_heads is 0"),
+    "half a head": (edit("config.json", vision_config__num_heads=5), "num_heads 5 times"),
+    "a tower of 14": (edit("config.json", vision_config__patch_size=14), "patch_size 14 and in_ch"),
+    "a million layers": (edit("config.json", text_config__num_hidden_layers=10**6), "is 1000000, and"),
+    "a million blocks": (edit("config.json", vision_config__depth=10**6), "depth is 1000000, and"),
+    "a wide config": (edit("config.json", text_config__intermediate_size=2**24), "of size .*asks for"),
+    "a wide vocabulary": (edit("config.json", text_config__vocab_size=2**24), "of size .*asks for"),
+    "layers of text": (edit("config.json", text_config__num_hidden_layers="4"), "is '4', and must be"),
+    "layers of another": (edit("config.json", text_config__num_hidden_layers=3), "is 3, and the weig"),
+    "not a number": (lambda f: (f / "config.json").write_text(
+        (f / "config.json").read_text().replace("1e-06", "NaN")), "NaN is not a number"),
+    "another rotation": (edit("config.json", text_config__rope_scaling=dict(
+        rope_type="default", mrope_section=[4, 4, 4], mrope_interleaved=True)), "heads of 16"),
+    "tied, with another head": (weight("lm_head.weight", lambda _: torch.ones(322, 64)),
+                                "tie_word_embeddings.*differ: write false"),
+    "untied, without a head": (edit("config.json", tie_word_embeddings=False), "lacks .*lm_head.weight"),
+    # Weights.
+    "NaN": (weight(NORM, value(3, math.nan)), f"{NORM} holds NaN"),
+    "infinity": (weight(WORDS, value(-1, math.inf)), f"{WORDS} holds NaN or infinity"),
+    "NaN in the tower": (weight("model.visual.blocks.1.norm1.bias", value(0, math.nan)), "norm1.bias holds"),
+    "weights of bytes": (weight(NORM, lambda w: w.to(torch.uint8)), r"quantised \(U8\)"),
+    "weights of 8 bits": (weight(NORM, lambda w: w.to(torch.float8_e4m3fn)), r"quantised \(F8_E4M3\)"),
+    "a weight less": (weight(NORM, lambda w: None), f"lacks 1 weights.*such as {NORM}"),
+    "both kinds of weights": (write("model.safetensors.index.json", json.dumps(
+        {"weight_map": {NORM: "part.safetensors"}})), "holds both"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named_with_its_file_and_the_mend(fault, hub, capfd):
+    damage, message = FAULTS[fault]
+    damage(hub)
+    began = time.process_time()
+    with pytest.raises(ValueError, match=message) as error:
+        Policy.from_pretrained(str(hub))
+    said = str(error.value)
+    assert str(hub) in said and ": " in said and "\n" not in said and len(said) < 2000
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("settings, words", [
+    (edit("generation_config.json", eos_token_id="<|endoftext|>"), "<|endoftext|>"),
+    (edit("generation_config.json", eos_token_id=["<|endoftext|>"]), "<|endoftext|>"),
+    (edit("generation_config.json", eos_token_id=None), "<|endoftext|>"),
+    (edit("generation_config.json", eos_token_id=...), "<|endoftext|>"),
+    (lambda f: (f / "generation_config.json").unlink(), "<|endoftext|>"),
+    (lambda f: (f / "generation_config.json").unlink(), "<|im_end|>"),
+], ids=["other", "list of other", "null", "none", "no file", "no file, right eos"])
+def test_the_end_token_that_is_taught_always_ends_an_answer(settings, words, hub, tmp_path):
+    """Bug: with another eos there, answers ran on to their longest: cut_off 24 of 24."""
+    policy = Policy.from_pretrained(str(hub), max_pixels=64 * 64)
+    ids = policy.tokenizer.convert_tokens_to_ids
+    settings(hub)
+    path = hub / "generation_config.json"
+    if path.exists():
+        path.write_text(path.read_text().replace('"<|endoftext|>"', str(ids("<|endoftext|>"))))
+    edit("tokenizer_config.json", eos_token=words)(hub)
+    edit("config.json", text_config__eos_token_id=ids("<|endoftext|>"))(hub)
+    policy = Policy.from_pretrained(str(hub), max_pixels=64 * 64)
+    assert policy.end_id == ids("<|im_end|>") and policy.end_id in policy.end_ids
+    policy.save_pretrained(tmp_path / "final")
+    saved = json.loads((tmp_path / "final/generation_config.json").read_text())
+    assert sorted(saved["eos_token_id"]) == policy.end_ids
+    plain = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "final")
+    assert policy.end_id in plain.generation_config.eos_token_id
+
+
+@pytest.mark.parametrize("settings", [
+    dict(do_sample=False, temperature=0.7), dict(temperature=0.01, top_k=5), dict(top_p=7.0, do_sample=True),
+    dict(num_beams=4, length_penalty=2.0)])
+def test_settings_of_sampling_do_not_stop_a_run_when_it_saves(settings, hub, tmp_path):
+    """transformers warns of such ones when it loads, and refuses to save what it was given so."""
+    edit("generation_config.json", do_sample=..., temperature=..., top_k=..., top_p=...)(hub)
+    edit("generation_config.json", **settings)(hub)
+    policy = Policy.from_pretrained(str(hub), max_pixels=64 * 64)
+    policy.save_pretrained(tmp_path / "final")
+    assert Policy.from_pretrained(str(tmp_path / "final")).end_ids == policy.end_ids
+
+
+def test_image_and_video_settings_in_one_file(hub, tmp_path):
+    """transformers 5 writes processor_config.json alone, and so do frameworks that train with it."""
+    read = lambda name: json.loads((hub / name).read_text())
+    names = ("preprocessor_config.json", "video_preprocessor_config.json")
+    images, video = map(read, names)
+    for name in names:
+        (hub / name).unlink()
+    both = dict(image_processor=images | {"size": dict(longest_edge=64 * 64, shortest_edge=32 * 32)},
+                video_processor=video, processor_class="Qwen3VLProcessor")
+    (hub / "processor_config.json").write_text(json.dumps(both))
+    policy = Policy.from_pretrained(str(hub))
+    assert policy.image_processor.size["longest_edge"] == 64 * 64 and policy.video == video
+    policy.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/video_preprocessor_config.json").read_text()) == video
+    assert Policy.from_pretrained(str(tmp_path / "saved")).image_processor.size["longest_edge"] == 64 * 64
+    edit("processor_config.json", image_processor__patch_size=14)(hub)
+    with pytest.raises(ValueError, match="processor_config.json: patch_size.*14"):
+        Policy.from_pretrained(str(hub))
+
+
+def test_a_model_of_the_hub_is_found_in_its_cache(sound, tmp_path, monkeypatch):
+    """As huggingface_hub keeps it: links to blobs. Its small files come first, then the weights."""
+    name = "Qwen/Qwen3-VL-2B-Instruct"
+    snapshot = cache_as_downloaded(sound, tmp_path / "cache", name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    policy = Policy.from_pretrained(name, max_pixels=64 * 64)
+    alone = Policy.from_pretrained(str(sound), max_pixels=64 * 64)
+    assert torch.equal(policy.head, alone.head) and policy.model.name_or_path == name
+    policy.save_pretrained(tmp_path / "saved")
+    assert not any("minigrpo-" in path.read_text() for path in (tmp_path / "saved").glob("*.json"))
+    (snapshot / "model.safetensors").unlink()
+    asked = []
+
+    def download(model, revision=None, allow_patterns=None):
+        asked.append((model, revision, allow_patterns))
+        if revision:
+            (snapshot / "model.safetensors").write_bytes((sound / "model.safetensors").read_bytes())
+        return str(snapshot)
+
+    monkeypatch.setattr("minigrpo.checkpoint.snapshot_download", download)
+    Policy.from_pretrained(name)
+    assert [(model, revision) for model, revision, _ in asked] == [(name, None), (name, snapshot.name)]
+    assert asked[1][2] == ["model.safetensors"] and "config.json" in asked[0][2]
+
+
+@pytest.mark.parametrize("name, message", [
+    ("x" * 300, "neither a checkpoint folder nor a model on the hub"),
+    (f"{'x' * 300}/y", "neither a checkpoint folder nor a model on the hub"),
+    ("a/b/c", "neither a checkpoint folder nor a model on the hub"), ("tiny", "only train_sft.py"),
+    (os.fsdecode(b"model-\xff"), r"'model-\\udcff': the path is not UTF-8.*rename the folder"),
+    (__file__, "is a file: give the folder")])
+def test_names_that_are_no_model(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    os.mkdir(b"model-\xff")
+    with pytest.raises(ValueError, match=message):
+        Policy.from_pretrained(name)
+
+
+def test_unused_weights_are_named(hub, capsys):
+    weight("v_head.weight", lambda _: torch.ones(3))(hub)
+    Policy.from_pretrained(str(hub))
+    assert "1 weights that are not Qwen3-VL's, such as 'v_head.weight'" in capsys.readouterr().out

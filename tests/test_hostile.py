@@ -5,14 +5,20 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
+import signal
 import struct
 import tarfile
 import tracemalloc
 import zlib
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from minigrpo import chat
 from minigrpo.data import read_jsonl
 from minigrpo.data.sample import DataError, load_image
 from minigrpo.policy import Policy
@@ -207,3 +213,131 @@ def test_a_tar_that_fills_memory_or_folders(tmp_path, harm, said):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 50e6 and not any((tmp_path / "in").iterdir())
+
+
+# ---- entries and files of a checkpoint that reach out of it ---------------------------------------
+
+
+@pytest.mark.parametrize("file, entries, message", [
+    ("config.json", dict(transformers_weights="x.safetensors.index.json"), "another file of weights"),
+    ("config.json", dict(attn_implementation="kernels-community/flash-attn"), "for kernels"),
+    ("config.json", dict(_attn_implementation="mine/kernel"), "for kernels"),
+    ("config.json", dict(text_config=dict(attn_implementation="mine/kernel:main")), "for kernels"),
+    ("config.json", dict(attn_implementation={"text_config": "a/b"}), "for kernels"),
+    ("config.json", dict(kernel_config={"RMSNorm": "mine/kernel"}), "for kernels"),
+    ("config.json", dict(quantization_config=dict(quant_method="bitsandbytes")), "quantised .bitsan"),
+    ("config.json", dict(vision_config=dict(quantization_config=["x"])), "quantised"),
+    ("config.json", dict(text_config=dict(auto_map={"AutoModel": "mine.M"})), "to run code of its own"),
+    ("config.json", dict(x=[[{"auto_map": {"AutoModel": "mine.M"}}]]), "to run code of its own"),
+    ("processor_config.json", dict(auto_map={"AutoProcessor": "mine.P"}), "to run code of its own"),
+    ("processor_config.json", dict(image_processor=dict(auto_map={"AutoImageProcessor": "mine.P"})),
+     "to run code of its own"),
+    ("video_preprocessor_config.json", dict(auto_map={"AutoVideoProcessor": "mine.P"}), "code of its own"),
+    ("generation_config.json", dict(custom_generate="mine/generate"), "to run code of its own"),
+    ("special_tokens_map.json", dict(auto_map={"AutoTokenizer": ["mine.T", None]}), "code of its own"),
+    ("tokenizer_config.json", dict(tokenizer_file="/etc/passwd"), "a file outside the folder"),
+    ("tokenizer_config.json", dict(fast_tokenizer_files=["../tokenizer.1.json"]), "a file outside"),
+    ("tokenizer_config.json", dict(gguf_file="x.gguf"), "another file of weights"),
+    ("tokenizer_config.json", dict(tokenizer_class="BertJapaneseTokenizer"), "none of Qwen3-VL's"),
+])
+def test_entries_that_name_code_kernels_or_files(checkpoint, file, entries, message):
+    """Bug: `transformers_weights` named an index of the folder, and that a file outside."""
+    (checkpoint / "mine.py").write_text("import os; os.mkdir('HARMED')")
+    edit(checkpoint / file, **entries)
+    said = refusal(checkpoint)
+    assert said.startswith("ValueError") and file in said, said
+    assert re.search(message, said), said
+
+
+def test_weights_of_another_index(checkpoint):
+    """The row of the fault itself, as it was loaded."""
+    weights = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").rename(checkpoint.parent / "outside.safetensors")
+    edit(checkpoint / "x.safetensors.index.json", metadata={}, weight_map=dict.fromkeys(
+        weights, "../outside.safetensors"))
+    edit(checkpoint / "config.json", transformers_weights="x.safetensors.index.json")
+    assert "config.json asks for another file of weights (transformers_weights)" in refusal(checkpoint)
+
+
+def test_entries_that_do_no_harm_are_let_be(checkpoint, policy):
+    """What published checkpoints and frameworks write beside what is needed."""
+    edit(checkpoint / "config.json", _attn_implementation="flash_attention_2", transformers_version="4.57.1",
+         _attn_implementation_autoset=True, torch_dtype="bfloat16", quantization_config=None,
+         _name_or_path="/home/me/models/base", use_cache=True, id2label={"0": "x"})
+    edit(checkpoint / "tokenizer_config.json", name_or_path="../base", processor_class="Qwen3VLProcessor",
+         padding_side="right", vocab_file="vocab.json", chat_template_x=7)
+    edit(checkpoint / "generation_config.json", transformers_version="4.57.1", max_new_tokens=5, x=7)
+    edit(checkpoint / "preprocessor_config.json", image_processor_type="Mine", x={"y": [7]})
+    for name in ("trainer_state.json", "training_args.bin", "optimizer.pt", "args.json"):
+        (checkpoint / name).write_bytes(b"\x80\x04}")
+    again = Policy.from_pretrained(str(checkpoint))
+    assert torch.equal(again.head, policy.head) and again.end_ids == policy.end_ids
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_adapters_beside_the_weights(checkpoint, name):
+    """Bug: transformers put them into the model and froze the rest: nothing was left to train."""
+    (checkpoint / name).write_text("{}")
+    said = refusal(checkpoint)
+    assert name in said and "merge the adapter into it first" in said and "base model" in said
+
+
+def test_adapters_alone(policy, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    assert "give --model the base model" in refusal(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "video_preprocessor_config.json", "config.json"])
+def test_links_out_of_the_folder(checkpoint, name):
+    """Bug: what a link leads to was read, and saved with the trained model, for all to see."""
+    shutil.copy(checkpoint / name, checkpoint.parent / "secret")
+    (checkpoint / name).unlink()
+    (checkpoint / name).symlink_to("../secret")
+    assert f"{name} is a link out of its folder" in refusal(checkpoint)
+
+
+def test_links_inside_the_folder_and_to_weights(checkpoint, policy):
+    (checkpoint / "config.json").rename(checkpoint / "config-of-mine.json")
+    (checkpoint / "config.json").symlink_to("config-of-mine.json")
+    (checkpoint / "model.safetensors").rename(checkpoint.parent / "shared.safetensors")
+    (checkpoint / "model.safetensors").symlink_to("../shared.safetensors")
+    assert torch.equal(Policy.from_pretrained(str(checkpoint)).head, policy.head)
+
+
+@pytest.mark.parametrize("make", [
+    os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to("nowhere"),
+    lambda path: path.symlink_to(path.name)], ids=["folder", "pipe", "device", "nowhere", "circle"])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "model.safetensors", "merges.txt"])
+def test_what_is_no_plain_file(checkpoint, name, make):
+    (checkpoint / name).unlink(missing_ok=True)
+    make(checkpoint / name)
+    said = refusal(checkpoint)
+    assert said.startswith("ValueError") and name in said and "fetch it" in said or "cannot be read" in said
+
+
+def test_a_distributed_checkpoint_is_a_pickle(checkpoint):
+    """transformers unpickles `.metadata` beside `.distcp` files, where it sees them: here it sees none."""
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Harm()))
+    (checkpoint / "__0_0.distcp").write_bytes(pickle.dumps(Harm()))
+    Policy.from_pretrained(str(checkpoint))
+    (checkpoint / "model.safetensors").unlink()
+    assert "holds no safetensors file" in refusal(checkpoint)
+
+
+def test_templates_end_in_time_and_leave_no_process(policy):
+    """Each in a process that the system ends; the next conversation is rendered as before."""
+    ask = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "é 😀?"}]}]
+    expected = policy.tokenizer.apply_chat_template(ask, tokenize=False, add_generation_prompt=True)
+    assert chat.render(policy.tokenizer, ask) == expected
+    process = chat._renderers[os.getpid()]
+    for template, message in (
+            ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 1 s"),
+            ("{{ '%9999999999d' % 1 }}", "MemoryError"), ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+            ("{% include '/etc/passwd' %}", "no loader"), ("{{ raise_exception('\x1b[2J') }}", r"\\x1b\[2J"),
+            ("{{ 'x' * 10**7 }}", "more than 4,194,304"), ("{% for %}", "TemplateSyntaxError")):
+        with pytest.raises(ValueError, match=message):
+            chat.render(SimpleNamespace(chat_template=template, special_tokens_map={}), ask)
+    assert process.poll() == -signal.SIGPROF, "the first of them was ended by the system"
+    chat._renderers[os.getpid()].kill()  # by somebody else: another one takes over
+    assert chat.render(policy.tokenizer, ask) == expected

@@ -203,12 +203,9 @@ def check(paths: list[Path], *, model: str | None = None, workers: int | None = 
     """(summary of all files, all errors as "file:line: text" in order, the files)."""
     tokenizer = processor = None
     if model:
-        from transformers import AutoTokenizer
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-        try:
-            tokenizer, processor = AutoTokenizer.from_pretrained(model), Qwen2VLImageProcessorPil.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--model {model} has no tokenizer and image processor to count with ({str(error).splitlines()[0]})") from None
+        from minigrpo.checkpoint import open_checkpoint  # imports torch
+        opened = open_checkpoint(model, weights=False)
+        tokenizer, processor = opened.tokenizer, opened.images
     files = [File(path, *scan_jsonl(path)) for path in paths]
     films = look_at_all(files, workers or os.cpu_count() or 1)
     for file in files:

@@ -267,7 +267,7 @@ def input_errors():
     """Around a program's set-up: what the user gave wrong ends the program with one message instead of a traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError) as error:  # a path that is too long, that is missing, that may not be read
         speak_in_turn()
         fail(str(error))
     except (MemoryError, RuntimeError) as error:

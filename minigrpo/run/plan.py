@@ -19,9 +19,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
-from minigrpo.checkpoint import image_processor, read_config
+from minigrpo.checkpoint import open_checkpoint, set_budget
 from minigrpo.data import Sample, batch_at
 from minigrpo.generate import sample as sample_tokens
 from minigrpo.lora import adapters_off, add_adapters
@@ -93,10 +92,9 @@ class Plan:
 
 def imagined_policy(args, fake: FakeTensorMode) -> Policy:
     """The policy without its numbers, from config.json, tokenizer and image settings alone."""
-    with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(read_config(args.model)).eval()
-    policy = Policy(model, AutoTokenizer.from_pretrained(args.model), image_processor(args.model, args.max_pixels, quiet=True),
-                    autocast=args.bf16)
+    c = open_checkpoint(args.model, weights=False)
+    set_budget(c, args.max_pixels, say=lambda line: None)
+    policy, model = Policy(c.model, c.tokenizer, c.images, autocast=args.bf16), c.model
     if args.lora_rank:
         with torch.device("meta"):
             add_adapters(policy, args)
