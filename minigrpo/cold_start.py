@@ -16,12 +16,12 @@ import base64
 import json
 import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from minigrpo.commands import fail
 from minigrpo.data import Sample, read_jsonl
 from minigrpo.data.clean import lines_of
 from minigrpo.data.rewrite import Endpoint, ask_all, check_address, key_of
@@ -115,7 +115,7 @@ def main() -> None:
         found = replies(args, samples, chosen, templates)
         records = lines_of(args.file, args.output_file)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
 
     counts: Counter[str] = Counter()
     traces = {}

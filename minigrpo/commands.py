@@ -9,6 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 from minigrpo import __version__
 from minigrpo.packages import explain
@@ -21,6 +22,7 @@ COMMANDS = {  # command: (file in a clone, or module; what it does)
     "grpo": ("train_grpo.py", "Group Relative Policy Optimization"),
     "evaluate": ("evaluate.py", "answers to a test file, scored with 95% intervals"),
     "ask": ("minigrpo.ask", "one question about one film"),
+    "curves": ("minigrpo.curves", "the curves of several runs in one picture"),
     "study": ("minigrpo.study", "the study on phantoms: an hour and a half on two cores"),
     "cold_start": ("minigrpo.cold_start", "traces of thought from a teacher, for SFT"),
     "tiny": ("minigrpo.tiny", "a tiny Qwen3-VL with random weights"),
@@ -110,6 +112,11 @@ def typed(line: list[str]) -> str:
     """LINE (see `python`) as the user can type it here: `python train_sft.py ...` in a clone, `minigrpo sft ...` in an install."""
     program, *words = line[1:] if line[0] == "-m" else line
     return shlex.join([*_call(program), *words])
+
+
+def fail(text: str | Exception) -> NoReturn:
+    """End the program with `NAME: error: TEXT`, NAME as the user typed it."""
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {text}")
 
 
 def _call(program: str) -> list[str]:

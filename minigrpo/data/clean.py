@@ -12,8 +12,9 @@ import argparse
 import json
 import os
 import re
-import sys
 from pathlib import Path
+
+from minigrpo.commands import fail
 
 from .rewrite import Endpoint, check_address, rewrite_all
 from .rows import one_paragraph
@@ -109,18 +110,18 @@ def main() -> None:
         else:
             answers = [clean_report(record["answer"]) for record in reports]
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     changed = sum(answer != record["answer"] for answer, record in zip(answers, reports))
     for record, answer in zip(reports, answers):
         record["answer"] = answer
     kept = [record for record in records if record["task"] != "report" or record["answer"]]
     if not kept:
-        sys.exit(f"error: nothing is left of the {len(reports):,} reports of {args.file}, so nothing is written")
+        fail(f"nothing is left of the {len(reports):,} reports of {args.file}, so nothing is written")
     try:
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
         args.output_file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
     except OSError as error:
-        sys.exit(f"error: --output_file {args.output_file} cannot be written ({error.strerror}): give another")
+        fail(f"--output_file {args.output_file} cannot be written ({error.strerror}): give another")
     print(f"{args.output_file}: {len(records):,} samples read, {len(kept):,} kept, {len(records) - len(kept):,} dropped (nothing left of the "
           f"report); {len(reports):,} reports, {changed:,} changed")
 

@@ -9,8 +9,9 @@ the output lies; a line's second copy is named ID-2, and an id that two files sh
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
+
+from minigrpo.commands import fail
 
 from .clean import lines_of
 
@@ -49,7 +50,7 @@ def main() -> None:
             raise ValueError(f"{args.output_file} exists already: remove it, or give another --output_file")
         records = join([parse_file(text) for text in args.files], args.output_file)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
     part = args.output_file.with_suffix(".part")
     part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")

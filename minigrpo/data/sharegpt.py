@@ -12,9 +12,10 @@ Without a "task": several turns are a conversation, a single answer with boxes i
 import argparse
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from minigrpo.commands import fail
 
 from .boxes import parse_boxes
 from .sample import DataError, Sample, read_jsonl
@@ -129,7 +130,7 @@ def main() -> None:
             found = [to_sharegpt(sample, target.parent) for sample in read_jsonl(source, verify_images=False)]
             target.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     print(f"{target}: {len(found):,} samples")
 
 

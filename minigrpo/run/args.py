@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from minigrpo.checkpoint import SMALLEST
+from minigrpo.commands import fail
 from minigrpo.data import TASKS
 from minigrpo.packages import need
 from minigrpo.run.distributed import is_lost, ranks, speak_in_turn
@@ -216,7 +217,7 @@ def input_errors():
         yield
     except (ValueError, FileNotFoundError) as error:
         speak_in_turn()
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+        fail(error)
     except RuntimeError as error:
         if is_lost(error):
             sys.exit(1)  # the rank that failed has said why
