@@ -18,8 +18,8 @@ from tests.test_programs import same
 
 ROOT = Path(__file__).parent.parent
 FILES = {"train_sft.py", "train_grpo.py", "evaluate.py"}
-HEAVY = ["transformers", "tokenizers", "safetensors", "numpy", "scipy", "PIL", "matplotlib", "tqdm", "yaml", "nltk", "rouge_score",
-         "jinja2", "peft"]
+HEAVY = ["transformers", "tokenizers", "safetensors", "numpy", "scipy", "PIL", "matplotlib", "tqdm", "yaml", "rouge_score", "jinja2",
+         "peft"]
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +81,12 @@ def test_an_install_has_the_whole_package_and_no_module_beside_it(installed):
 
 
 def test_every_program_is_a_command():
-    """Whatever runs with `python -m` or as a file; quick.py may be written later than this."""
+    """Whatever runs with `python -m` or as a file."""
     runs = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *(ROOT / "minigrpo").rglob("*.py")]
             if "\nif __name__ ==" in path.read_text()} - {"minigrpo/__main__.py"}
     modules = {path if "/" not in path else path.removesuffix(".py").replace("/", ".") for path in runs}
-    assert modules | {"minigrpo.quick"} == set(COMMAND_OF) | {"minigrpo.quick"}
-    assert all(callable(commands.load(program).main) for program in COMMAND_OF if program in modules)
+    assert modules == set(COMMAND_OF)
+    assert all(callable(commands.load(program).main) for program in COMMAND_OF)
 
 
 def test_the_package_names_are_those_of_pyproject():
