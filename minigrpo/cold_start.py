@@ -15,7 +15,6 @@ import base64
 import json
 import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +25,7 @@ from minigrpo.data.clean import lines_of
 from minigrpo.data.rewrite import Endpoint, ask_all, check_address, key_of
 from minigrpo.data.traces import TEMPLATES, check_reply, drawing_teacher, messages_for, read_templates
 from minigrpo.run.files import write_jsonl
-from minigrpo.run.terminal import Parser
+from minigrpo.run.terminal import Parser, fail
 
 THINKING_TASKS = ("report", "grounding", "classification")  # a conversation has many answers, and one block a turn teaches little
 
@@ -116,7 +115,7 @@ def main() -> None:
         found = replies(args, samples, chosen, templates)
         records = lines_of(args.file, args.output_file)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
 
     counts: Counter[str] = Counter()
     traces = {}
@@ -130,7 +129,7 @@ def main() -> None:
     try:
         write_jsonl(args.output_file, lines)
     except OSError as error:
-        sys.exit(f"error: {error}")
+        fail(f"{error}")
     refused = ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common() if reason) or "none"
     print(f"{args.output_file}: {len(lines):,} lines; {len(chosen):,} samples asked, {len(traces):,} traces kept; refused: {refused}")
 

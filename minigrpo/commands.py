@@ -21,6 +21,7 @@ COMMANDS = {  # command: (file in a clone, or module; what it does)
     "grpo": ("train_grpo.py", "Group Relative Policy Optimization"),
     "evaluate": ("evaluate.py", "answers to a test file, scored with 95% intervals"),
     "ask": ("minigrpo.ask", "one question about one film"),
+    "curves": ("minigrpo.curves", "the curves of several runs in one picture"),
     "study": ("minigrpo.study", "the study on phantoms: an hour and a half on two cores"),
     "cold_start": ("minigrpo.cold_start", "traces of thought from a teacher, for SFT"),
     "tiny": ("minigrpo.tiny", "a tiny Qwen3-VL with random weights"),

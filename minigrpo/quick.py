@@ -11,8 +11,6 @@ import json
 import multiprocessing
 import os
 import resource
-import runpy
-import shlex
 import signal
 import sys
 import time
@@ -27,6 +25,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
+from minigrpo.commands import python, typed  # noqa: E402
 from minigrpo.data import Sample, load_image, read_jsonl  # noqa: E402
 from minigrpo.data.scenes import COLOURS, paint  # noqa: E402
 from minigrpo.generate import generate  # noqa: E402
@@ -128,7 +127,7 @@ class QuickArguments:
 def start(line: list, log: Path | None = None) -> multiprocessing.Process:
     """`python LINE` in a fork, which has torch and transformers loaded already; what it prints goes to `log`, if there is one."""
     words = [str(word) for word in line]
-    print(f"\n$ python {shlex.join(words)}" + (f" > {log}" if log else ""), flush=True)
+    print(f"\n$ {typed(words)}" + (f" > {log}" if log else ""), flush=True)
     process = multiprocessing.get_context("fork").Process(target=run, args=(words, log))
     process.start()
     return process
@@ -140,8 +139,7 @@ def run(words: list[str], log: Path | None) -> None:
         for stream in (1, 2):
             os.dup2(handle, stream)
     torch.set_num_threads(1)  # layers this narrow gain little from a second one, and lose much where another program is busy
-    sys.argv = words
-    runpy.run_path(str(Path(__file__).parent.parent / words[0]), run_name="__main__")
+    python(words)
 
 
 def wait(process: multiprocessing.Process, what: str, *others: multiprocessing.Process) -> None:
@@ -162,7 +160,7 @@ def main() -> None:
         args = parse_args(QuickArguments, __doc__)
         out = Path(args.output_dir)
         if out.exists():
-            raise ValueError(f"{out} exists already: remove it, or choose another folder (make quick OUT=runs/another)")
+            raise ValueError(f"{out} exists already: remove it, or choose another --output_dir (make quick OUT=runs/another)")
         make_folder(out)
     seconds = {"imports": time.perf_counter() - BEGAN}
 

@@ -113,7 +113,7 @@ def test_the_command_as_a_user_types_it(folders, tmp_path):
     line = ["-m", "minigrpo.data.openi", "--root", folders / "openi", "--split", "test", "--output_dir", tmp_path]
     subprocess.run([sys.executable, *line], check=True, cwd=ROOT)
     said = python(*line, code=1)
-    assert said.startswith("error: ") and "exists already" in said and "Traceback" not in said
+    assert said.startswith("openi.py: error: ") and "exists already" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("name", NAMES)

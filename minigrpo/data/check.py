@@ -26,7 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minigrpo.run.terminal import Parser
+from minigrpo.run.terminal import Parser, fail
 
 from .film import blocks, read_film
 from .overlap import side_of
@@ -232,7 +232,7 @@ def main() -> None:
     try:
         text, errors, files = check(args.files, model=args.model, workers=args.workers)
     except (DataError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     seconds, count = time.process_time() - began, sum(len(file.samples) for file in files)
     print(f"{text}\nread {count:,} samples in {seconds:.1f} s of processor time, {count / max(seconds, 1e-9):,.0f} a second")
     sheet = args.sheet or args.files[0].with_name(f"{args.files[0].stem}-check.png")

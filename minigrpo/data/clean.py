@@ -11,11 +11,10 @@ a report with nothing left is dropped and counted. Boxes and findings of a sampl
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 from minigrpo.run.files import write_jsonl
-from minigrpo.run.terminal import Parser
+from minigrpo.run.terminal import Parser, fail
 
 from .rewrite import Endpoint, check_address, rewrite_all
 from .rows import one_paragraph
@@ -111,17 +110,17 @@ def main() -> None:
         else:
             answers = [clean_report(record["answer"]) for record in reports]
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     changed = sum(answer != record["answer"] for answer, record in zip(answers, reports))
     for record, answer in zip(reports, answers):
         record["answer"] = answer
     kept = [record for record in records if record["task"] != "report" or record["answer"]]
     if not kept:
-        sys.exit(f"error: nothing is left of the {len(reports):,} reports of {args.file}, so nothing is written")
+        fail(f"nothing is left of the {len(reports):,} reports of {args.file}, so nothing is written")
     try:
         write_jsonl(args.output_file, kept)
     except OSError as error:
-        sys.exit(f"error: {error}: give another --output_file")
+        fail(f"{error}: give another --output_file")
     print(f"{args.output_file}: {len(records):,} samples read, {len(kept):,} kept, {len(records) - len(kept):,} dropped (nothing left of the "
           f"report); {len(reports):,} reports, {changed:,} changed")
 

@@ -1,7 +1,9 @@
 """The program that every adapter is: read a set's own files, write `OUT/SPLIT.jsonl` and its films, say what became of each row.
 
 An adapter is a function (root, split, ledger) -> drafts; `convert` reads the films in parallel, writes what can be read, closes
-the ledger and prints it.
+the ledger and prints it. It is no program by itself: each set has its own, such as
+
+    python -m minigrpo.data.openi --help
 """
 
 import math
@@ -16,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from minigrpo.run.files import WriteError, aside, sync_all, write_jsonl
-from minigrpo.run.terminal import Parser
+from minigrpo.run.terminal import Parser, fail
 
 from .film import header, load_image
 from .ledger import Ledger
@@ -126,14 +128,14 @@ def adapter_main(read: Reader, unit: str, doc: str, load=load_image, more: Calla
     try:
         ledger = convert(lambda *given: read(*given, **options), unit, root, split, out, pixels=pixels, load=load)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     print(ledger.table())
     tasks = ", ".join(f"{n:,} {task}" for task, n in ledger.samples.items())
     print(f"wrote {sum(ledger.samples.values()):,} samples ({tasks}) to {out / f'{split}.jsonl'}")
 
 
 def main() -> None:
-    print(f"{__doc__}\nIt is no program itself: run an adapter, such as python -m minigrpo.data.openi --help; docs/data.md lists them.")
+    print(__doc__)
     sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
 
 

@@ -6,11 +6,10 @@
 the output lies; a line's second copy is named ID-2, and an id that two files share is an error.
 """
 
-import sys
 from pathlib import Path
 
 from minigrpo.run.files import write_jsonl
-from minigrpo.run.terminal import Parser, path_of
+from minigrpo.run.terminal import Parser, fail, path_of
 
 from .clean import lines_of
 
@@ -51,7 +50,7 @@ def main() -> None:
         records = join([parse_file(text) for text in args.files], args.output_file)
         write_jsonl(args.output_file, records)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     print(f"{args.output_file}: {len(records):,} lines of {len(args.files)} files")
 
 

@@ -11,12 +11,11 @@ Without a "task": several turns are a conversation, a single answer with boxes i
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from minigrpo.run.files import write_aside, write_jsonl
-from minigrpo.run.terminal import Parser
+from minigrpo.run.terminal import Parser, fail
 
 from .boxes import parse_boxes
 from .sample import DataError, Sample, read_jsonl
@@ -131,7 +130,7 @@ def main() -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             write_aside(target, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     print(f"{target}: {len(found):,} samples")
 
 

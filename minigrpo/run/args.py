@@ -269,7 +269,7 @@ def input_errors():
         yield
     except (ValueError, OSError) as error:  # a path that is too long, that is missing, that may not be read
         speak_in_turn()
-        fail(str(error))
+        fail(error)
     except (MemoryError, RuntimeError) as error:
         if is_lost(error):
             sys.exit(1)  # the rank that failed has said why

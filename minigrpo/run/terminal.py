@@ -49,8 +49,8 @@ def path_of(text: str) -> str:
     return path
 
 
-def fail(text: str) -> NoReturn:
-    """End the program with what went wrong, and the code 1."""
+def fail(text: str | Exception) -> NoReturn:
+    """End the program with `NAME: error: TEXT`, NAME as the user typed it, and the code 1."""
     sys.exit(f"{Path(sys.argv[0]).name}: error: {text}")
 
 
