@@ -13,9 +13,10 @@ from types import ModuleType
 from minigrpo import __version__
 from minigrpo.packages import explain
 from minigrpo.programs import CLONE
+from minigrpo.run.terminal import steady_output
 
 COMMANDS = {  # command: (file in a clone, or module; what it does)
-    "quick": ("minigrpo.quick", "see GRPO learn, in two minutes"),
+    "quick": ("minigrpo.quick", "see GRPO learn, in a minute and a half"),
     "demo": ("minigrpo.demo", "films, SFT, GRPO, evaluation with a tiny model: ten minutes on two cores"),
     "sft": ("train_sft.py", "supervised fine-tuning"),
     "grpo": ("train_grpo.py", "Group Relative Policy Optimization"),
@@ -47,6 +48,7 @@ COMMAND_OF = {program: command for command, (program, _) in COMMANDS.items()}
 
 def main() -> None:
     """`minigrpo COMMAND ...`, or `python -m minigrpo COMMAND ...`."""
+    steady_output()
     script, *words = sys.argv
     name = "minigrpo" if Path(script).stem == "minigrpo" else "python -m minigrpo"
     if words[:1] == ["--version"]:

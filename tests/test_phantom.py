@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from string import Formatter
 

@@ -43,7 +43,7 @@ class RadGraph:
     @classmethod
     def from_weights(cls, weights_dir: str | None, *, xl: bool = True, device: str = "cpu") -> "RadGraph":
         """RadGraph-XL, or RadGraph 1.0. The folder holds the archive (or the folder that it unpacks to) and its encoder's."""
-        package = import_radgraph()
+        import_radgraph()
         name = "radgraph-xl" if xl else "radgraph"
         folder = Path(weights_dir) / name if weights_dir else cache_dir() / name
         if not folder.is_dir():
