@@ -223,7 +223,7 @@ def returning(monkeypatch, given):
     ["0.5", "1"], [1 + 2j, 3], {"a": 1, "b": 2}.values(), range(2), iter([1, 2]), map(float, "12"), np.ones((2, 1)), np.ones((1, 2)),
     np.float32(3), np.array(["1", "2"]), torch.ones(2, 1), torch.tensor(1.0), torch.ones(2, dtype=torch.complex64), [np.ones(1), np.ones(1)],
     [{}, {}], Scores([1, 2], [True, True], {"part": "12"}), Scores({1, 2}, [True, True]), Scores([1, 2], "ab"), Scores([1, 2], [True, True], {3: [1, 2]}),
-    Scores([1, 2], [True, True], [[1, 2]])], ids=lambda given: f"{type(given).__name__}-{str(given)[:20]}")
+    Scores([1, 2], [True, True], [[1, 2]])], ids=lambda given: type(given).__name__)
 def test_a_reward_that_gives_no_list_of_numbers_is_named(monkeypatch, given):
     """Bug: the letters of "12", the keys of a dict and the members of a set were taken for scores; a forgotten `return` named nothing."""
     with pytest.raises(ValueError, match=r"reward 'mine:reward(\.\w+)?' gave .*: return (a list with a number|\{name: a number)"):
