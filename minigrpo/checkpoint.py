@@ -24,7 +24,6 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import (Qwen3VLTextConf
 from transformers.utils import logging as transformers_logging
 
 from minigrpo import trust
-from minigrpo.chat import render
 from minigrpo.checks import (END, ORIGIN, SMALLEST, Checkpoint, check_config, check_counts,
                              check_finite, check_weights, check_whole, reading)
 
@@ -285,4 +284,6 @@ def save(folder: str | Path, model: Qwen3VLForConditionalGeneration, tokenizer, 
 def opens_thinking(tokenizer) -> bool:
     """Whether the chat template itself writes the first <think> of an answer, as that of
     Qwen3-VL-Thinking does."""
-    return render(tokenizer, [{"role": "user", "content": "?"}]).rstrip().endswith("<think>")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False,
+                                         add_generation_prompt=True)
+    return text.rstrip().endswith("<think>")

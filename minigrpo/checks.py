@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 from transformers.utils import logging as transformers_logging
 
-from minigrpo.chat import render
+from minigrpo.bounded import try_out
 
 SMALLEST = 32 * 32  # pixels: one merged patch
 END = "<|im_end|>"  # what SFT teaches an answer to end with
@@ -207,13 +207,16 @@ def _run(checks: list[Check], folder: Path, **of) -> None:
 
 
 def check_template(c: Checkpoint) -> None:
-    """It writes images, questions and answers where `Policy` looks for them."""
+    """It writes images, questions and answers where `Policy` looks for them, in time. A template is a
+    program: transformers' sandbox keeps it from files and from Python, `try_out` from loops without
+    end and strings of gigabytes."""
     def wrote(*turns, answer: bool = True) -> str:
         roles = ("user", "assistant", "user")
-        return render(c.tokenizer, [{"role": role, "content": content}
-                                    for role, content in zip(roles, turns)], answer=answer)
+        messages = [{"role": role, "content": content} for role, content in zip(roles, turns)]
+        return c.tokenizer.apply_chat_template(messages, tokenize=False,
+                                               add_generation_prompt=answer)
 
-    try:
+    def probe() -> None:
         for count in (1, 2, 0):
             asked = [{"type": "image"}] * count + [{"type": "text", "text": PROBE}]
             text, closed = wrote(asked), wrote(asked, answer=False)
@@ -227,6 +230,9 @@ def check_template(c: Checkpoint) -> None:
         first, _, second = wrote("One?", "Seen.", "Two?").rpartition(END)[0].rpartition(END)
         if "Seen." not in first or "Two?" not in second or "Seen." in second:
             raise ValueError(f"it does not end each turn of a conversation with {END}")
+
+    try:
+        try_out(probe)
     except ValueError as error:
         raise ValueError(f"{c.folder}: the chat template (chat_template.jinja, chat_template.json, "
                          f"tokenizer_config.json) cannot be used: {error}: {ORIGIN}") from None

@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
 from minigrpo import checkpoint as checkpoints
-from minigrpo.chat import render
 from minigrpo.checks import END
 from minigrpo.data import Sample
 from minigrpo.data.sample import load_film
@@ -233,7 +232,7 @@ class Policy:
         for number, (asked, answer) in enumerate(turns):
             messages.append({"role": "user", "content": asked})
             if number:
-                text = render(self.tokenizer, messages)
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
                 last = text.rindex(end, 0, text.rindex(end))  # of the answer before: Thinking's template rewrites older answers
                 between = self._tokens([text[last + len(end):]])[0]  # "\n", and the next question
                 tokens, mask = tokens + between, mask + [0] * len(between)
@@ -244,7 +243,8 @@ class Policy:
 
     def _chat(self, question: str, slots: list[int]) -> list[int]:
         content = [{"type": "image"} for _ in slots] + [{"type": "text", "text": question}]
-        text = render(self.tokenizer, [{"role": "user", "content": content}])
+        text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                  add_generation_prompt=True)
         # The template writes one <|image_pad|> an image; each needs one for every merged patch.
         head, *tails = text.split("<|image_pad|>", len(slots))
         text = head + "".join("<|image_pad|>" * n + tail for n, tail in zip(slots, tails))

@@ -7,18 +7,15 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import struct
 import tarfile
 import tracemalloc
 import zlib
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from minigrpo import chat
 from minigrpo.data import read_jsonl
 from minigrpo.data.sample import DataError, load_image
 from minigrpo.policy import Policy
@@ -325,19 +322,15 @@ def test_a_distributed_checkpoint_is_a_pickle(checkpoint):
     assert "holds no safetensors file" in refusal(checkpoint)
 
 
-def test_templates_end_in_time_and_leave_no_process(policy):
-    """Each in a process that the system ends; the next conversation is rendered as before."""
-    ask = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "é 😀?"}]}]
-    expected = policy.tokenizer.apply_chat_template(ask, tokenize=False, add_generation_prompt=True)
-    assert chat.render(policy.tokenizer, ask) == expected
-    process = chat._renderers[os.getpid()]
-    for template, message in (
-            ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 1 s"),
-            ("{{ '%9999999999d' % 1 }}", "MemoryError"), ("{{ ''.__class__.__mro__ }}", "SecurityError"),
-            ("{% include '/etc/passwd' %}", "no loader"), ("{{ raise_exception('\x1b[2J') }}", r"\\x1b\[2J"),
-            ("{{ 'x' * 10**7 }}", "more than 4,194,304"), ("{% for %}", "TemplateSyntaxError")):
-        with pytest.raises(ValueError, match=message):
-            chat.render(SimpleNamespace(chat_template=template, special_tokens_map={}), ask)
-    assert process.poll() == -signal.SIGPROF, "the first of them was ended by the system"
-    chat._renderers[os.getpid()].kill()  # by somebody else: another one takes over
-    assert chat.render(policy.tokenizer, ask) == expected
+@pytest.mark.parametrize("template, message", [
+    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 1 s"),
+    ("{{ '%9999999999d' % 1 }}", "MemoryError"), ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+    ("{% include '/etc/passwd' %}", "no loader"), ("{{ raise_exception('\x1b[2J') }}", r"\\x1b\[2J"),
+    ("{% for %}", "TemplateSyntaxError")])
+def test_templates_end_in_time(policy, checkpoint, template, message):
+    """Bug: a template of nested loops never ended. It is tried in a fork that the system ends."""
+    (checkpoint / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=message):
+        Policy.from_pretrained(str(checkpoint))
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)  # it has left none behind
