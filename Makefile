@@ -31,8 +31,9 @@ study: install
 study-smoke: install
 	$(BIN)/python -m minigrpo.study --smoke --output_dir runs/study-smoke --json runs/study-smoke/study.json --page ""
 
-# WORKERS processes of one thread each take whole files in turn: faster than one process with as many threads.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+# WORKERS processes of one thread each take whole files in turn, in the order of tests/conftest.py: faster than one process with as
+# many threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: install
 	$(PYTEST) -m "not slow"

@@ -8,6 +8,13 @@ from minigrpo.data.phantom import Arguments, write_phantom
 from minigrpo.tiny import tiny_policy
 from tests.processes import grpo, python, sft
 
+# Files of ten seconds and more. A worker that took one of them last would still be busy long after the other had finished.
+FIRST = ["programs", "study", "plan", "nothing_lost", "distributed", "clinical", "shard", "lora", "train_grpo", "checkpoint"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in FIRST)
+
 
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory):

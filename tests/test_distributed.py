@@ -17,7 +17,8 @@ from minigrpo.run.folder import checkpoints
 from tests.processes import finish, free_port, run, start
 
 ROOT = Path(__file__).parent.parent
-COUNTED_BY_TIME = ("second", "memory", "padding", "row_steps")  # the clock's, the machine's; and how prompts are padded and rows decoded depends on the ranks
+# The clock's, the machine's; and how prompts are padded and rows decoded depends on the ranks.
+COUNTED_BY_TIME = ("second", "memory", "padding", "row_steps")
 
 
 def letters(answers, samples, calls=[]):

@@ -33,15 +33,6 @@ class Killed(BaseException):
     pass
 
 
-def killing(answers, samples, calls=[]):
-    """The same, and the run dies in its third step, of what nothing takes for a scorer that fails.
-    The first call is `reward_fn`'s, which tries a reward out."""
-    calls.append(1)
-    if len(calls) == 4:
-        raise Killed
-    return letters(answers, samples)
-
-
 def adapted(policy, **other):
     """A copy with adapters that do something: B starts at 0."""
     ours = add_adapters(copy_of(policy), SimpleNamespace(**{**vars(ARGS), **other}))
@@ -201,10 +192,17 @@ def test_final_holds_the_merged_model_and_the_adapters(trained, base):
     assert not (trained / "checkpoints").exists()
 
 
-def test_a_killed_run_resumes_bit_for_bit(train, trained, tmp_path):
-    folder = tmp_path / "run"
-    with pytest.raises(Killed):
-        train("--save_steps", 1, folder=folder, steps=4, reward="killing")
+def test_a_killed_run_resumes_bit_for_bit(train, trained, tmp_path, monkeypatch):
+    folder, advantages, steps = tmp_path / "run", train_grpo.group_advantages, iter(range(4))
+
+    def killing(*args, **settings):
+        if next(steps) == 2:
+            raise Killed
+        return advantages(*args, **settings)
+
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        patch.setattr(train_grpo, "group_advantages", killing)
+        train("--save_steps", 1, folder=folder, steps=4)
     older, checkpoint = sorted((folder / "checkpoints").iterdir())
     assert (older.name, checkpoint.name) == ("step-000001", "step-000002")
     assert {"adapter_model.safetensors", "adapter_config.json", "optimizer-00000.safetensors"} <= {p.name for p in checkpoint.iterdir()}
@@ -217,7 +215,7 @@ def test_a_killed_run_resumes_bit_for_bit(train, trained, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_sft_with_adapters(train, base, optimizer):
-    folder = train("--optimizer", optimizer, "--batch_size", 4, program=train_sft, steps=3)
+    folder = train("--optimizer", optimizer, "--batch_size", 12, program=train_sft, steps=3)  # all films, in every step
     losses = [row["loss"] for row in rows(folder)]
     assert losses[-1] < losses[0]
     before, after = weights(base), weights(folder / "final")

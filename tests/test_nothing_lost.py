@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 import evaluate
 import train_grpo
 import train_sft
+from minigrpo import packages
 from minigrpo.data import read_jsonl
-from minigrpo.run import args as args_module
 from minigrpo.run import files, folder, log, save, starts, track
 from minigrpo.run.args import parse_args
 from minigrpo.run.guard import in_time
@@ -621,7 +621,7 @@ def test_too_little_memory_on_a_cpu(program, names, error, place, monkeypatch, c
 def test_a_tracker_that_fails_is_left_out(place, monkeypatch, capsys):
     """Bug: TensorBoard on a full disk ended the training."""
     monkeypatch.setattr(track, "_tensorboard", lambda *_: lambda row: 1 / 0)
-    monkeypatch.setattr(args_module, "find_spec", lambda name: True)
+    monkeypatch.setattr(packages, "find_spec", lambda name: True)
     main(train_sft, place("train_sft", "tracker", "--track", "tensorboard", steps=2))
     assert capsys.readouterr().out.count("--track tensorboard failed (division by zero)") == 1
     assert len(rows(place.folder / "tracker")) == 2
@@ -817,6 +817,5 @@ def test_wandb_gets_every_row(place, monkeypatch):
 
 
 def test_trackers_that_are_not_there(place, monkeypatch):
-    import minigrpo.run.args
-    monkeypatch.setattr(minigrpo.run.args, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
     assert "pip install wandb" in stop(train_sft, place("train_sft", "none", "--track", "wandb"))
