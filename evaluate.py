@@ -184,7 +184,8 @@ def read_answers(place: str, samples: list[Sample], argument: str) -> tuple[list
             raise ValueError(f"{path}:{number}: not a prediction: a line is an object with id and answer, two texts, and perhaps cut_off, "
                              "true or false") from None
         if broken := broken_text(answers[name]):
-            raise ValueError(f"{path}:{number}: the answer holds {broken}, half a character, which no model writes: write it anew")
+            raise ValueError(f"{path}:{number}: the answer holds {broken}, half a character, which "
+                             f"no model writes: write it anew")
         if rows.setdefault(name, row) is not row:
             raise ValueError(f"{path}:{number}: a second answer to {name}: which one counts? Remove the other")
     absent = [s.id for s in samples if s.id not in answers]

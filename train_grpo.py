@@ -197,7 +197,8 @@ def main() -> None:
         # Absolute, so that films are found whatever a reward of the user's own does to the working directory.
         found = read_jsonl(os.path.abspath(args.train_data), task=args.task, part=(rank(), ranks()))
         validation = read_jsonl(os.path.abspath(args.eval_data), task=args.task, part=(rank(), ranks())) if args.eval_data else []
-        if shared := check_apart(found, validation, ("--train_data", f"--eval_data {args.eval_data}")):
+        names = "--train_data", f"--eval_data {args.eval_data}"
+        if shared := check_apart(found, validation, names):
             say(f"note: {shared}")
         validation = [sample for sample in validation if sample.task in reward.tasks]
         train = [sample for sample in found if sample.task in reward.tasks]
@@ -275,7 +276,8 @@ def main() -> None:
                 wanted = groups.without_spread()
                 if not wanted:
                     break
-            if step == start and (note := scale_note(groups.rollout.texts, [s for s in groups.samples for _ in range(G)],
+            if step == start and (note := scale_note(groups.rollout.texts,
+                                                     [s for s in groups.samples for _ in range(G)],
                                                      reward.opened, args.box_scale)):
                 say(f"note: {note}")
             # From here on a rank has the groups of each update that balance the tokens, in order, and R rows are theirs.

@@ -118,7 +118,8 @@ def main() -> None:
         checkpoint = last_checkpoint(args)
         train = with_traces(read_jsonl(args.train_data, task=args.task, part=(rank(), ranks())))  # with a trace: asked to think
         validation = with_traces(read_jsonl(args.eval_data, task=args.task, part=(rank(), ranks()))) if args.eval_data else []
-        if shared := check_apart(train, validation, ("--train_data", f"--eval_data {args.eval_data}")):
+        names = "--train_data", f"--eval_data {args.eval_data}"
+        if shared := check_apart(train, validation, names):
             say(f"note: {shared}")
         if args.plan is not None:
             batch = batch_at(group_by_image(train), 0, args.batch_size, args.seed)

@@ -212,7 +212,8 @@ class Policy:
         return self._prompts(prompts, images), blocks
 
     def _images(self, samples: list[Sample]) -> "Images":
-        cut = [self._patches(load_film(sample, path)) for sample in samples for path in sample.images]
+        cut = [self._patches(load_film(sample, path)) for sample in samples
+               for path in sample.images]
         patches = torch.cat([patches for patches, _ in cut]) if cut else torch.zeros(0, self.levels[:, 0].numel(), dtype=torch.uint8)
         grids = torch.cat([grid for _, grid in cut]) if cut else torch.zeros(0, 3, dtype=torch.long)
         slots = iter((grids.prod(1) // self.image_processor.merge_size**2).tolist())

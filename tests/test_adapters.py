@@ -48,7 +48,8 @@ def run(folders, name, split, out, **options):
 
 # What must come out of the folders: (samples, kept rows, dropped rows by reason) of each set and split, counted by hand.
 EXPECTED = {
-    ("mimic_cxr", "train"): (2, {"kept": 2, "another split": 8, "not a frontal film": 4, "film missing": 1,
+    ("mimic_cxr", "train"): (2, {"kept": 2, "another split": 8, "not a frontal film": 4,
+                                 "film missing": 1,
                                  "no or empty findings section": 1, "not in the split table": 1}),
     ("mimic_cxr", "valid"): (1, {"kept": 1, "another split": 14, "not a frontal film": 1, "not in the split table": 1}),
     ("mimic_cxr", "test"): (1, {"kept": 1, "another split": 10, "not a frontal film": 3, "no report": 1,
@@ -220,57 +221,76 @@ def test_large_films_are_shrunk_with_their_aspect(tmp_path):
 
 def test_mimic_findings_alone(folders, tmp_path):
     first, third = run(folders, "mimic_cxr", "train", tmp_path)[0]  # the third's heading is FINDING
-    assert first.answer == "The lungs of 1 are clear: no edema. Heart normal." and first.patient == "mimic-10000001"
-    assert third.answer == "The lungs of 3 are clear: no edema. Heart normal." and third.patient == "mimic-10000003"
+    assert first.answer == "The lungs of 1 are clear: no edema. Heart normal."
+    assert first.patient == "mimic-10000001"
+    assert third.answer == "The lungs of 3 are clear: no edema. Heart normal."
+    assert third.patient == "mimic-10000003"
 
 
 LUNGS = "The lungs are clear."
 
 
 @pytest.mark.parametrize("report, expected", [
-    ("FINDINGS:\n {}\n ETT: 3 cm above the carina. Heart normal.\n", "{} ETT: 3 cm above the carina. Heart normal."),
-    ("FINDINGS:\n LUNGS: Clear.\n HEART AND MEDIASTINUM: Normal.\n IMPRESSION: None.", "LUNGS: Clear. HEART AND MEDIASTINUM: Normal."),
+    ("FINDINGS:\n {}\n ETT: 3 cm above the carina. Heart normal.\n",
+     "{} ETT: 3 cm above the carina. Heart normal."),
+    ("FINDINGS:\n LUNGS: Clear.\n HEART AND MEDIASTINUM: Normal.\n IMPRESSION: None.",
+     "LUNGS: Clear. HEART AND MEDIASTINUM: Normal."),
     ("FINDINGS: AP: {}\n PA AND LATERAL: {}\n\n CONCLUSION: None.", "AP: {} PA AND LATERAL: {}"),
-    ("FINDINGS:  CHEST (PA AND LAT): {}\n TUBES, LINES: None.", "CHEST (PA AND LAT): {} TUBES, LINES: None."),
-    ("FINDING: {}", "{}"), ("FINDNGS: {} \n IMPRSSION: Normal.", "{}"), ("Findings: {}\nImpression: Normal.", "{}"),
+    ("FINDINGS:  CHEST (PA AND LAT): {}\n TUBES, LINES: None.",
+     "CHEST (PA AND LAT): {} TUBES, LINES: None."),
+    ("FINDING: {}", "{}"), ("FINDNGS: {} \n IMPRSSION: Normal.", "{}"),
+    ("Findings: {}\nImpression: Normal.", "{}"),
     ("FINDINGS :\n{}\nIMPRESSION :\nNormal.", "{}"), ("FINDINGS\n{}\nIMPRESSION\nNormal.", "{}"),
-    ("FINDINGS: {} IMPRESSION: Normal.", "{}"), ("FINDINGS: {}\n\nRECOMMENDATION(S): CT.", "{}"), ("FINDINGS: {}\nRECOMMENDATIONS: CT.", "{}"),
-    ("FINDINGS: {}\nWET READ: ___ 9:12 AM\n Normal.", "{}"), ("FINDINGS: {}\nNOTIFICATION: Dr. ___.", "{}"), ("FINDINGS: {}\nADDENDUM: None.", "{}"),
-    ("EXAMINATION: CHEST\nCLINICAL  HISTORY: Cough.\nTECHNIQUE: PA.\nCOMPARISON: None.\nFINDINGS: {}\nREPORT: x", "{}"),
-    ("FINDINGS:\n\nFINDINGS: {}\nIMPRESSION: Normal.", "{}"), ("FINDINGS/IMPRESSION: {}", "{}"), ("FINDINGS AND IMPRESSION:\n{}\nEXAM: x", "{}"),
+    ("FINDINGS: {} IMPRESSION: Normal.", "{}"), ("FINDINGS: {}\n\nRECOMMENDATION(S): CT.", "{}"),
+    ("FINDINGS: {}\nRECOMMENDATIONS: CT.", "{}"),
+    ("FINDINGS: {}\nWET READ: ___ 9:12 AM\n Normal.", "{}"),
+    ("FINDINGS: {}\nNOTIFICATION: Dr. ___.", "{}"), ("FINDINGS: {}\nADDENDUM: None.", "{}"),
+    ("EXAMINATION: CHEST\nCLINICAL  HISTORY: Cough.\nTECHNIQUE: PA.\nCOMPARISON: None.\nFINDINGS: "
+     "{}\nREPORT: x", "{}"),
+    ("FINDINGS:\n\nFINDINGS: {}\nIMPRESSION: Normal.", "{}"), ("FINDINGS/IMPRESSION: {}", "{}"),
+    ("FINDINGS AND IMPRESSION:\n{}\nEXAM: x", "{}"),
     ("FINDINGS / IMPRESSION: {}", "{}"), ("IMPRESSION/FINDINGS: Else.\nFINDINGS: {}", "{}"),
-    ("IMPRESSION: Normal.\nFINDINGS: {}\nreport: as the history: says, the exam: is normal.", "{} report: as the history: says, the exam: is normal."),
-    ("IMPRESSION: Normal.", None), ("FINDINGS:\nIMPRESSION: Normal.", None), ("The findings: none.", None), ("", None)])
+    ("IMPRESSION: Normal.\nFINDINGS: {}\nreport: as the history: says, the exam: is normal.",
+     "{} report: as the history: says, the exam: is normal."),
+    ("IMPRESSION: Normal.", None), ("FINDINGS:\nIMPRESSION: Normal.", None),
+    ("The findings: none.", None), ("", None)])
 def test_only_a_known_section_ends_the_findings(report, expected):
-    """Bug: any capitals and a colon at the start of a line ended them, and what followed `ETT:` or `LUNGS:` was lost."""
+    """Bug: any capitals and a colon at the start of a line ended them, and what followed `ETT:` or
+    `LUNGS:` was lost."""
     from minigrpo.data.rows import one_paragraph
     from minigrpo.data.sections import findings_of
     found = findings_of(report.replace("{}", LUNGS))
     assert (found and one_paragraph(found.text)) == (expected and expected.replace("{}", LUNGS))
 
 
-@pytest.mark.parametrize("name, text", [("ETT", "3 cm above the carina."), ("LUNGS", "Clear."), ("AP", "Rotated film."), ("PICC (LEFT)", "In the SVC.")])
+@pytest.mark.parametrize("name, text", [("ETT", "3 cm above the carina."), ("LUNGS", "Clear."),
+                                        ("AP", "Rotated film."), ("PICC (LEFT)", "In the SVC.")])
 def test_a_finding_in_capitals_reaches_the_sample(folders, tmp_path, name, text):
     shutil.copytree(folders / "mimic_cxr", tmp_path / "mimic_cxr")
     path = tmp_path / "mimic_cxr/files/p10/p10000001/s50000001.txt"
     path.write_text(path.read_text().replace(" Heart normal.", f" {name}: {text}\n Heart normal."))
-    assert run(tmp_path, "mimic_cxr", "train", tmp_path / "out")[0][0].answer == f"The lungs of 1 are clear: no edema. {name}: {text} Heart normal."
+    sample, *_ = run(tmp_path, "mimic_cxr", "train", tmp_path / "out")[0]
+    assert sample.answer == f"The lungs of 1 are clear: no edema. {name}: {text} Heart normal."
 
 
 def test_what_is_cut_off_behind_findings_is_counted(folders, tmp_path, monkeypatch, capsys):
-    printed, _ = command(monkeypatch, capsys, "mimic_cxr", "--root", folders / "mimic_cxr", "--split", "train", "--output_dir", tmp_path)
-    assert re.search(r"note: reports whose findings end at IMPRESSION +3$", printed, re.M)  # of 1 and 3, and of 2, whose film is missing
+    printed, _ = command(monkeypatch, capsys, "mimic_cxr", "--root", folders / "mimic_cxr",
+                         "--split", "train", "--output_dir", tmp_path)
+    # of 1 and 3, and of 2, whose film is missing
+    assert re.search(r"note: reports whose findings end at IMPRESSION +3$", printed, re.M)
 
 
 def test_chexpert_findings_end_at_the_next_section(tmp_path):
     """Bug: what stood behind another heading within the findings' cell was taken for findings."""
     fake_sets.chexpert_plus(tmp_path / "chexpert_plus")
     path = tmp_path / "chexpert_plus/df_chexpert_plus_240401.csv"
-    path.write_text(path.read_text().replace('""Heart"" 56.', 'ETT: high.\nIMPRESSION: 1. Normal.').replace('Lungs clear.\n""Heart"" 57.', "IMPRESSION: x"))
+    text = path.read_text().replace('""Heart"" 56.', "ETT: high.\nIMPRESSION: 1. Normal.")
+    path.write_text(text.replace('Lungs clear.\n""Heart"" 57.', "IMPRESSION: x"))
     samples, ledger = run(tmp_path, "chexpert_plus", "valid", tmp_path / "out")
     assert {s.patient[-2:]: s.answer for s in samples} == {"56": "Lungs clear. ETT: high."} | {
         str(n): f'Lungs clear. "Heart" {n}.' for n in (58, 59, 60)}
-    assert ledger.counts()["empty findings"] == 1 and ledger.notes["reports whose findings end at IMPRESSION"] == 1
+    assert ledger.counts()["empty findings"] == 1 and ledger.notes["reports whose findings end at "
+                                                                   "IMPRESSION"] == 1
     assert ledger.notes["reports whose findings hold lines that begin like a heading (ETT:)"] == 1
 
 

@@ -316,10 +316,13 @@ def copied(phantom, folder, name="train.jsonl", keep=slice(None)):
 @pytest.mark.parametrize("program", [train_sft, train_grpo])
 @pytest.mark.parametrize("keep", [slice(None), slice(None, None, -1), slice(3, 9)])
 def test_validation_on_a_copy_of_the_training_data(fails, phantom, tmp_path, program, keep):
-    """Bug: paths alone were compared, so a copy, in another order or a part of it, with films of its own, passed for validation data."""
+    """Bug: paths alone were compared, so a copy, in another order or a part of it, with films of
+    its own, passed for validation data."""
     copy = copied(phantom, tmp_path / "other", keep=keep)
-    said = fails(program.main, "--model", "/nowhere", "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run", "--eval_data", copy)
-    assert f"--eval_data {copy} is a copy of --train_data, or of a part of it" in said and not (tmp_path / "run").exists()
+    said = fails(program.main, "--model", "/nowhere", "--train_data", phantom / "train.jsonl",
+                 "--output_dir", tmp_path / "run", "--eval_data", copy)
+    assert f"--eval_data {copy} is a copy of --train_data, or of a part of it" in said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("program", [train_sft, train_grpo])
@@ -330,49 +333,64 @@ def test_validation_on_some_of_the_training_films(fails, phantom, tmp_path, prog
     other = [json.loads(line) for line in (tmp_path / "other/train.jsonl").read_text().splitlines()]
     film = tmp_path / "other" / other[0]["image"]
     film.rename(film.with_name("renamed.png"))
-    lines.append(other[0] | {"image": "films/renamed.png", "question": "Anything?", "patient": "nobody"})
+    lines.append(other[0] | {"image": "films/renamed.png", "question": "Anything?",
+                             "patient": "nobody"})
     lines[0]["patient"] = other[5]["patient"]
     (tmp_path / "other/test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    said = fails(program.main, "--model", "/nowhere", "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run",
+    said = fails(program.main, "--model", "/nowhere", "--train_data", phantom / "train.jsonl",
+                 "--output_dir", tmp_path / "run",
                  "--eval_data", tmp_path / "other/test.jsonl")
-    assert f"note: 1 of 5 films and 1 of 6 patients of --eval_data {tmp_path}/other/test.jsonl are in --train_data too" in said
-    said = fails(program.main, "--model", "/nowhere", "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run",
+    assert "note: 1 of 5 films and 1 of 6 patients of --eval_data " in said
+    assert f"{tmp_path}/other/test.jsonl are in --train_data too" in said
+    said = fails(program.main, "--model", "/nowhere", "--train_data", phantom / "train.jsonl",
+                 "--output_dir", tmp_path / "run",
                  "--eval_data", phantom / "test.jsonl")
     assert "are in --train_data" not in said
 
 
 def test_the_constant_answer_is_not_chosen_on_a_copy_of_the_test_data(fails, phantom, tmp_path):
     copy = copied(phantom, tmp_path / "other", "test.jsonl")
-    said = fails(evaluate.main, "--model", "constant", "--data", phantom / "test.jsonl", "--output_dir", tmp_path / "out", "--train_data", copy)
-    assert f"--data {phantom}/test.jsonl is a copy of --train_data" in said and not (tmp_path / "out").exists()
+    said = fails(evaluate.main, "--model", "constant", "--data", phantom / "test.jsonl",
+                 "--output_dir", tmp_path / "out", "--train_data", copy)
+    assert f"--data {phantom}/test.jsonl is a copy of --train_data" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_half_a_character_in_a_stored_answer(fails, phantom, stored, tmp_path):
     """Bug: a traceback out of the picture's text, after all had been scored."""
-    write_rows(stored[0], [stored[1][0], *(row | {"answer": "Effusion \ud83d"} for row in stored[1][1:])])
-    said = fails(evaluate.main, "--predictions", stored[0], "--data", phantom / "test.jsonl", "--output_dir", tmp_path / "out")
-    assert f"{stored[0]}/predictions.jsonl:2: the answer holds '\\ud83d', half a character" in said and not (tmp_path / "out").exists()
+    write_rows(stored[0], [stored[1][0], *(row | {"answer": "Effusion \ud83d"}
+                                           for row in stored[1][1:])])
+    said = fails(evaluate.main, "--predictions", stored[0], "--data", phantom / "test.jsonl",
+                 "--output_dir", tmp_path / "out")
+    assert f"{stored[0]}/predictions.jsonl:2: the answer holds '\\ud83d', half a character" in said
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("scale, written, note", [
-    ("1", 1000, "boxes that the model wrote leave 0..1 and so score nothing (--box_scale is 1): should it be 1000?"),
-    ("1", 3000, "score nothing (--box_scale is 1): should it be the image's side in pixels?"), ("1000", 1, "fractions already, and --box_scale 1000 divides"),
+    ("1", 1000, "boxes that the model wrote leave 0..1 and so score nothing (--box_scale is 1): "
+                "should it be 1000?"),
+    ("1", 3000, "score nothing (--box_scale is 1): should it be the side of the image in pixels?"),
+    ("1000", 1, "fractions already, and --box_scale 1000 divides"),
     ("1", 1, None), ("1000", 1000, None)])
 def test_answers_at_another_scale_are_said(phantom, stored, scale, written, note):
     """Bug: an untuned Qwen3-VL's boxes lie in 0..1000 and all score 0, and nothing said why."""
     samples = evaluate.read_jsonl(phantom / "test.jsonl")
-    answers = [s.answer if s.task == "report" else f"[{', '.join(f'{value * written:g}' for value in s.boxes[0])}]" for s in samples]
+    answers = [s.answer if s.task == "report"
+               else f"[{', '.join(f'{value * written:g}' for value in s.boxes[0])}]"
+               for s in samples]
     said = evaluate.scale_note(answers, samples, False, float(scale))
     assert note in said if note else said is None
 
 
 def test_evaluation_says_that_boxes_leave_the_film(phantom, stored, tmp_path, monkeypatch, capsys):
     write_rows(stored[0], [row | {"answer": "[100, 200, 300, 400]"} for row in stored[1]])
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--predictions", str(stored[0]), "--data", str(phantom / "test.jsonl"), "--output_dir",
-                                      str(tmp_path / "out"), "--task", "grounding", "--report_items", "0"])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--predictions", str(stored[0]), "--data",
+                                      str(phantom / "test.jsonl"), "--output_dir",
+                                      str(tmp_path / "out"), "--task", "grounding",
+                                      "--report_items", "0"])
     monkeypatch.setattr(evaluate, "draw_samples", lambda *args, **more: None)
     evaluate.main()
-    assert "leave 0..1 and so score nothing (--box_scale is 1): should it be 1000?" in capsys.readouterr().out
+    assert "score nothing (--box_scale is 1): should it be 1000?" in capsys.readouterr().out
 
 
 def test_the_constant_answer_is_not_chosen_on_the_test_data(fails, phantom, tmp_path):

@@ -81,72 +81,101 @@ def test_blank_films_are_noted(folder):
 
 
 def test_films_of_doubtful_brightness_are_named(folder):
-    """Bug: `check` found no error in films at a fortieth of their brightness: contrast counted as full for all but 8 bits."""
+    """Bug: `check` found no error in films at a fortieth of their brightness: contrast counted as
+    full for all but 8 bits."""
     ramp = np.linspace(0, 1, 100 * 100).reshape(100, 100)
-    films = {"fine16.png": (ramp * 4095).astype(np.uint16), "dark8.png": (ramp * 40).astype(np.uint8),
-             "dark16.png": (16000 + ramp * 49000).astype(np.uint16) * (ramp > 0.97), "flat16.png": (60000 + ramp * 4000).astype(np.uint16),
-             "white.png": (ramp * 700).clip(0, 255).astype(np.uint8), "black.png": (ramp * 1200 - 945).clip(0, 255).astype(np.uint8),
+    films = {"fine16.png": (ramp * 4095).astype(np.uint16),
+             "dark8.png": (ramp * 40).astype(np.uint8),
+             "dark16.png": (16000 + ramp * 49000).astype(np.uint16) * (ramp > 0.97),
+             "flat16.png": (60000 + ramp * 4000).astype(np.uint16),
+             "white.png": (ramp * 700).clip(0, 255).astype(np.uint8),
+             "black.png": (ramp * 1200 - 945).clip(0, 255).astype(np.uint8),
              "signed.tif": (ramp * 2000 - 1000).astype(np.int32)}
     for name, pixels in films.items():
         Image.fromarray(pixels).save(folder / name)
     lines = [line(n, name) for n, name in enumerate(["0.png", *films])]
     text, errors, _ = check([write(folder, "train.jsonl", *lines)])
     assert not errors
-    notes = [row.strip().removeprefix("note").strip() for row in text.splitlines() if row.startswith("  note")]
-    for part in ("1 films are nearly all of one grey: flat16.png (line 5)", "2 films are dark: 95 of 100 pixels are below a quarter of white: "
-                 "dark8.png (line 3), dark16.png (line 4)", "or nearly all pure black: white.png (line 6), black.png (line 7)",
+    notes = [row.strip().removeprefix("note").strip() for row in text.splitlines()
+             if row.startswith("  note")]
+    for part in ("1 films are nearly all of one grey: flat16.png (line 5)",
+                 "2 films are dark: 95 of 100 pixels are below a quarter of white: "
+                 "dark8.png (line 3), dark16.png (line 4)",
+                 "or nearly all pure black: white.png (line 6), black.png (line 7)",
                  "1 films are of values below 0: black is the least of them: signed.tif (line 8)"):
         assert any(part in note for note in notes), (part, notes)
-    assert len(notes) == 4 and "depth      4 of 8 bits, 2 of 16 bits in 16, 1 of 12 bits in 16, 1 of signed values" in text
+    assert len(notes) == 4
+    assert "depth      4 of 8 bits, 2 of 16 bits in 16, 1 of 12 bits in 16, 1 of signed values" in text
 
 
 def test_boxes_that_are_wrong_are_counted(folder):
-    lines = [line(n, "0.png", boxes=[[0, 0, 2, 1]]) for n in range(3)] + [line(9, "0.png", answer="At [100, 200, 500, 600].")]
+    lines = [line(n, "0.png", boxes=[[0, 0, 2, 1]]) for n in range(3)]
+    lines.append(line(9, "0.png", answer="At [100, 200, 500, 600]."))
     text, errors, _ = check([write(folder, "train.jsonl", *lines)])
-    assert "in lines with errors 3 leave 0..1, and 1 answers say other boxes" in text and len(errors) == 4
+    assert "in lines with errors 3 leave 0..1, and 1 answers say other boxes" in text
+    assert len(errors) == 4
     assert "they look like [x1, y1, x2, y2] in 0..1000" in errors[3]
 
 
 def test_what_a_report_holds_beside_its_findings(folder):
     report = {"image": "0.png", "task": "report", "question": "Report."}
-    texts = ["No effusion.", "No effusion. IMPRESSION: Normal.", "No effusion. The heart", "ETT: 3 cm above the carina.", "Clear\u200b lungs.",
+    texts = ["No effusion.", "No effusion. IMPRESSION: Normal.", "No effusion. The heart",
+             "ETT: 3 cm above the carina.", "Clear\u200b lungs.",
              "Clear.\n\nHeart\tnormal."]
     lines = [report | {"id": f"r{n}", "answer": text} for n, text in enumerate(texts)]
     text, errors, _ = check([write(folder, "train.jsonl", *lines)])
     assert not errors and "1 reports hold the heading of a section: r1 (line 2)" in text
-    assert "1 reports end within a sentence: r2 (line 3)" in text and "1 samples hold control or zero-width characters: r4 (line 5)" in text
+    assert "1 reports end within a sentence: r2 (line 3)" in text
+    assert "1 samples hold control or zero-width characters: r4 (line 5)" in text
 
 
-@pytest.mark.parametrize("names", [("train/x.jsonl", "test/x.jsonl"), ("a/train/x.jsonl", "a/val/x.jsonl"), ("validate/x.jsonl", "train/x.jsonl"),
-                                   ("train.jsonl", "test.jsonl"), ("mimic_train.jsonl", "mimic-Val.jsonl"), ("x/trainset/a.jsonl", "x/testing/a.jsonl"),
-                                   ("dev/train-clean.jsonl", "dev/a.jsonl"), ("one.jsonl", "two.jsonl")])
+@pytest.mark.parametrize("names", [("train/x.jsonl", "test/x.jsonl"),
+                                   ("a/train/x.jsonl", "a/val/x.jsonl"),
+                                   ("validate/x.jsonl", "train/x.jsonl"),
+                                   ("train.jsonl", "test.jsonl"),
+                                   ("mimic_train.jsonl", "mimic-Val.jsonl"),
+                                   ("x/trainset/a.jsonl", "x/testing/a.jsonl"),
+                                   ("dev/train-clean.jsonl", "dev/a.jsonl"),
+                                   ("one.jsonl", "two.jsonl")])
 def test_the_same_patients_on_two_sides(folder, names):
-    """Bug: sides were told by the file's name alone, so patients in train/x.jsonl and test/x.jsonl were no leak."""
+    """Bug: sides were told by the file's name alone, so patients in train/x.jsonl and test/x.jsonl
+    were no leak."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    one, two = (write(folder, name, line(n, str(folder / f"{n}.png"), patient="p")) for n, name in enumerate(names))
+    one, two = (write(folder, name, line(n, str(folder / f"{n}.png"), patient="p")) for n,
+                name in enumerate(names))
     _, errors, _ = check([one, two])
-    assert errors == [f"{two}:1: leak: patient 'p' stands in {one}:1 too: remove it from one of them"]
+    assert errors == [f"{two}:1: leak: patient 'p' stands in {one}:1 too: remove it from one of "
+                      f"them"]
 
 
-@pytest.mark.parametrize("names", [("one/train.jsonl", "two/train.jsonl"), ("train/a.jsonl", "train/b.jsonl"), ("train/a.jsonl", "more/train-2.jsonl"),
-                                   ("Train/a.jsonl", "Train/b.jsonl"), ("train.jsonl", "train-clean.jsonl"), ("mimic/training/x.jsonl", "nih/train/x.jsonl"), ("one/x.jsonl", "two/x.jsonl")])
+@pytest.mark.parametrize("names", [("one/train.jsonl", "two/train.jsonl"),
+                                   ("train/a.jsonl", "train/b.jsonl"),
+                                   ("train/a.jsonl", "more/train-2.jsonl"),
+                                   ("Train/a.jsonl", "Train/b.jsonl"),
+                                   ("train.jsonl", "train-clean.jsonl"),
+                                   ("mimic/training/x.jsonl", "nih/train/x.jsonl"),
+                                   ("one/x.jsonl", "two/x.jsonl")])
 def test_files_of_one_side_may_share_patients(folder, names):
     for name in names:
-        (folder / "test" / name).parent.mkdir(parents=True, exist_ok=True)  # a folder of all files says nothing
-    files = [write(folder, f"test/{name}", line(n, str(folder / f"{n}.png"), patient="p")) for n, name in enumerate(names)]
+        # a folder of all files says nothing
+        (folder / "test" / name).parent.mkdir(parents=True, exist_ok=True)
+    files = [write(folder, f"test/{name}", line(n, str(folder / f"{n}.png"), patient="p")) for n,
+             name in enumerate(names)]
     text, errors, _ = check(files)
     assert not errors and "one side, so nothing was compared" in text
 
 
 def test_it_prints_which_file_it_took_for_which_side(folder):
-    files = [write(folder, name, line(n, "0.png" if n < 2 else "1.png")) for n, name in enumerate(("train.jsonl", "train-2.jsonl", "valid.jsonl"))]
+    files = [write(folder, name, line(n, "0.png" if n < 2 else "1.png")) for n,
+             name in enumerate(("train.jsonl", "train-2.jsonl", "valid.jsonl"))]
     text, errors, _ = check(files)
     assert not errors and text.endswith(f"sides  train: {files[0]}, {files[1]}; valid: {files[2]}")
 
 
 def test_a_film_of_another_depth_or_mode_is_the_same_film(folder):
-    """What a run sees is compared: the adapters' 8-bit copy of a 16-bit film, a grey film stored as colour."""
+    """What a run sees is compared: the adapters' 8-bit copy of a 16-bit film, a grey film stored as
+    colour."""
     pixels = (np.random.default_rng(9).integers(0, 4096, (30, 40))).astype(np.uint16)
     Image.fromarray(pixels).save(folder / "deep.png")
     Image.open(folder / "1.png").convert("RGB").save(folder / "colour.png")
@@ -161,16 +190,21 @@ def test_a_film_of_another_depth_or_mode_is_the_same_film(folder):
 def test_control_characters_are_shown_escaped(folder):
     """Bug: an ESC in a label, id or file name reached the terminal."""
     esc = "\x1b[2J\u202e"
-    bad = write(folder, "train.jsonl", line(0, "0.png", label=f"heart{esc}"), line(1, f"lost{esc}.png"), line(2, "0.png", id=f"s{esc}", task=esc),
-                line(f"3{esc}", "1.png"), line(f"3{esc}", "1.png"), line(4, "0.png", patient=f"p{esc}"))
-    test = write(folder, "test.jsonl", line(14, "2.png", patient=f"p{esc}", answer=f"{esc} [0.10, 0.20, 0.50, 0.60]"))
+    bad = write(folder, "train.jsonl", line(0, "0.png", label=f"heart{esc}"),
+                line(1, f"lost{esc}.png"), line(2, "0.png", id=f"s{esc}", task=esc),
+                line(f"3{esc}", "1.png"), line(f"3{esc}", "1.png"),
+                line(4, "0.png", patient=f"p{esc}"))
+    test = write(folder, "test.jsonl", line(14, "2.png", patient=f"p{esc}",
+                                            answer=f"{esc} [0.10, 0.20, 0.50, 0.60]"))
     text, errors, _ = check([bad, test])
     assert len(errors) == 4 and "".join([*errors, *text.splitlines()]).isprintable()
-    assert "heart\\x1b[2J\\u202e" in text and "samples hold control or zero-width characters" in text
+    assert "heart\\x1b[2J\\u202e" in text
+    assert "samples hold control or zero-width characters" in text
 
 
 def test_a_film_that_vanishes_while_it_is_checked(folder, monkeypatch):
-    """Bug: a film that was there when its line was read, and not when it was opened, was left out in silence."""
+    """Bug: a film that was there when its line was read, and not when it was opened, was left out
+    in silence."""
     train = write(folder, "train.jsonl", line(0, "0.png"), line(1, "1.png"))
     real = check_module.scan_jsonl
 
@@ -180,7 +214,8 @@ def test_a_film_that_vanishes_while_it_is_checked(folder, monkeypatch):
         return found
     monkeypatch.setattr(check_module, "scan_jsonl", scan)
     _, errors, _ = check([train])
-    assert len(errors) == 1 and errors[0].startswith(f"{train}:2: image {folder}/1.png cannot be read (no such file)")
+    assert len(errors) == 1 and errors[0].startswith(f"{train}:2: image {folder}/1.png cannot be "
+                                                     f"read (no such file)")
 
 
 def test_each_film_is_decoded_once(folder, monkeypatch):
@@ -221,7 +256,9 @@ def test_lengths_in_the_checkpoint_s_tokens(folder, policy, tmp_path):
 def test_contact_sheet_draws_boxes_where_they_lie(folder):
     Image.new("L", (200, 100), 0).save(folder / "wide.png")
     from minigrpo.data import read_jsonl
-    samples = read_jsonl(write(folder, "train.jsonl", line(0, "wide.png", answer="[0.25, 0.00, 0.50, 1.00]", boxes=[[0.25, 0.0, 0.5, 1.0]])))
+    samples = read_jsonl(write(folder, "train.jsonl", line(0, "wide.png",
+                                                           answer="[0.25, 0.00, 0.50, 1.00]",
+                                                           boxes=[[0.25, 0.0, 0.5, 1.0]])))
     assert draw_sheet(folder / "sheet.png", samples)
     sheet = np.asarray(Image.open(folder / "sheet.png").convert("RGB")).astype(int)
     red = (sheet[..., 0] > 200) & (sheet[..., 1] < 120)

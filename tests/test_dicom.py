@@ -82,27 +82,36 @@ def test_a_file_that_is_no_film_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("tags", [
-    dict(WindowCenter=1500, WindowWidth=0), dict(WindowCenter=1500, WindowWidth=-1), dict(WindowCenter=None, WindowWidth=None),
-    dict(WindowCenter=1500), dict(WindowWidth=100), dict(RescaleSlope=None, RescaleIntercept=0), dict(RescaleSlope=None, RescaleIntercept=None),
-    dict(RescaleSlope=1, RescaleIntercept=None), dict(RescaleSlope=0, RescaleIntercept=0), dict(VOILUTSequence=[]), dict(ModalityLUTSequence=[]),
-    dict(WindowCenter=[1500, 2048], WindowWidth=[0, 4096]), dict(WindowCenter=2048, WindowWidth=4096, VOILUTFunction="ODD"), dict(PixelPaddingValue=None)])
+    dict(WindowCenter=1500, WindowWidth=0), dict(WindowCenter=1500, WindowWidth=-1),
+    dict(WindowCenter=None, WindowWidth=None),
+    dict(WindowCenter=1500), dict(WindowWidth=100), dict(RescaleSlope=None, RescaleIntercept=0),
+    dict(RescaleSlope=None, RescaleIntercept=None),
+    dict(RescaleSlope=1, RescaleIntercept=None), dict(RescaleSlope=0, RescaleIntercept=0),
+    dict(VOILUTSequence=[]), dict(ModalityLUTSequence=[]),
+    dict(WindowCenter=[1500, 2048], WindowWidth=[0, 4096]),
+    dict(WindowCenter=2048, WindowWidth=4096, VOILUTFunction="ODD"), dict(PixelPaddingValue=None)])
 def test_a_tag_without_a_usable_value_is_none(tmp_path, tags):
     """Bug: a window of width 0 or an empty slope lost the film."""
     assert np.abs(load(tmp_path, **tags) - RAMP * 255 / 4095).max() <= 1
 
 
 def test_an_empty_slope_leaves_the_intercept_and_the_window(tmp_path):
-    found = load(tmp_path, RescaleSlope=None, RescaleIntercept=-1000, WindowCenter=500, WindowWidth=1000)
+    found = load(tmp_path, RescaleSlope=None, RescaleIntercept=-1000, WindowCenter=500,
+                 WindowWidth=1000)
     assert np.abs(found - window(RAMP - 1000, 500, 1000)).max() <= 1
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 @pytest.mark.parametrize("value, bits, tags", [
-    (65535, 16, dict(PixelPaddingValue=65535)), (65535, 12, dict(PixelPaddingValue=65535)), (65535, 12, {}), (0, 12, dict(PixelPaddingValue=0)),
-    (5000, 16, dict(PixelPaddingValue=4990, PixelPaddingRangeLimit=5010)), (65535, 12, dict(WindowCenter=2000, WindowWidth=2000))])
-def test_padding_around_a_film_is_black_and_darkens_nothing(tmp_path, photometric, value, bits, tags):
+    (65535, 16, dict(PixelPaddingValue=65535)), (65535, 12, dict(PixelPaddingValue=65535)),
+    (65535, 12, {}), (0, 12, dict(PixelPaddingValue=0)),
+    (5000, 16, dict(PixelPaddingValue=4990, PixelPaddingRangeLimit=5010)),
+    (65535, 12, dict(WindowCenter=2000, WindowWidth=2000))])
+def test_padding_around_a_film_is_black_and_darkens_nothing(tmp_path, photometric, value, bits,
+                                                            tags):
     """Bug: a padding value of 65535 was the film's white."""
-    film, whole = 1000 + RAMP / 2, load(tmp_path, 1000 + RAMP / 2, photometric=photometric, **{k: v for k, v in tags.items() if "Window" in k})
+    film, whole = 1000 + RAMP / 2, load(tmp_path, 1000 + RAMP / 2, photometric=photometric,
+                                        **{k: v for k, v in tags.items() if "Window" in k})
     padded = film.copy()
     padded[-10:] = value  # the film's brightest rows go, so its own range does, too
     padded[0, 0], padded[20, 20] = film.min(), film.max()
@@ -119,7 +128,8 @@ def test_a_hot_pixel_does_not_darken_a_film(tmp_path):
 
 
 @pytest.mark.parametrize("tags, message", [
-    (dict(Rows=12_000, Columns=12_000), "more than 100 million"), (dict(NumberOfFrames=10**9), "1000000000 frames"), (dict(SamplesPerPixel=3), "3 colours"),
+    (dict(Rows=12_000, Columns=12_000), "more than 100 million"),
+    (dict(NumberOfFrames=10**9), "1000000000 frames"), (dict(SamplesPerPixel=3), "3 colours"),
     (dict(Rows=2400, Columns=1), "more than 200 times"), (dict(Rows=0), "more than 200 times")])
 def test_dicom_files_that_claim_too_much(tmp_path, tags, message):
     """Bug: only the decoder looked at the size."""
@@ -146,7 +156,8 @@ def test_a_jpeg_of_thousands_of_scans_in_a_dicom_file(tmp_path):
     from tests.test_film import progressive
     dicom_film(tmp_path / "film.dicom", RAMP)
     film = pydicom.dcmread(tmp_path / "film.dicom")
-    film.file_meta.TransferSyntaxUID, film.PixelData = pydicom.uid.JPEGBaseline8Bit, encapsulate([progressive(5000)])
+    film.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    film.PixelData = encapsulate([progressive(5000)])
     film["PixelData"].VR, film["PixelData"].is_undefined_length = "OB", True
     film.save_as(tmp_path / "bomb.dicom")
     with pytest.raises(ValueError, match="more than 100 scans"):

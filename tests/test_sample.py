@@ -91,22 +91,31 @@ def without(record: dict, name: str) -> dict:
     (REPORT | {"turns": 5}, '"turns" are for conversations', 'or leave them out'),
     (REPORT | {"question": "<|image_pad|> Report."}, '"question" holds <|image_pad|>', "remove it"),
     (REPORT | {"answer": "Clear.<|im_end|>"}, '"answer" holds <|im_end|>', "remove it"),
-    (REPORT | {"answer": "<think>Clear.</think>No effusion."}, '"answer" holds <think>', 'write the trace into "thinking"'),
-    (REPORT | {"answer": "<answer>No effusion.</answer>"}, '"answer" holds <answer>', "without tags"),
+    (REPORT | {"answer": "<think>Clear.</think>No effusion."}, '"answer" holds <think>',
+     'write the trace into "thinking"'),
+    (REPORT | {"answer": "<answer>No effusion.</answer>"}, '"answer" holds <answer>',
+     "without tags"),
     (REPORT | {"answer": "No effusion. </ Think >"}, '"answer" holds </ Think >', "without tags"),
     (REPORT | {"thinking": "<think>Clear."}, '"thinking" holds <think>', "leave the tags out"),
     (TALK | {"turns": [["Effusion?", "No.</think>"]]}, '"turns" holds </think>', "without tags"),
-    (REPORT | {"question": "<image>\nReport."}, '"question" holds <image>', '"image" says where images are'),
+    (REPORT | {"question": "<image>\nReport."}, '"question" holds <image>',
+     '"image" says where images are'),
     (REPORT | {"question": "Report. <video>"}, '"question" holds <video>', "remove it"),
-    (TALK | {"turns": [["Effusion?", "No."], ["<image> And here?", "No."]]}, '"turns" holds <image>', "remove it"),
+    (TALK | {"turns": [["Effusion?", "No."], ["<image> And here?", "No."]]},
+     '"turns" holds <image>', "remove it"),
     (REPORT | {"answer": "\u200b"}, '"answer" is missing, empty', "write it, or remove the line"),
-    (REPORT | {"answer": "\ufeff\u2060 \u00ad\t"}, '"answer" is missing, empty', "write it, or remove the line"),
-    (REPORT | {"question": "\u3164\u2800"}, '"question" is missing, empty', "write it, or remove the line"),
-    (TALK | {"turns": [["Effusion?", "\u200d"]]}, '"turns" is missing or ill-formed', "none of them empty"),
+    (REPORT | {"answer": "\ufeff\u2060 \u00ad\t"}, '"answer" is missing, empty',
+     "write it, or remove the line"),
+    (REPORT | {"question": "\u3164\u2800"}, '"question" is missing, empty',
+     "write it, or remove the line"),
+    (TALK | {"turns": [["Effusion?", "\u200d"]]}, '"turns" is missing or ill-formed',
+     "none of them empty"),
     (REPORT | {"id": "\u202e"}, '"id" is missing or no text', "its own"),
-    (REPORT | {"label": "lung\udfff"}, '"label" holds \'\\udfff\', half a character', "write it anew"),
+    (REPORT | {"label": "lung\udfff"}, '"label" holds \'\\udfff\', half a character',
+     "write it anew"),
     (REPORT | {"image": "~/film.png"}, "does not exist", "write ~ out"),
-    ('{"id": "r", "answer": "Effusion.", "answer": "No effusion."}', "key 'answer' stands twice", "one JSON object a line"),
+    ('{"id": "r", "answer": "Effusion.", "answer": "No effusion."}', "key 'answer' stands twice",
+     "one JSON object a line"),
     (TALK | {"turns": [["Effusion?", "No\ud83d"]]}, '"turns" holds \'\\ud83d\', half a character', "write it anew"),
     (REPORT | {"question": "\udc00?"}, '"question" holds \'\\udc00\', half a character', "write it anew"),
 ])
@@ -159,7 +168,8 @@ def test_truncated_image_is_found_although_its_header_is_whole(write, tmp_path, 
 def test_each_image_is_decoded_once(write, monkeypatch):
     opened = []
     real = Image.open
-    monkeypatch.setattr(Image, "open", lambda file, **more: opened.append(file) or real(file, **more))
+    monkeypatch.setattr(Image, "open", lambda file, **more: opened.append(file)
+                        or real(file, **more))
     read_jsonl(write(*[REPORT | {"id": str(i)} for i in range(5)]))
     assert len(opened) == 1
 
@@ -232,7 +242,8 @@ def test_32_bit_films_are_scaled_not_clipped(tmp_path):
 
 
 def test_questions_may_speak_of_tags(write):
-    """Prompts in the way of R1 say where thinking goes; only what is compared with an answer must be free of tags."""
+    """Prompts in the way of R1 say where thinking goes; only what is compared with an answer must
+    be free of tags."""
     asked = REPORT | {"question": "Think in <think></think>, then report in <answer></answer>."}
     assert read_jsonl(write(asked))[0].question == asked["question"]
 
@@ -242,17 +253,20 @@ def test_one_spelling_on_both_sides(write):
     from minigrpo.data import split_thinking
     from minigrpo.metrics.items import score_item
     from minigrpo.rewards import reward_fn
-    composed, apart = "Kein Erguß, Herz vergrößert, \u00c5 d\u00e9j\u00e0 vu.", "Kein Erguß, Herz vergro\u0308\u00dfert, A\u030a de\u0301ja\u0300 vu."
+    composed = "Kein Erguß, Herz vergrößert, \u00c5 d\u00e9j\u00e0 vu."
+    apart = "Kein Erguß, Herz vergro\u0308\u00dfert, A\u030a de\u0301ja\u0300 vu."
     for reference, answer in ((composed, apart), (apart, composed), (apart, apart)):
-        sample, = read_jsonl(write(REPORT | {"answer": reference, "thinking": apart, "question": apart}))
-        assert sample.answer == sample.thinking == sample.question == composed and split_thinking(answer)[1] == composed
+        sample, = read_jsonl(write(REPORT | {"answer": reference, "thinking": apart,
+                                             "question": apart}))
+        assert sample.answer == sample.thinking == sample.question == composed
+        assert split_thinking(answer)[1] == composed
         assert reward_fn("gleu")([answer], [sample]).values == [1.0]
         assert score_item(sample, answer)["gleu"] == 1.0
     sample, = read_jsonl(write(TALK | {"turns": [[apart, apart]]}))
     assert sample.turns == [[composed, composed]] and sample.answer == composed
 
 
-# ---- boxes in the answer beside "boxes" ------------------------------------------------------------------------------
+# ---- boxes in the answer beside "boxes" ------------------------------------------------
 
 TWO = [[0.1234, 0.2, 0.3, 0.4], [0.5, 0.55, 0.9, 0.95]]
 FIRST, SECOND = "[0.12, 0.20, 0.30, 0.40]", "[0.50, 0.55, 0.90, 0.95]"
@@ -261,10 +275,14 @@ FIRST, SECOND = "[0.12, 0.20, 0.30, 0.40]", "[0.50, 0.55, 0.90, 0.95]"
 @pytest.mark.parametrize("answer, guess", [
     ("[123, 200, 300, 400] and [500, 550, 900, 950]", "they look like [x1, y1, x2, y2] in 0..1000"),
     ("[12.3, 20, 30, 40] and [50, 55, 90, 95]", "they look like [x1, y1, x2, y2] in percent"),
-    ("[252, 307, 614, 614] and [1024, 844, 1843, 1459]", "they look like [x1, y1, x2, y2] in pixels of an image of about 204"),
-    ("[0.12, 0.20, 0.18, 0.20] and [0.50, 0.55, 0.40, 0.40]", "they look like [x, y, width, height]"),
-    ("[253, 307, 361, 307] and [1024, 844, 819, 614]", "they look like [x, y, width, height] in pixels of an image of about 20"),
-    ("[0.21, 0.30, 0.18, 0.20] and [0.70, 0.75, 0.40, 0.40]", "they look like [middle x, middle y, width, height]"),
+    ("[252, 307, 614, 614] and [1024, 844, 1843, 1459]",
+     "they look like [x1, y1, x2, y2] in pixels of an image of about 204"),
+    ("[0.12, 0.20, 0.18, 0.20] and [0.50, 0.55, 0.40, 0.40]",
+     "they look like [x, y, width, height]"),
+    ("[253, 307, 361, 307] and [1024, 844, 819, 614]",
+     "they look like [x, y, width, height] in pixels of an image of about 20"),
+    ("[0.21, 0.30, 0.18, 0.20] and [0.70, 0.75, 0.40, 0.40]",
+     "they look like [middle x, middle y, width, height]"),
     ("[0.20, 0.12, 0.40, 0.30] and [0.55, 0.50, 0.95, 0.90]", "they look like [y1, x1, y2, x2]"),
     ("[200, 123, 400, 300] and [550, 500, 950, 900]", "they look like [y1, x1, y2, x2] in 0..1000"),
     ("[0.30, 0.40, 0.12, 0.20] and [0.90, 0.95, 0.50, 0.55]", "they look like [x2, y2, x1, y1]"),
@@ -272,38 +290,51 @@ FIRST, SECOND = "[0.12, 0.20, 0.30, 0.40]", "[0.50, 0.55, 0.90, 0.95]"
     (f"{FIRST} and [0.10, 0.55, 0.50, 0.95]", "they are other boxes"),
     (f"{FIRST} and [0.50, 0.55, 0.90, 0.98]", "they are other boxes"),
     (FIRST, '1 in the answer, 2 in "boxes"; [0.50, 0.55, 0.90, 0.95] is in "boxes" alone'),
-    (f"{FIRST}, {SECOND} and [0.10, 0.10, 0.20, 0.20]", '3 in the answer, 2 in "boxes"; [0.10, 0.10, 0.20, 0.20] is in the answer alone'),
-    (f"{FIRST}, {FIRST} and {SECOND}", f'3 in the answer, 2 in "boxes"; {FIRST} is in the answer alone'),
+    (f"{FIRST}, {SECOND} and [0.10, 0.10, 0.20, 0.20]",
+     '3 in the answer, 2 in "boxes"; [0.10, 0.10, 0.20, 0.20] is in the answer alone'),
+    (f"{FIRST}, {FIRST} and {SECOND}",
+     f'3 in the answer, 2 in "boxes"; {FIRST} is in the answer alone'),
     (f"{FIRST} and {FIRST}", "they are other boxes")])
 def test_an_answer_that_contradicts_its_boxes(write, answer, guess):
     """Bug: nothing was said, and the file's own answer earned a soft F1 of 0."""
     with pytest.raises(DataError) as error:
         read_jsonl(write(REPORT, BOX | {"answer": f"Seen at {answer}.", "boxes": TWO}))
-    assert ':2: the boxes in the answer are not "boxes" (' in str(error.value) and guess in str(error.value)
+    assert ':2: the boxes in the answer are not "boxes" (' in str(error.value)
+    assert guess in str(error.value)
     assert f"write {FIRST} and {SECOND} in the answer, or mend" in str(error.value)
 
 
-@pytest.mark.parametrize("boxes, guess", [([[0.1, 0.2, 0.2, 0.3]], '"boxes" looks like [x, y, width, height]'),
-                                          ([[0.2, 0.1, 0.5, 0.3]], "they look like [y1, x1, y2, x2]")])
+@pytest.mark.parametrize("boxes, guess", [([[0.1, 0.2, 0.2, 0.3]],
+                                           '"boxes" looks like [x, y, width, height]'),
+                                          ([[0.2, 0.1, 0.5, 0.3]],
+                                           "they look like [y1, x1, y2, x2]")])
 def test_boxes_in_another_form_than_the_answer(write, boxes, guess):
     with pytest.raises(DataError, match=guess.replace("[", r"\[")):
         read_jsonl(write(BOX | {"answer": "[0.10, 0.20, 0.30, 0.50]", "boxes": boxes}))
 
 
 @pytest.mark.parametrize("answer, boxes", [
-    (f"{FIRST} and {SECOND}", TWO), (f"{SECOND} and {FIRST}", TWO), (f"A nodule at {FIRST} (mild), a mass at {SECOND}.", TWO),
-    ("[0.1234, 0.2, 0.3, 0.4] [0.5, 0.55, 0.9, 0.95]", TWO), ("[0.13, 0.20, 0.30, 0.40] and [0.50, 0.55, 0.89, 0.95]", TWO),
-    ("[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.9, 1.0]", TWO), ("[0.1, 0.2, 0.3, 0.4]", [[0.1499, 0.16, 0.34, 0.44]]),
+    (f"{FIRST} and {SECOND}", TWO), (f"{SECOND} and {FIRST}", TWO),
+    (f"A nodule at {FIRST} (mild), a mass at {SECOND}.", TWO),
+    ("[0.1234, 0.2, 0.3, 0.4] [0.5, 0.55, 0.9, 0.95]", TWO),
+    ("[0.13, 0.20, 0.30, 0.40] and [0.50, 0.55, 0.89, 0.95]", TWO),
+    ("[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.9, 1.0]", TWO), ("[0.1, 0.2, 0.3, 0.4]", [[0.1499, 0.16,
+                                                                                    0.34, 0.44]]),
     ("[0, 0, 1, 1]", [[0.001, 0.0, 1.0, 0.999]]), ("[.12,.2,.3,.4] [5e-1,0.55,0.9,0.95]", TWO),
-    (f"{FIRST} and {FIRST}", [TWO[0], TWO[0]]), ("[0.12, 0.20, 0.30, 0.40] of [1, 2] and [a, b, c, d]", [TWO[0]])])
+    (f"{FIRST} and {FIRST}", [TWO[0], TWO[0]]),
+    ("[0.12, 0.20, 0.30, 0.40] of [1, 2] and [a, b, c, d]", [TWO[0]])])
 def test_rounding_and_order_are_no_contradiction(write, answer, boxes):
-    assert read_jsonl(write(BOX | {"answer": answer, "boxes": boxes, "thinking": "Perhaps [0.9, 0.9, 0.95, 0.95]."}))
+    assert read_jsonl(write(BOX | {"answer": answer, "boxes": boxes,
+                                   "thinking": "Perhaps [0.9, 0.9, 0.95, 0.95]."}))
 
 
 def test_boxes_of_other_tasks_are_their_own(write):
-    """A report has boxes of its findings and no box in its text; a conversation may speak of one of several."""
-    talk = TALK | {"turns": [["Where is the heart?", f"At {FIRST}."], ["And the aorta?", f"At {SECOND}."]], "boxes": [TWO[0]]}
-    classified = REPORT | {"id": "k", "task": "classification", "answer": f"Nodule {SECOND}", "boxes": TWO}
+    """A report has boxes of its findings and no box in its text; a conversation may speak of one of
+    several."""
+    talk = TALK | {"turns": [["Where is the heart?", f"At {FIRST}."],
+                             ["And the aorta?", f"At {SECOND}."]], "boxes": [TWO[0]]}
+    classified = REPORT | {"id": "k", "task": "classification", "answer": f"Nodule {SECOND}",
+                           "boxes": TWO}
     assert len(read_jsonl(write(REPORT | {"boxes": TWO}, talk, classified))) == 3
 
 
@@ -318,9 +349,11 @@ def test_thousands_of_boxes_are_compared_in_order(write):
 
 
 def test_control_characters_do_not_reach_the_terminal(write):
-    """Bug: an ESC in a path or an id was printed as it stood, and could rewrite what the terminal shows."""
+    """Bug: an ESC in a path or an id was printed as it stood, and could rewrite what the terminal
+    shows."""
     with pytest.raises(DataError) as error:
-        read_jsonl(write(REPORT | {"image": "film\x1b]0;owned\x07.png"}, REPORT | {"id": "t", "task": "\x9b2J\u202e"}))
+        read_jsonl(write(REPORT | {"image": "film\x1b]0;owned\x07.png"}, REPORT
+                         | {"id": "t", "task": "\x9b2J\u202e"}))
     assert str(error.value).count("\n") == 1 and str(error.value).replace("\n", "").isprintable()
     assert "film\\x1b]0;owned\\x07.png" in str(error.value)
 

@@ -1,4 +1,5 @@
-"""Boxes of an answer beside the true ones: whether they are the same, and if not, in which form they may be written."""
+"""Boxes of an answer beside the true ones: whether they are the same, and if not, in which form
+they may be written."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +9,8 @@ from scipy.optimize import linear_sum_assignment
 
 from .boxes import Box, format_boxes, parse_boxes, split_thinking
 
-ROUNDED, COARSE = 0.01, 0.05  # how far rounding takes a number of two decimals or more (cut off at worst), and of one
+# how far rounding takes a number of two decimals or more (cut off at worst), and of one
+ROUNDED, COARSE = 0.01, 0.05
 MOST_PAIRED = 100  # boxes of a line that may stand in another order than the answer's
 Boxes = Sequence[Sequence[float]]
 Form = Callable[[float, float, float, float], Box]
@@ -16,7 +18,8 @@ FORMS: dict[str, Form] = {
     "[x1, y1, x2, y2]": lambda a, b, c, d: (a, b, c, d),
     "[x, y, width, height]": lambda a, b, c, d: (a, b, a + c, b + d),
     "[y1, x1, y2, x2]": lambda a, b, c, d: (b, a, d, c),
-    "[middle x, middle y, width, height]": lambda a, b, c, d: (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
+    "[middle x, middle y, width, height]":
+        lambda a, b, c, d: (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
     "[x1, x2, y1, y2]": lambda a, b, c, d: (a, c, b, d),
     "[x2, y2, x1, y1]": lambda a, b, c, d: (c, d, a, b),
 }
@@ -24,7 +27,8 @@ SCALES = {"": 1, " in 0..1000": 1000, " in percent": 100}
 
 
 def contradiction(answer: str, boxes: Boxes) -> str | None:
-    """What is wrong, with its mend, where the boxes written in `answer` are not `boxes` by more than rounding. Both must hold some."""
+    """What is wrong, with its mend, where the boxes written in `answer` are not `boxes` by more
+    than rounding. Both must hold some."""
     said = parse_boxes(answer)
     coarse = all(abs(value - round(value, 1)) < 1e-9 for box in said for value in box)
     near = (COARSE if coarse else ROUNDED) + 1e-6
@@ -35,11 +39,13 @@ def contradiction(answer: str, boxes: Boxes) -> str | None:
         guess = counted(said, boxes, near)
     else:
         guess = next(guesses(said[:MOST_PAIRED], boxes[:MOST_PAIRED], near), "they are other boxes")
-    return f'the boxes in the answer are not "boxes" ({guess}): write {mend} in the answer, or mend "boxes"'
+    return (f'the boxes in the answer are not "boxes" ({guess}): write {mend} in the answer, or '
+            'mend "boxes"')
 
 
 def same_boxes(said: Boxes, boxes: Boxes, near: float) -> bool:
-    """Whether each box stands once on either side, in any order, no number further off than `near`."""
+    """Whether each box stands once on either side, in any order, no number further off than
+    `near`."""
     if len(said) != len(boxes):
         return False
     a, b = np.asarray(said, float), np.asarray(boxes, float)  # [N, 4]
@@ -70,7 +76,9 @@ def guesses(said: Boxes, boxes: Boxes, near: float) -> Iterator[str]:
 def counted(said: Boxes, boxes: Boxes, near: float) -> str:
     """ "3 in the answer, 2 in "boxes"; [..] is in the answer alone"."""
     text = f'{len(said)} in the answer, {len(boxes)} in "boxes"'
-    more, fewer, where = (said, boxes, "the answer") if len(said) > len(boxes) else (boxes, said, '"boxes"')
+    more, fewer, where = said, boxes, "the answer"
+    if len(said) < len(boxes):
+        more, fewer, where = boxes, said, '"boxes"'
     if len(more) > MOST_PAIRED:
         return text
     far = np.abs(np.asarray(more, float)[:, None] - np.asarray(fewer, float)[None]).max(-1) > near
@@ -82,7 +90,8 @@ def counted(said: Boxes, boxes: Boxes, near: float) -> str:
 
 
 def pixels_of(said: Boxes, boxes: Boxes, near: float) -> tuple[int, int] | None:
-    """(width, height) of an image in whose pixels `said` would be `boxes`, one by one; None if there is none."""
+    """(width, height) of an image in whose pixels `said` would be `boxes`, one by one; None if
+    there is none."""
     size = []
     for axis in (0, 1):
         ratios = [a[k] / b[k] for a, b in zip(said, boxes) for k in (axis, axis + 2) if b[k] > 0.05]
@@ -94,16 +103,20 @@ def pixels_of(said: Boxes, boxes: Boxes, near: float) -> tuple[int, int] | None:
     return (round(width), round(height)) if same_boxes(scaled, boxes, near) else None
 
 
-def scale_note(answers: Sequence[str], samples: Sequence, opened: bool = False, box_scale: float = 1.0) -> str | None:
-    """What to say where most boxes that a model wrote, for the grounding samples, are read at the wrong scale."""
-    texts = [split_thinking(answer, opened)[1] for answer, sample in zip(answers, samples) if sample.task == "grounding"]
+def scale_note(answers: Sequence[str], samples: Sequence, opened: bool = False,
+               box_scale: float = 1.0) -> str | None:
+    """What to say where most boxes that a model wrote, for the grounding samples, are read at the
+    wrong scale."""
+    texts = [split_thinking(answer, opened)[1] for answer, sample in zip(answers, samples)
+             if sample.task == "grounding"]
     largest = [max(map(abs, box)) for text in texts for box in parse_boxes(text)]
     outside = sum(value > 1.001 * box_scale for value in largest)
     if 2 * outside > len(largest):
-        guess = "1000" if sum(value <= 1000 for value in largest) > len(largest) / 2 else "the image's side in pixels"
-        return (f"{outside:,} of {len(largest):,} boxes that the model wrote leave 0..1 and so score nothing (--box_scale is "
-                f"{box_scale:g}): should it be {guess}?")
+        thousands = 2 * sum(value <= 1000 for value in largest) > len(largest)
+        return (f"{outside:,} of {len(largest):,} boxes that the model wrote leave 0..1 and so "
+                f"score nothing (--box_scale is {box_scale:g}): should it be "
+                f"{'1000' if thousands else 'the side of the image in pixels'}?")
     if box_scale >= 100 and largest and 2 * sum(value <= 1 for value in largest) > len(largest):
-        return (f"most of the {len(largest):,} boxes that the model wrote are fractions already, and --box_scale {box_scale:g} "
-                "divides them: should it be 1?")
+        return (f"most of the {len(largest):,} boxes that the model wrote are fractions already, "
+                f"and --box_scale {box_scale:g} divides them: should it be 1?")
     return None

@@ -39,8 +39,8 @@ def parse_boxes(text: str, scale: float = 1.0) -> list[Box]:
 
 
 def split_thinking(text: str, opened: bool = False) -> tuple[str, str, bool]:
-    """(thinking, answer, ok), both stripped and in Unicode's form C, as a `Sample`'s texts are, with which answers are compared.
-    `opened`: the chat template already wrote the first `<think>`.
+    """(thinking, answer, ok), both stripped and in Unicode's form C, as a `Sample`'s texts are,
+    with which answers are compared. `opened`: the chat template already wrote the first `<think>`.
 
     ok holds for a text without think tags, and for one with exactly one closed block at its start. Otherwise (unclosed,
     doubled, stray or late tags) the answer is what stands between the last `</think>` and the next `<think>`, and the

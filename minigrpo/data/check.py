@@ -3,12 +3,13 @@
     python -m minigrpo.data.check data/phantom/train.jsonl data/phantom/test.jsonl --model models/tiny
 
 Prints for each file its counts, lengths, film sizes, boxes and labels, then every error as `file:line: what, and how to mend it`,
-and draws a contact sheet of films with their boxes. Each film is decoded once, in parallel, as a run decodes it. Exit status 1 if
-there is an error.
+and draws a contact sheet of films with their boxes. Each film is decoded once, in parallel, as a
+run decodes it. Exit status 1 if there is an error.
 
-Leakage is looked for between sides: the same id, patient, or film (by a hash of its pixels, whatever it is called) on two sides is an
-error. A file is for train, valid or test as its name or its folder says (train/mine.jsonl, val/mine.jsonl); others are one side
-for each name. Which file was taken for which side is printed.
+Leakage is looked for between sides: the same id, patient, or film (by a hash of its pixels,
+whatever it is called) on two sides is an error. A file is for train, valid or test as its name or
+its folder says (train/mine.jsonl, val/mine.jsonl); others are one side for each name. Which file
+was taken for which side is printed.
 """
 
 import hashlib
@@ -36,8 +37,10 @@ from .sheet import draw_sheet
 from .text import message, printable
 
 FAINT = 32  # grey levels of 256: a film with fewer looks blank
-DARK = 64  # a film of which 95 pixels in 100 are below this was read at the wrong depth, or hardly exposed
-WHITE, BLACK = 0.3, 0.75  # shares of pixels at 255 and at 0 beyond which a film was clipped; 0.02 and 0.2 in 280 whole ones
+DARK = 64  # 95 pixels in 100 of a film are below this: read at the wrong depth, or hardly exposed
+# Shares of pixels at 255 and at 0 beyond which a film was clipped: at most 0.02 and 0.18 in 280
+# whole films, drawn and real.
+WHITE, BLACK = 0.3, 0.75
 
 
 @dataclass
@@ -52,8 +55,10 @@ class Film:
     error: str | None = None
 
 
-FAULTS = {"grey": "nearly all of one grey", "dark": "dark: 95 of 100 pixels are below a quarter of white",
-          "clipped": "clipped: a large part is pure white, or nearly all pure black", "signed": "of values below 0: black is the least of them"}
+FAULTS = {"grey": "nearly all of one grey",
+          "dark": "dark: 95 of 100 pixels are below a quarter of white",
+          "clipped": "clipped: a large part is pure white, or nearly all pure black",
+          "signed": "of values below 0: black is the least of them"}
 
 
 @dataclass
@@ -78,9 +83,12 @@ def look(path: str) -> Film:
     counts = (image if image.mode == "L" else image.convert("L")).histogram()
     passed = list(accumulate(counts))  # pixels at most so bright
     low, high = (bisect_left(passed, share * passed[-1]) for share in (0.05, 0.95))
-    faults = {"grey": high - low < FAINT and high >= DARK, "dark": high < DARK, "signed": depth == "signed values",
-              "clipped": high - low >= FAINT and (counts[255] > WHITE * passed[-1] or counts[0] > BLACK * passed[-1])}
-    return Film(image.size, digest.digest(), high - low, depth, tuple(name for name, holds in faults.items() if holds))
+    faults = {"grey": high - low < FAINT and high >= DARK, "dark": high < DARK,
+              "signed": depth == "signed values",
+              "clipped": high - low >= FAINT and (counts[255] > WHITE * passed[-1]
+                                                  or counts[0] > BLACK * passed[-1])}
+    return Film(image.size, digest.digest(), high - low, depth,
+                tuple(name for name, holds in faults.items() if holds))
 
 
 def look_at_all(files: list[File], workers: int) -> dict[str, Film]:
@@ -103,29 +111,35 @@ def find_oddities(file: File, films: dict[str, Film]) -> None:
     if again := len(shown) - len(set(shown.values())):
         file.notes.append(f"{again:,} film files hold the pixels of another")
     for name, text in FAULTS.items():
-        note(file, f"films are {text}", [(Path(path).name, file.users[path]) for path in shown if name in films[path].faults])
+        note(file, f"films are {text}", [(Path(path).name, file.users[path]) for path in shown
+                                         if name in films[path].faults])
     reports = [sample for sample in file.samples if sample.task == "report"]
-    note(file, "reports hold the heading of a section", [(s.id, s.line) for s in reports if HEADING.search(s.answer)])
-    note(file, "reports end within a sentence", [(s.id, s.line) for s in reports if s.answer.rstrip()[-1:] not in ".!?)\"'"])
-    odd = [(s.id, s.line) for s in file.samples if any(hides(text) for text in (s.id, *(t for turn in texts_of(s) for t in turn)))]
+    headed = [(s.id, s.line) for s in reports if HEADING.search(s.answer)]
+    note(file, "reports hold the heading of a section", headed)
+    cut = [(s.id, s.line) for s in reports if s.answer.rstrip()[-1:] not in ".!?)\"'"]
+    note(file, "reports end within a sentence", cut)
+    odd = [(s.id, s.line) for s in file.samples if hides(" ".join([s.id, *sum(texts_of(s), [])]))]
     note(file, "samples hold control or zero-width characters", odd)
 
 
 def hides(text: str) -> bool:
     """Whether a text holds characters that don't show; lines and tabs are none of these."""
     plain = " ".join(text.split())
-    return not plain.isprintable() and printable(plain) != plain  # the first is quick, and stricter with new letters
+    # the first is quick, and stricter with new letters
+    return not plain.isprintable() and printable(plain) != plain
 
 
 def note(file: File, text: str, lines: list[tuple[str, int]]) -> None:
-    """One of the file's notes, if it is of anything: how many, and the first ten by name; `lines`: (name, line)."""
+    """One of the file's notes, if it is of anything: how many, and the first ten by name; `lines`:
+    (name, line)."""
     if lines:
         names = ", ".join(f"{name} (line {line})" for name, line in lines[:10])
         file.notes.append(f"{len(lines):,} {text}: {names}{', ...' if len(lines) > 10 else ''}")
 
 
 def find_leaks(files: list[File], films: dict[str, Film]) -> None:
-    """Errors for ids, patients and films that stand on two sides; named once each, in the later file."""
+    """Errors for ids, patients and films that stand on two sides; named once each, in the later
+    file."""
     side = {file.path: side_of(file.path, [other.path for other in files]) for file in files}
     seen: dict[tuple, tuple[File, int]] = {}
     for file in files:
@@ -170,20 +184,23 @@ def summary(file: File, films: dict[str, Film], tokenizer=None, processor=None) 
     shown = [films[path] for path in file.users if path in films and not films[path].error]
     boxes = [box for sample in samples for box in sample.boxes]
     depths = Counter(film.depth for film in shown)
-    outside, other = (sum(part in text for _, text in file.errors) for part in ("leaves 0..1", 'answer are not "boxes"'))
+    outside, other = (sum(part in text for _, text in file.errors)
+                      for part in ("leaves 0..1", 'answer are not "boxes"'))
     tasks, labels = Counter(s.task for s in samples), Counter(s.label for s in samples if s.label)
     lines = [f"{file.path}", f"  samples    {len(samples):,}: " + ", ".join(f"{n:,} {task}" for task, n in tasks.most_common()),
              f"  films      {len(shown):,} read; {len({s.patient for s in samples if s.patient}):,} patients named",
              f"  width      {spread(film.size[0] for film in shown)} pixels",
              f"  height     {spread(film.size[1] for film in shown)} pixels",
-             "  depth      " + (", ".join(f"{n:,} of {depth}" for depth, n in depths.most_common()) or "none")]  # fmt: skip
+             f"  depth      {', '.join(f'{n:,} of {d}' for d, n in depths.most_common()) or 'none'}"]
     if processor and shown:
         patches = [processor.get_number_of_image_patches(film.size[1], film.size[0], {}) for film in shown]
         lines.append(f"  film       {spread(n // processor.merge_size**2 for n in patches)} tokens")
     for name, place in (("question", 0), ("answer", 1)):
         lines.append(f"  {name:<10} {spread(lengths([turn[place] for s in samples for turn in texts_of(s)]))} {unit}")
-    lines += [f"  boxes      {len(boxes):,}; a grounding sample has {spread(len(s.boxes) for s in samples if s.task == 'grounding')}"
-              + (f"; in lines with errors {outside:,} leave 0..1, and {other:,} answers say other boxes" if outside or other else ""),
+    lines += [f"  boxes      {len(boxes):,}; a grounding sample has "
+              f"{spread(len(s.boxes) for s in samples if s.task == 'grounding')}"
+              + f"; in lines with errors {outside:,} leave 0..1, and {other:,} answers say other "
+                "boxes" * bool(outside or other),
               f"  box area   {spread(((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes), '{:.3f}')} of the film",
               "  labels     " + (", ".join(f"{n:,} {label}" for label, n in labels.most_common(8)) or "none")
               + (f", and {len(labels) - 8} more" if len(labels) > 8 else "")]  # fmt: skip
@@ -196,7 +213,8 @@ def sides_text(paths: list[Path]) -> str:
     for path in paths:
         sides.setdefault(side_of(path, paths), []).append(str(path))
     text = "; ".join(f"{side}: {', '.join(names)}" for side, names in sides.items())
-    return message(f"sides  {text}" + ("" if len(sides) > 1 else " (one side, so nothing was compared)"))
+    alone = " (one side, so nothing was compared)" if len(sides) == 1 else ""
+    return message(f"sides  {text}{alone}")
 
 
 def check(paths: list[Path], *, model: str | None = None, workers: int | None = None) -> tuple[str, list[str], list[File]]:
@@ -213,8 +231,10 @@ def check(paths: list[Path], *, model: str | None = None, workers: int | None = 
             file.errors.append((1, "the file is empty: write one JSON object a line"))
         find_oddities(file, films)
     find_leaks(files, films)
-    errors = [message(f"{file.path}:{line}: {text}") for file in files for line, text in sorted(file.errors)]
-    return "\n".join([*(summary(file, films, tokenizer, processor) for file in files), sides_text(paths)]), errors, files
+    errors = [message(f"{file.path}:{line}: {text}")
+              for file in files for line, text in sorted(file.errors)]
+    return "\n".join([*(summary(file, films, tokenizer, processor) for file in files),
+                      sides_text(paths)]), errors, files
 
 
 def main() -> None:

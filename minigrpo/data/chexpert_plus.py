@@ -4,7 +4,8 @@
 
 DIR holds `df_chexpert_plus_240401.csv` (path_to_image, frontal_lateral, split, section_findings, ...) and the films at `path_to_image`
 below DIR, or below `PNG/` and as .png. One report sample for each frontal film with a findings section (about a quarter of all
-rows have one), up to the heading of another section, if it holds one. The official split has train and valid alone, so a tenth of the training patients, by hash, is test.
+rows have one), up to the heading of another section, if it holds one. The official split has train
+and valid alone, so a tenth of the training patients, by hash, is test.
 Chambon et al., 2405.19538.
 """
 

@@ -48,7 +48,8 @@ def write_film(source: Path, stem: Path, pixels: int, load: Callable[[Path], Ima
     try:
         film = load(source)  # decodes it whole: a truncated film must show here
         small = shrink(film, pixels)
-        if small is not film or suffix not in (".png", ".jpg", ".jpeg") or header(source)[0].startswith("I"):
+        plain = suffix in (".png", ".jpg", ".jpeg") and not header(source)[0].startswith("I")
+        if small is not film or not plain:
             suffix = ".png"
             small = small.convert("L")
             with aside(stem.with_name(f"{stem.name}.png"), durable=False) as part:

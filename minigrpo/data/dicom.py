@@ -33,9 +33,10 @@ def dicom_size(path: str | os.PathLike) -> tuple[int, int]:
 def load_dicom(path: str | os.PathLike) -> Image.Image:
     """The film as 8-bit RGB, aspect as stored, bone white.
 
-    The order is the standard's (DICOM PS3.3 C.11): modality LUT or rescale; then the window (or VOI LUT) if the file has one, else
-    the range of its own values; then MONOCHROME1, whose small values are white, is inverted. Padding is black and no part of the
-    range. A tag without a usable value counts as absent.
+    The order is the standard's (DICOM PS3.3 C.11): modality LUT or rescale; then the window (or VOI
+    LUT) if the file has one, else the range of its own values; then MONOCHROME1, whose small values
+    are white, is inverted. Padding is black and no part of the range. A tag without a usable value
+    counts as absent.
     """
     film = _read(path)
     check_film(film, path)
@@ -70,17 +71,21 @@ def numbers(film, name: str) -> list[float]:
     """The values of a tag, NaN for each that is no number; [] where it is absent or empty."""
     try:
         value = film.get(name)
-        values = value if isinstance(value, MutableSequence) else [] if value in (None, "") else [value]
+        values = value if isinstance(value, MutableSequence) else [value]
+        if value in (None, ""):
+            values = []
         return [math.nan if each in (None, "") else float(each) for each in values]
     except (TypeError, ValueError):  # pydicom reads a tag when it is asked for
         return [math.nan]
 
 
 def drop_unusable(film) -> None:
-    """Mend what pydicom would stop at: an empty slope is 1, a window of width 0 is none, an empty table is none."""
+    """Mend what pydicom would stop at: an empty slope is 1, a window of width 0 is none, an empty
+    table is none."""
     for name, default in (("RescaleSlope", 1), ("RescaleIntercept", 0)):
         value = (numbers(film, name) or [math.nan])[0]
-        if ("RescaleSlope" in film or "RescaleIntercept" in film) and (not math.isfinite(value) or value == 0 != default):
+        rescaled = "RescaleSlope" in film or "RescaleIntercept" in film
+        if rescaled and (not math.isfinite(value) or value == 0 and name == "RescaleSlope"):
             setattr(film, name, default)
     for name in ("ModalityLUTSequence", "VOILUTSequence"):
         if name in film and not is_table(film[name].value):
@@ -88,9 +93,11 @@ def drop_unusable(film) -> None:
     if "VOILUTFunction" in film and film.VOILUTFunction not in FUNCTIONS:
         del film.VOILUTFunction
     least = 1 if film.get("VOILUTFunction", "LINEAR") == "LINEAR" else 1e-9
-    windows = [(centre, width) for centre, width in zip(numbers(film, "WindowCenter"), numbers(film, "WindowWidth"))
+    pairs = zip(numbers(film, "WindowCenter"), numbers(film, "WindowWidth"))
+    windows = [(centre, width) for centre, width in pairs
                if math.isfinite(centre) and least <= width < math.inf]
-    for name, value in zip(("WindowCenter", "WindowWidth"), windows[0] if windows else (None, None)):
+    first = windows[0] if windows else (None, None)
+    for name, value in zip(("WindowCenter", "WindowWidth"), first):
         if name in film:
             del film[name]
         if value is not None:
@@ -99,32 +106,39 @@ def drop_unusable(film) -> None:
 
 def is_table(sequence) -> bool:
     """Whether a sequence's first item is a look-up table."""
-    return bool(sequence) and sequence[0].get("LUTDescriptor") is not None and sequence[0].get("LUTData") is not None
+    names = ("LUTDescriptor", "LUTData")
+    return bool(sequence) and None not in [sequence[0].get(name) for name in names]
 
 
 def shown_blocks(film, pixels: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """(rows, their values as shown [rows, width], which of them are padding) of some rows at a time: a float copy of a whole
-    film takes eight times its file."""
+    """(rows, their values as shown [rows, width], which of them are padding) of some rows at a
+    time: a float copy of a whole film takes eight times its file."""
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
     stored = stored_values(film, pixels)
     step = max(1, BLOCK // pixels.shape[1])
     for top in range(0, len(pixels), step):
         rows = slice(top, top + step)
-        yield rows, apply_voi_lut(apply_modality_lut(pixels[rows], film), film).astype(np.float64), is_padding(film, stored[rows])
+        shown = apply_voi_lut(apply_modality_lut(pixels[rows], film), film)
+        yield rows, shown.astype(np.float64), is_padding(film, stored[rows])
 
 
 def stored_values(film, pixels: np.ndarray) -> np.ndarray:
-    """The pixels with the bits beyond the stored ones, which pydicom clears, and with them padding such as 65535 in 12 bits."""
-    if film.file_meta.TransferSyntaxUID.is_encapsulated or film.BitsAllocated != 8 * pixels.dtype.itemsize:
+    """The pixels with the bits beyond the stored ones, which pydicom clears, and with them padding
+    such as 65535 in 12 bits."""
+    syntax = film.file_meta.TransferSyntaxUID
+    if syntax.is_encapsulated or film.BitsAllocated != 8 * pixels.dtype.itemsize:
         return pixels
-    order = "<" if film.file_meta.TransferSyntaxUID.is_little_endian else ">"
-    return np.frombuffer(film.PixelData, pixels.dtype.newbyteorder(order), pixels.size).reshape(pixels.shape)
+    kind = pixels.dtype.newbyteorder("<" if syntax.is_little_endian else ">")
+    return np.frombuffer(film.PixelData, kind, pixels.size).reshape(pixels.shape)
 
 
 def is_padding(film, stored: np.ndarray) -> np.ndarray:
-    """Which pixels lie around the film: of PixelPaddingValue (up to its limit), or with all bits set where fewer are stored."""
+    """Which pixels lie around the film: of PixelPaddingValue (up to its limit), or with all bits
+    set where fewer are stored."""
     bits = stored.dtype.itemsize * 8
-    around = stored == 2**bits - 1 if stored.dtype.kind == "u" and film.BitsStored < bits else np.zeros(stored.shape, bool)
+    around = np.zeros(stored.shape, bool)
+    if stored.dtype.kind == "u" and film.BitsStored < bits:
+        around = stored == 2**bits - 1
     if ends := numbers(film, "PixelPaddingValue")[:1]:
         ends += numbers(film, "PixelPaddingRangeLimit")[:1]
         around |= (stored >= min(ends)) & (stored <= max(ends))
@@ -134,7 +148,8 @@ def is_padding(film, stored: np.ndarray) -> np.ndarray:
 def stored_range(film) -> tuple[int, int]:
     """The least and the largest value of the stored bits."""
     bits = int(film.BitsStored)
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if film.PixelRepresentation else (0, 2**bits - 1)
+    signed = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return signed if film.PixelRepresentation else (0, 2**bits - 1)
 
 
 def shown_range(film, pixels: np.ndarray) -> tuple[float, float]:
@@ -150,6 +165,8 @@ def shown_range(film, pixels: np.ndarray) -> tuple[float, float]:
 
 
 def own_range(parts: Iterator[np.ndarray]) -> tuple[float, float]:
-    """The extremes of all parts; where a few pixels lie far beyond all others, as hot ones do, those of the others."""
+    """The extremes of all parts; where a few pixels lie far beyond all others, as hot ones do,
+    those of the others."""
     low, high, least, most = robust_range(parts)
-    return (least if low - least <= (high - low) / 4 else low), (most if most - high <= (high - low) / 4 else high)
+    near = (high - low) / 4
+    return (least if low - least <= near else low), (most if most - high <= near else high)

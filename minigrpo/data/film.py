@@ -1,5 +1,6 @@
-"""A film's file, opened and decoded: the one place where an image is read. Files come from anywhere, so
-formats, size, and what decoding may cost in time and memory are bounded before a pixel is decoded.
+"""A film's file, opened and decoded: the one place where an image is read. Files come from
+anywhere, so formats, size, and what decoding may cost in time and memory are bounded before a pixel
+is decoded.
 """
 
 import mmap
@@ -14,18 +15,19 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-# Pillow knows forty formats, and for one of them (EPS) starts another program. These are what films are
-# stored in; PPM is PGM, too.
+# Pillow knows forty formats, and for one of them (EPS) starts another program. These are what films
+# are stored in; PPM is PGM, too.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "PPM")
 MOST_PIXELS = 100_000_000  # a mammogram has 20 million; a small file can claim billions
 MOST_STRETCHED = 200  # longer side over shorter: Qwen3-VL's processor refuses more, in mid-run
-# Each scan of a JPEG passes over the whole image, and costs as little as 30 bytes. A progressive one has 10.
+# Each scan of a JPEG passes over the whole image, and costs as little as 30 bytes. A progressive
+# one has 10.
 MOST_SCANS, MOST_SCANNED = 100, 2_000_000_000  # scans; scans times pixels
-MOST_TILES = 100_000  # of a TIFF: each costs Pillow 600 bytes and 30 us, whatever it holds; a film has some thousand
+MOST_TILES = 100_000  # of a TIFF: each costs Pillow 600 bytes and 30 us, whatever it holds
 MOST_SLOW = 4_000_000  # pixels of a PPM that Pillow decodes in Python: 6 s
-LARGE = 16_000_000  # pixels: of larger images one is decoded at a time, so that threads don't add up
+LARGE = 16_000_000  # pixels; larger images are decoded one at a time, so that threads don't add up
 BLOCK = 1 << 20  # pixels that are scaled at a time
-DEPTHS = (8, 10, 12, 14, 16)  # bits a detector gives; whatever it gives is stored in files of 8 or 16 bits
+DEPTHS = (8, 10, 12, 14, 16)  # bits of detectors; whatever they give is stored in 8 or 16
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -35,7 +37,8 @@ _one_at_a_time = threading.Lock()
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
-    """The image as 8-bit RGB, the right way up. ValueError names the file and says why it cannot be read."""
+    """The image as 8-bit RGB, the right way up. ValueError names the file and says why it cannot be
+    read."""
     with _named(path):
         return _rgb(_read(path)[0])
 
@@ -46,9 +49,8 @@ def read_film(path: str | os.PathLike) -> tuple[Image.Image, str]:
         image, depth = _read(path)
         if image.mode != "L":
             image = _rgb(image)
-            red, green, blue = image.split()
-            if red.tobytes() == green.tobytes() == blue.tobytes():
-                image = red
+            if all((pixels == pixels[..., :1]).all() for _, pixels in blocks(image)):
+                image = image.getchannel(0)
         return image, depth
 
 
@@ -57,18 +59,21 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def header(path: str | os.PathLike) -> tuple[str, bool]:
-    """(Pillow's mode, whether the image is stored the right way up) of a file that passes the checks."""
+    """(Pillow's mode, whether the image is stored the right way up) of a file that passes the
+    checks."""
     with _named(path), _opened(path) as (image, _):
         return image.mode, _orientation(image) == 1
 
 
 @contextmanager
 def _named(path: str | os.PathLike) -> Iterator[None]:
-    """Whatever goes wrong inside is a ValueError that names the image: decoders raise a dozen kinds."""
+    """Whatever goes wrong inside is a ValueError that names the image: decoders raise a dozen
+    kinds."""
     try:
         yield
     except Exception as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+        said = error.strerror if isinstance(error, OSError) else None
+        reason = said or str(error) or type(error).__name__
         raise ValueError(f"image {path} cannot be read ({reason})") from error
 
 
@@ -83,15 +88,17 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Image.Image, BinaryIO]]:
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
-            raise ValueError(f"it is no {', '.join(FORMATS[:-1])} or PGM image, or its header is damaged: "
-                             "store it as one") from None
+            raise ValueError(f"it is no {', '.join(FORMATS[:-1])} or PGM image, or its header is "
+                             "damaged: store it as one") from None
         with image:
             check_image(image)
             if image.format in ("JPEG", "MPO"):
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     check_scans(data, image.width * image.height)
-            if image.width * image.height > MOST_SLOW and {tile[0] for tile in image.tile} & {"ppm", "ppm_plain"}:
-                raise ValueError("a large PPM in text, or whose white is neither 255 nor 65535, takes minutes to decode: store it as PNG")
+            slow = any(tile[0] in ("ppm", "ppm_plain") for tile in image.tile)
+            if slow and image.width * image.height > MOST_SLOW:
+                raise ValueError("a large PPM in text, or whose white is neither 255 nor 65535, "
+                                 "takes minutes to decode: store it as PNG")
             yield image, file
 
 
@@ -99,7 +106,8 @@ def check_image(image: Image.Image) -> None:
     """Before any pixel is decoded: ValueError for an image that no run can take."""
     check_size(image.width, image.height)
     if image.mode == "F":
-        raise ValueError("its pixels are floats, and which of them is white is not known: store 8 or 16 bits")
+        raise ValueError("its pixels are floats, and which of them is white is not known: store 8 "
+                         "or 16 bits")
 
 
 def check_size(width: int, height: int) -> None:
@@ -108,33 +116,36 @@ def check_size(width: int, height: int) -> None:
     if width * height > MOST_PIXELS:
         raise ValueError(f"{size}, more than {MOST_PIXELS // 10**6} million: make it smaller")
     if max(width, height) > MOST_STRETCHED * min(width, height):
-        raise ValueError(f"{size}: one side is more than {MOST_STRETCHED} times the other, so it is no film: "
-                         "crop it")
+        raise ValueError(f"{size}: one side is more than {MOST_STRETCHED} times the other, so it "
+                         "is no film: crop it")
 
 
 def check_scans(data: bytes | mmap.mmap, pixels: int) -> None:
     """ValueError for a JPEG that would take minutes to decode."""
     scans = count_scans(data)
     if scans > MOST_SCANS or scans * pixels > MOST_SCANNED:
-        raise ValueError(f"a JPEG of {pixels:,} pixels in more than {min(scans - 1, MOST_SCANS)} scans, which takes "
-                         "minutes to decode: store it anew")
+        raise ValueError(f"a JPEG of {pixels:,} pixels in more than {min(scans - 1, MOST_SCANS)} "
+                         "scans, which takes minutes to decode: store it anew")
 
 
 def count_scans(data: bytes | mmap.mmap) -> int:
-    """The scans of a JPEG that a decoder would go through: up to its end mark, thumbnails left out."""
+    """The scans of a JPEG that a decoder would go through: up to its end mark, thumbnails left
+    out."""
     scans, place = 0, 2
     while (marker := MARKER.search(data, place)) and scans <= MOST_SCANS:
         kind, place = marker[1][0], marker.end()
         scans += kind == 0xDA
         if kind == 0xD9:
             break
-        if not 0xD0 <= kind <= 0xD8 and kind != 0x01:  # all others have a length, and may hold what looks like a marker
+        if not 0xD0 <= kind <= 0xD8 and kind != 0x01:
+            # All others have a length, and may hold what looks like a marker.
             place += int.from_bytes(data[place:place + 2], "big")
     return scans
 
 
 def tiles_of(file: BinaryIO) -> int:
-    """Strips or tiles of a TIFF's first image, 0 for another file: Pillow makes a list of them before it tells the size."""
+    """Strips or tiles of a TIFF's first image, 0 for another file: Pillow makes a list of them
+    before it tells the size."""
     head = file.read(16).ljust(16, b"\0")
     order, version = {b"II": "<", b"MM": ">"}.get(head[:2]), head[2:4]
     most = 0
@@ -142,12 +153,14 @@ def tiles_of(file: BinaryIO) -> int:
         big = version == struct.pack(order + "H", 43)  # BigTIFF
         start, = struct.unpack(order + ("Q" if big else "I"), head[8:16] if big else head[4:8])
         file.seek(min(start, 2**62))
-        count, = struct.unpack(order + ("Q" if big else "H"), file.read(8 if big else 2).ljust(8 if big else 2, b"\0"))
+        count, = struct.unpack(order + ("Q" if big else "H"),
+                               file.read(8 if big else 2).ljust(8 if big else 2, b"\0"))
         for _ in range(min(count, 4096)):
             entry = file.read(20 if big else 12)
             if len(entry) < 12:
                 break
-            tag, _, values = struct.unpack(order + ("HHQ" if big else "HHI"), entry[:12 if big else 8])
+            tag, _, values = struct.unpack(order + ("HHQ" if big else "HHI"),
+                                           entry[:12 if big else 8])
             most = max(most, values if tag in (273, 324) else 0)  # where each strip, or tile, lies
     file.seek(0)
     return most
@@ -169,7 +182,8 @@ def _read(path: str | os.PathLike) -> tuple[Image.Image, str]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's note on how a camera lay: 1 for upright, as viewers show the image, and as boxes were drawn on it.
+    """EXIF's note on how a camera lay: 1 for upright, as viewers show the image, and as boxes were
+    drawn on it.
 
     `ImageOps.exif_transpose` would write all other notes anew, and fails on a broken one."""
     try:
@@ -180,9 +194,11 @@ def _orientation(image: Image.Image) -> int:
 
 
 def to_8_bits(image: Image.Image, stated: int | None = None) -> tuple[Image.Image, str]:
-    """Grey of more than 8 bits as "L", and its depth in words. Pillow alone would clip it at 255: a white film.
+    """Grey of more than 8 bits as "L", and its depth in words. Pillow alone would clip it at 255: a
+    white film.
 
-    Values that are negative, or above 16 bits, say nothing of black and white: then the film's own range is shown.
+    Values that are negative, or above 16 bits, say nothing of black and white: then the film's own
+    range is shown.
     """
     counts = histogram(image)
     bits = depth_of(counts, stated)
@@ -199,11 +215,13 @@ def to_8_bits(image: Image.Image, stated: int | None = None) -> tuple[Image.Imag
 
 
 def depth_of(counts: np.ndarray, stated: int | None = None) -> int | None:
-    """The bits of the detector, from `histogram`'s counts [65538]; None where there are more, or a sign.
+    """The bits of the detector, from `histogram`'s counts [65538]; None where there are more, or a
+    sign.
 
-    The fewest that hold the film, and the `stated` white of its tags, if it has one. Not every pixel needs to fit: a hot
-    one in a film of 12 bits would leave it at a sixteenth of its brightness. So one in a thousand, at most a hundred, may
-    lie beyond, and one in a hundred where all of these are at least four times as bright: letters burnt in at white.
+    The fewest that hold the film, and the `stated` white of its tags, if it has one. Not every
+    pixel needs to fit: a hot one in a film of 12 bits would leave it at a sixteenth of its
+    brightness. So one in a thousand, at most a hundred, may lie beyond, and one in a hundred where
+    all of these are at least four times as bright: letters burnt in at white.
     """
     pixels = int(counts.sum())
     defects = min(pixels // 1000, 100)
@@ -226,15 +244,17 @@ def histogram(image: Image.Image) -> np.ndarray:
 
 
 def robust_range(parts: Iterable[np.ndarray]) -> tuple[float, float, float, float]:
-    """(low, high, least, most) of the values of all parts: the extremes, and what they are without one value in a thousand,
-    at most a hundred, at either end. Zeros where there is no value."""
+    """(low, high, least, most) of the values of all parts: the extremes, and what they are without
+    one value in a thousand, at most a hundred, at either end. Zeros where there is no value."""
     low = high = np.zeros(0)
     count = 0
     for values in parts:
         count += values.size
         low, high = (np.concatenate((kept, values.ravel())) for kept in (low, high))
         keep = min(100, len(low) - 1)
-        low, high = (low, high) if keep < 1 else (np.partition(low, keep)[:keep + 1], np.partition(high, -1 - keep)[-1 - keep:])
+        if keep > 0:
+            low = np.partition(low, keep)[:keep + 1]
+            high = np.partition(high, -1 - keep)[-1 - keep:]
     if not count:
         return 0, 0, 0, 0
     spare = min(count // 1000, 100)
@@ -243,16 +263,17 @@ def robust_range(parts: Iterable[np.ndarray]) -> tuple[float, float, float, floa
 
 
 def blocks(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, pixels [rows, width]) of some rows at a time, so that no copy of the whole image is made."""
+    """(first row, pixels [rows, width]) of some rows at a time, so that no copy of the whole image
+    is made."""
     rows = max(1, BLOCK // image.width)
     for top in range(0, image.height, rows):
         yield top, np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
 
 
 def stated_white(image: Image.Image, file: BinaryIO) -> int | None:
-    """The largest value that the file's tags speak of: PNG's sBIT, TIFF's BitsPerSample or (S)MaxSampleValue.
-    None where they say no more than that there are 16 bits. (A PNG of which the bits were moved up, as the standard
-    has it, has larger values, and these count.)"""
+    """The largest value that the file's tags speak of: PNG's sBIT, TIFF's BitsPerSample or
+    (S)MaxSampleValue. None where they say no more than that there are 16 bits. (A PNG of which the
+    bits were moved up, as the standard has it, has larger values, and these count.)"""
     if image.format == "PNG":
         bits = significant_bits(file)
         return 2**bits - 1 if 0 < bits < 16 else None

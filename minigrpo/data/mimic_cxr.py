@@ -4,8 +4,9 @@
 
 DIR holds `mimic-cxr-2.0.0-split.csv`, `mimic-cxr-2.0.0-metadata.csv`, the films `files/p10/p10000032/s50414267/DICOM.jpg` and, there
 or under --reports_root (also in `mimic-cxr-reports/`), the reports `files/p10/p10000032/s50414267.txt`. One report sample for each
-frontal film (PA, AP), the FINDINGS section alone (`sections.py`; FINDINGS AND IMPRESSION where it is all there is, which is counted),
-by the official split. `--classification` adds one sample a film that lists the
+frontal film (PA, AP), the FINDINGS section alone (`sections.py`; FINDINGS AND IMPRESSION where it
+is all there is, which is counted), by the official split. `--classification` adds one sample a
+film that lists the
 positive labels of `mimic-cxr-2.0.0-chexpert.csv`. Johnson et al., Scientific Data 6:317, 2019; 1901.07042.
 """
 
@@ -51,7 +52,8 @@ def read(root: Path, split: str, ledger: Ledger, reports_root: Path | None = Non
 
 
 def read_findings(root: Path, subject: str, study: str, ledger: Ledger) -> tuple[str, str | None]:
-    """(findings, None), or ("", the reason why there are none). Where sections end is counted in the ledger."""
+    """(findings, None), or ("", the reason why there are none). Where sections end is counted in
+    the ledger."""
     folder = Path("files") / f"p{subject[:2]}" / f"p{subject}"
     paths = [path for path in (root / folder / f"s{study}.txt", root / "mimic-cxr-reports" / folder / f"s{study}.txt") if path.is_file()]
     if not paths:

@@ -44,7 +44,8 @@ class Sample:
     line: int = 0
 
     def __post_init__(self):
-        """One spelling of each character, so that an answer that says the same is the same; ids and paths stay as they are."""
+        """One spelling of each character, so that an answer that says the same is the same; ids and
+        paths stay as they are."""
         for name in ("question", "answer", "thinking"):
             setattr(self, name, getattr(self, name) and one_spelling(getattr(self, name)))
         self.turns = self.turns and [[one_spelling(text) for text in turn] for turn in self.turns]
@@ -56,11 +57,13 @@ class Sample:
 
 
 def load_film(sample: Sample, path: str) -> Image.Image:
-    """`load_image` of one of the sample's images; DataError names file and line, since a film may vanish in the middle of a run."""
+    """`load_image` of one of the sample's images; DataError names file and line, since a film may
+    vanish in the middle of a run."""
     try:
         return load_image(path)
     except ValueError as error:
-        raise DataError(f"{sample.file}:{sample.line}: {error}: put it back, or remove the line") from error
+        place = f"{sample.file}:{sample.line}"
+        raise DataError(f"{place}: {error}: put it back, or remove the line") from error
 
 
 def _decode_error(path: str) -> str | None:
@@ -73,7 +76,8 @@ def _decode_error(path: str) -> str | None:
 
 def _raise(file: Path, errors: list[tuple[int, str]]) -> None:
     if errors:
-        shown = "\n".join(message(f"{file}:{line}: {text}") for line, text in sorted(errors)[:SHOWN])
+        shown = "\n".join(message(f"{file}:{line}: {text}")
+                          for line, text in sorted(errors)[:SHOWN])
         raise DataError(shown + (f"\n... and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""))
 
 
@@ -105,8 +109,8 @@ def _records(file: Path, errors: list[tuple[int, str]]) -> Iterator[tuple[int, d
 
 
 def scan_jsonl(path: str | os.PathLike) -> tuple[list[Sample], list[tuple[int, str]], dict[str, int]]:
-    """The samples of the lines that are right; (line, what is wrong and its mend) of all others; and the first line of each image
-    that exists.
+    """The samples of the lines that are right; (line, what is wrong and its mend) of all others;
+    and the first line of each image that exists.
 
     No image is opened. A conversation without question and answer takes those of its first turn.
     """
@@ -133,7 +137,8 @@ def scan_jsonl(path: str | os.PathLike) -> tuple[list[Sample], list[tuple[int, s
                 missing.add(image)
                 found.append(f"image {image} does not exist: check the path (relative to {file.parent})"
                              + ", with / and not \\" * ("\\" in name)
-                             + ", and write ~ out: it means another folder for everyone" * name.startswith("~"))
+                             + ", and write ~ out, which means another folder for everyone"
+                             * name.startswith("~"))
         errors += [(line, text) for text in found]
         if not found:
             known = {name: record[name] for name in Sample.__dataclass_fields__ if record.get(name) is not None}

@@ -11,11 +11,14 @@ from .text import can_be_seen
 
 TASKS = ("report", "grounding", "classification", "conversation")
 KINDS = ("anatomy", "abnormality", "phrase")
+TEXTS = ("id", "label", "source", "patient", "question", "answer", "thinking")
 _HALF = re.compile(r"[\ud800-\udfff]")  # of a character's UTF-16, which no tokenizer takes
 # What Qwen3-VL's tokenizer takes for the chat's own marks.
-_MARKS = re.compile(r"<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|vision_pad)\|>")
+_MARKS = re.compile(r"<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|"
+                    r"vision_pad)\|>")
 _MEDIA = re.compile(r"<(?:image|video|audio)>")  # LLaVA's marks
-_TAGS = re.compile(r"<\s*/?\s*(?:think|thinking|answer)\s*>", re.I)  # a score would read the reference as it reads an answer
+# A score would read the reference as it reads an answer.
+_TAGS = re.compile(r"<\s*/?\s*(?:think|thinking|answer)\s*>", re.I)
 
 
 def is_text(value: Any) -> bool:
@@ -47,7 +50,8 @@ def _text_error(name: str, text: Any) -> str | None:
     if found := _MARKS.search(text):
         return f'"{name}" holds {found[0]}, a mark of the chat that belongs to the program: remove it ("image" says where images are)'
     if broken := broken_text(text):
-        return f'"{name}" holds {broken}, half a character: its text was cut or decoded wrongly; write it anew'
+        return (f'"{name}" holds {broken}, half a character: its text was cut or decoded wrongly; '
+                "write it anew")
     return None
 
 
@@ -57,7 +61,8 @@ def _tag_error(name: str, text: Any) -> str | None:
         return None
     if name == "thinking":
         return f'"thinking" holds {found[0]}: leave the tags out, the program writes them'
-    return f'"{name}" holds {found[0]}: write the trace into "thinking" and the answer alone into "answer", both without tags'
+    return (f'"{name}" holds {found[0]}: write the trace into "thinking" and the answer alone into '
+            '"answer", both without tags')
 
 
 def image_names(record: dict) -> list[str]:
@@ -86,10 +91,12 @@ def record_errors(record: dict) -> Iterator[str]:
     for name in ("question", "answer"):  # a conversation may leave them to its first turn
         if not is_text(record.get(name)) and not (task == "conversation" and record.get(name) is None):
             yield f'"{name}" is missing, empty or no text: write it, or remove the line'
-    turns = [turn for turn in record["turns"] if isinstance(turn, list)] if isinstance(record.get("turns"), list) else []
-    named = [(name, record.get(name)) for name in ("id", "label", "source", "patient", "question", "answer", "thinking")]
-    yield from filter(None, (_text_error(*pair) for pair in named + [("turns", text) for turn in turns for text in turn]))
-    replies = [("turns", text) for turn in turns for text in turn[1::2]]  # a question may speak of tags
+    turns = record["turns"] if isinstance(record.get("turns"), list) else []
+    turns = [turn for turn in turns if isinstance(turn, list)]
+    named = [(name, record.get(name)) for name in TEXTS]
+    said = [("turns", text) for turn in turns for text in turn]
+    yield from filter(None, (_text_error(*pair) for pair in named + said))
+    replies = [("turns", text) for turn in turns for text in turn[1::2]]  # a question may name tags
     yield from filter(None, (_tag_error(*pair) for pair in named[-2:] + replies))
     for name in ("label", "thinking", "source", "patient"):
         if not isinstance(record.get(name), str | None):
