@@ -221,5 +221,5 @@ def test_films_training_and_evaluation_in_an_empty_folder(installed, tmp_path):
            "--group_size", 4, "--max_new_tokens", 16)
     script(command, "evaluate", "--model", "grpo/final", "--data", "films/test.jsonl", "--output_dir", "test", "--max_new_tokens", 16)
     assert (tmp_path / "test/table.md").exists() and (tmp_path / "test/report.html").exists()
-    said = script(command, "demo", "--data", "films", "--model", "sft/final", "--output_dir", "demo")
-    assert "$ minigrpo sft --model sft/final --train_data films/train.jsonl" in said and (tmp_path / "demo/results.md").exists()
+    said = script(command, "quick", "--train", 16, "--test", 6, "--sft_steps", 2, "--grpo_steps", 1)
+    assert "$ minigrpo sft --model tiny --train_data runs/quick/data/train.jsonl" in said and (tmp_path / "runs/quick/quick.png").exists()
