@@ -83,7 +83,7 @@ def test_an_install_has_the_whole_package_and_no_module_beside_it(installed):
 def test_every_program_is_a_command():
     """Whatever runs with `python -m` or as a file."""
     runs = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *(ROOT / "minigrpo").rglob("*.py")]
-            if "\nif __name__ ==" in path.read_text()} - {"minigrpo/__main__.py"}
+            if '\nif __name__ == "__main__":\n    main()' in path.read_text()} - {"minigrpo/__main__.py"}
     modules = {path if "/" not in path else path.removesuffix(".py").replace("/", ".") for path in runs}
     assert modules == set(COMMAND_OF)
     assert all(callable(commands.load(program).main) for program in COMMAND_OF)
@@ -189,6 +189,11 @@ def test_an_absent_package_is_named_with_what_to_install(minigrpo, command, pack
     said = minigrpo(*command.split(), code=1, absent=[package])
     assert said.startswith(f"python -m minigrpo {' '.join(command.split(' --')[0].split())}: error: ") and message in said
     assert "Traceback" not in said
+
+
+def test_a_package_that_is_needed_late_is_named_too(minigrpo, phantom):
+    said = minigrpo("data", "check", phantom / "test.jsonl", "--model", phantom, code=1, absent=["transformers"])
+    assert "python -m minigrpo data check: error: transformers is not installed: pip install transformers" in said and "Traceback" not in said
 
 
 def test_everything_that_pip_left_out_is_named_at_once(monkeypatch):
