@@ -13,7 +13,7 @@ from types import ModuleType
 from minigrpo import __version__
 from minigrpo.packages import explain
 from minigrpo.programs import CLONE
-from minigrpo.run.terminal import steady_output
+from minigrpo.run.terminal import fail, steady_output
 
 COMMANDS = {  # command: (file in a clone, or module; what it does)
     "quick": ("minigrpo.quick", "see GRPO learn, in a minute and a half"),
@@ -62,14 +62,13 @@ def main() -> None:
         print(f"{name}: error: there is no command {command!r}" +
               (f": did you mean `{name} {near}`?" if near else f"; `{name}` lists them"), file=sys.stderr)
         sys.exit(2)
-    called = f"{name} {command}"
+    sys.argv = [f"{name} {command}", *words[1 + bool(group):]]
     try:
         program = load(COMMANDS[command][0])
+        program.__doc__ = as_commands(program.__doc__, name)  # the examples of its --help
+        program.main()
     except ModuleNotFoundError as error:
-        sys.exit(f"{called}: error: {explain(error)}")
-    program.__doc__ = as_commands(program.__doc__, name)  # the examples of its --help
-    sys.argv = [called, *words[1 + bool(group):]]
-    program.main()
+        fail(explain(error))
 
 
 def overview(name: str, group: str = "") -> str:

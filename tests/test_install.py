@@ -83,7 +83,7 @@ def test_an_install_has_the_whole_package_and_no_module_beside_it(installed):
 def test_every_program_is_a_command():
     """Whatever runs with `python -m` or as a file."""
     runs = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *(ROOT / "minigrpo").rglob("*.py")]
-            if "\nif __name__ ==" in path.read_text()} - {"minigrpo/__main__.py"}
+            if '\nif __name__ == "__main__":\n    main()' in path.read_text()} - {"minigrpo/__main__.py"}
     modules = {path if "/" not in path else path.removesuffix(".py").replace("/", ".") for path in runs}
     assert modules == set(COMMAND_OF)
     assert all(callable(commands.load(program).main) for program in COMMAND_OF)
@@ -191,6 +191,11 @@ def test_an_absent_package_is_named_with_what_to_install(minigrpo, command, pack
     assert "Traceback" not in said
 
 
+def test_a_package_that_is_needed_late_is_named_too(minigrpo, phantom):
+    said = minigrpo("data", "check", phantom / "test.jsonl", "--model", phantom, code=1, absent=["transformers"])
+    assert "python -m minigrpo data check: error: transformers is not installed: pip install transformers" in said and "Traceback" not in said
+
+
 def test_everything_that_pip_left_out_is_named_at_once(monkeypatch):
     monkeypatch.setattr(packages.metadata, "requires", lambda name: ["transformers>=5.17", "no-such-tqdm", "no-such-pillow>=3", "peft ; extra == 'x'"])
     assert packages.explain(ModuleNotFoundError(name="no_such_tqdm")) == (
@@ -221,5 +226,5 @@ def test_films_training_and_evaluation_in_an_empty_folder(installed, tmp_path):
            "--group_size", 4, "--max_new_tokens", 16)
     script(command, "evaluate", "--model", "grpo/final", "--data", "films/test.jsonl", "--output_dir", "test", "--max_new_tokens", 16)
     assert (tmp_path / "test/table.md").exists() and (tmp_path / "test/report.html").exists()
-    said = script(command, "demo", "--data", "films", "--model", "sft/final", "--output_dir", "demo")
-    assert "$ minigrpo sft --model sft/final --train_data films/train.jsonl" in said and (tmp_path / "demo/results.md").exists()
+    said = script(command, "quick", "--train", 16, "--test", 6, "--sft_steps", 2, "--grpo_steps", 1)
+    assert "$ minigrpo sft --model tiny --train_data runs/quick/data/train.jsonl" in said and (tmp_path / "runs/quick/quick.png").exists()
