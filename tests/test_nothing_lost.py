@@ -817,6 +817,5 @@ def test_wandb_gets_every_row(place, monkeypatch):
 
 
 def test_trackers_that_are_not_there(place, monkeypatch):
-    import minigrpo.run.args
-    monkeypatch.setattr(minigrpo.run.args, "find_spec", lambda name: None)
+    monkeypatch.setattr("minigrpo.packages.find_spec", lambda name: None)
     assert "pip install wandb" in stop(train_sft, place("train_sft", "none", "--track", "wandb"))
