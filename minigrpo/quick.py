@@ -22,7 +22,8 @@ BEGAN = time.perf_counter()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker  # noqa: E402
+from matplotlib.offsetbox import AnchoredOffsetbox, DrawingArea, HPacker, TextArea, VPacker  # noqa: E402
+from matplotlib.text import Text  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
 from minigrpo.commands import python, typed  # noqa: E402
@@ -33,6 +34,7 @@ from minigrpo.metrics.bootstrap import interval, paired  # noqa: E402
 from minigrpo.policy import Policy  # noqa: E402
 from minigrpo.run.args import at_least_one, input_errors, parse_args  # noqa: E402
 from minigrpo.run.files import make_folder  # noqa: E402
+from minigrpo.run.plots import COLORS, draw_line  # noqa: E402
 from minigrpo.run.validate import greedy_answers  # noqa: E402
 
 QUESTION = "What is here?"
@@ -43,9 +45,10 @@ FEWEST, MOST = 2, 4  # things in a picture
 CAPTIONS = 4  # of each training picture, by four people, so to say
 NAMED = (0.6, 0.3, 0.1)  # share of captions that name one thing, two, three
 SPLITS = ("train", "test")
+CHOSEN_ON = 400  # training pictures, for the best constant answer
 SAMPLES = 4  # sampled answers to each held-out picture
 SFT = ("--batch_size", 16, "--micro_batch", 16, "--optimizer", "muon", "--beta2", 0.98, "--learning_rate", 4e-3)
-GRPO = ("--prompts_per_step", 16, "--learning_rate", 2e-4, "--freeze", "vision", "projector")
+GRPO = ("--prompts_per_step", 16, "--updates_per_rollout", 2, "--learning_rate", 3e-4, "--freeze", "vision", "projector")
 LONGEST = 32  # tokens of an answer
 FURTHER = 1.8  # steps of SFT for each of GRPO: at least as many seconds
 
@@ -112,8 +115,8 @@ class QuickArguments:
     seed: int = field(default=0, metadata={"help": "of pictures, weights, data order and sampling"})
     train: int = field(default=1600, metadata={"help": "pictures to learn from"})
     test: int = field(default=256, metadata={"help": "held-out pictures, on which everything is measured"})
-    sft_steps: int = field(default=100, metadata={"help": "steps of SFT, 16 pictures each"})
-    grpo_steps: int = field(default=60, metadata={"help": "steps of GRPO, 16 pictures with 8 answers each"})
+    sft_steps: int = field(default=130, metadata={"help": "steps of SFT, 16 pictures each"})
+    grpo_steps: int = field(default=70, metadata={"help": "steps of GRPO, 16 pictures with 8 answers each"})
 
     def check(self) -> None:
         for name in ("train", "sft_steps", "grpo_steps"):
@@ -124,21 +127,21 @@ class QuickArguments:
             raise ValueError(f"--seed must be 0 or more, got {self.seed}")
 
 
-def start(line: list, log: Path | None = None) -> multiprocessing.Process:
+def start(line: list, threads: int, log: Path | None = None) -> multiprocessing.Process:
     """`python LINE` in a fork, which has torch and transformers loaded already; what it prints goes to `log`, if there is one."""
     words = [str(word) for word in line]
     print(f"\n$ {typed(words)}" + (f" > {log}" if log else ""), flush=True)
-    process = multiprocessing.get_context("fork").Process(target=run, args=(words, log))
+    process = multiprocessing.get_context("fork").Process(target=run, args=(words, threads, log))
     process.start()
     return process
 
 
-def run(words: list[str], log: Path | None) -> None:
+def run(words: list[str], threads: int, log: Path | None) -> None:
     if log:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT)
         for stream in (1, 2):
             os.dup2(handle, stream)
-    torch.set_num_threads(1)  # layers this narrow gain little from a second one, and lose much where another program is busy
+    torch.set_num_threads(threads)
     python(words)
 
 
@@ -169,23 +172,25 @@ def main() -> None:
     write_pictures(out / "data", train=args.train, test=args.test, seed=args.seed)
     seconds["pictures"] = time.perf_counter() - began
 
+    threads = min(4, torch.get_num_threads())  # more do not help layers this narrow
     common = ("--train_data", out / "data/train.jsonl", "--save_steps", 10**6, "--seed", args.seed)
     began = time.perf_counter()
-    wait(start(["train_sft.py", "--model", "tiny", *common, *SFT, "--max_steps", args.sft_steps, "--output_dir", out / "sft"]), "SFT")
+    wait(start(["train_sft.py", "--model", "tiny", *common, *SFT, "--max_steps", args.sft_steps, "--output_dir", out / "sft"],
+               threads), "SFT")
     seconds["sft"] = time.perf_counter() - began
 
     began, common = time.perf_counter(), ("--model", out / "sft/final", *common)
     further = start(["train_sft.py", *common, *SFT, "--max_steps", round(FURTHER * args.grpo_steps), "--output_dir", out / "further_sft"],
-                    log=out / "further_sft.log")
+                    max(1, threads // 2), log=out / "further_sft.log")
     grpo = start(["train_grpo.py", *common, *GRPO, "--max_steps", args.grpo_steps, "--max_new_tokens", LONGEST, "--reward",
-                  "minigrpo.quick:reward", "--output_dir", out / "grpo"])
+                  "minigrpo.quick:reward", "--output_dir", out / "grpo"], max(1, threads // 2))
     wait(grpo, "GRPO", further)
     seconds["grpo"] = time.perf_counter() - began
     wait(further, f"further SFT ({out / 'further_sft.log'})")
     seconds["further_sft"] = time.perf_counter() - began  # side by side with GRPO
 
     began = time.perf_counter()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     test = read_jsonl(out / "data/test.jsonl")
     answers = {name: answer(out / name / "final", test, args.seed) for name in ("sft", "further_sft", "grpo")}
     results = measure(answers, read_jsonl(out / "data/train.jsonl", verify_images=False), test)
@@ -217,7 +222,7 @@ def answer(model: Path, test: list[Sample], seed: int) -> dict[str, list[str]]:
 def constant_answer(train: list[Sample]) -> str:
     """The answer that earns most when it is given to every picture: kinds are added one by one, each time the best; of all
     these answers the best."""
-    pictures = list({sample.image: sample for sample in train}.values())
+    pictures = list({sample.image: sample for sample in train}.values())[:CHOSEN_ON]
     worth: Callable[[list[str]], float] = lambda named: float(np.mean(reward([", ".join(named)] * len(pictures), pictures)))
     path: list[list[str]] = [[]]
     while len(path[-1]) < len(KINDS):
@@ -228,7 +233,7 @@ def constant_answer(train: list[Sample]) -> str:
 def measure(answers: dict[str, dict[str, list[str]]], train: list[Sample], test: list[Sample]) -> dict:
     """{"sampled" | "greedy": {"before", "after", "further_sft", "constant", "other_picture", "gain", "gain_over_further_sft"}}, each
     with "mean", "low", "high", "n" over the held-out pictures. "other_picture" scores the answers after GRPO on the next picture."""
-    results = {}
+    results, constant = {}, constant_answer(train)
     for how, count in (("sampled", SAMPLES), ("greedy", 1)):
         def score(texts: list[str], samples: list[Sample] = test) -> list[float]:
             values = reward(texts, [sample for sample in samples for _ in range(count)])
@@ -237,7 +242,7 @@ def measure(answers: dict[str, dict[str, list[str]]], train: list[Sample], test:
         before, after, further = (score(answers[name][how]) for name in ("sft", "grpo", "further_sft"))
         results[how] = {name: interval(values) for name, values in {
             "before": before, "after": after, "further_sft": further,
-            "constant": score([constant_answer(train)] * len(test) * count),
+            "constant": score([constant] * len(test) * count),
             "other_picture": score(answers["grpo"][how], test[1:] + test[:1])}.items()}
         for name, base in (("gain", before), ("gain_over_further_sft", further)):
             difference = paired(after, base)
@@ -261,52 +266,51 @@ def markdown(results: dict) -> str:
         f"{seconds['total']:.0f} s in all, {results['peak_memory_mb']} MB in the largest process."]) + "\n"
 
 
-RIGHT, WRONG, QUIET, BOLD = "#1a7f37", "#cf222e", "#6e7781", "#0a58ca"
+RIGHT, WRONG, QUIET, BOLD = "#007a5a", "#d55e00", "#6e7781", COLORS[0]  # told apart by everyone
 
 
 def draw(path: Path, results: dict, rewards: list[float], test: list[Sample], answers: dict[str, dict[str, list[str]]]) -> None:
     """The reward over GRPO's steps, and the first six held-out pictures with the greedy answers before and after."""
-    fig = Figure(figsize=(12.5, 5.2), layout="constrained")
-    left, right = fig.subfigures(1, 2, width_ratios=(1, 1.75))
+    fig = Figure(figsize=(13.5, 4.9), layout="constrained")
+    left, right = fig.subfigures(1, 2, width_ratios=(1, 1.9))
+    left.suptitle("Reward while GRPO trains", fontsize=13)
     axis = left.subplots()
-    window = max(1, len(rewards) // 10)
-    smooth = np.convolve(np.pad(rewards, (window // 2, window - 1 - window // 2), mode="edge"), np.ones(window) / window, "valid")
-    axis.plot(rewards, color=BOLD, alpha=0.3, linewidth=1)
-    axis.plot(smooth, color=BOLD, linewidth=2.5)
-    for name, title in (("before", "SFT"), ("further_sft", "SFT for as long again"), ("constant", "best constant answer")):
+    draw_line(axis, range(1, len(rewards) + 1), rewards, color=BOLD, style="-", points=False, faint=0.35)
+    for name, title in (("before", "SFT"), ("further_sft", "SFT for as long again"), ("constant", "best answer that ignores the picture")):
         value = results["sampled"][name]["mean"]
         axis.axhline(value, color=QUIET, linewidth=1, linestyle=":" if name == "constant" else "--")
-        axis.annotate(title, (len(rewards) - 1, value), xytext=(0, -11 if name == "further_sft" else 3), textcoords="offset points",
-                      ha="right", fontsize=8.5, color=QUIET)
-    axis.set(ylim=(0, 1), xlim=(0, max(1, len(rewards) - 1)), xlabel="step of GRPO", ylabel="reward of sampled answers")
+        axis.annotate(title, (1, value), (-4, 3), ("axes fraction", "data"), "offset points", ha="right", fontsize=9, color=QUIET)
+    axis.set(ylim=(0, 1), xlim=(1, max(2, len(rewards))), xlabel="step", ylabel="reward of sampled answers")
     axis.spines[["top", "right"]].set_visible(False)
-    left.suptitle("GRPO: reward while it trains", fontsize=12)
 
-    right.suptitle(f"“{QUESTION}”  Six held-out pictures, greedy answers", fontsize=12)
-    for number, axis in enumerate(right.subplots(3, 4, width_ratios=(1, 1.25) * 2)[:, ::2].flat):
+    right.suptitle(f"“{QUESTION}”  Six held-out pictures; reward and greedy answer", fontsize=13)
+    for number, (picture, beside) in enumerate(right.subplots(3, 4, width_ratios=(1, 1.3) * 2).reshape(-1, 2)):
         sample = test[number]
-        axis.imshow(load_image(sample.images[0]), interpolation="lanczos")
-        axis.axis("off")
-        lines = [("there", sample.findings), *((title, answers[name]["greedy"][number].split(", "))
-                                               for title, name in (("before", "sft"), ("after", "grpo")))]
-        texts = [part for title, things in lines for part in colour_words(title, things, sample.findings)]
-        box = VPacker(children=texts, pad=0, sep=1.5)
-        beside = axis.figure.axes[2 * number + 1]
-        beside.axis("off")
-        beside.add_artist(AnchoredOffsetbox("center left", child=box, frameon=False, pad=0, borderpad=0))
+        picture.imshow(load_image(sample.images[0]), interpolation="lanczos")
+        lines = [line for title, text in (("true", ", ".join(sample.findings)), ("before", answers["sft"]["greedy"][number]),
+                                          ("after", answers["grpo"]["greedy"][number])) for line in answer_lines(title, text, sample)]
+        beside.add_artist(AnchoredOffsetbox("center left", child=VPacker(children=lines, pad=0, sep=2), frameon=False, pad=0, borderpad=0))
+        for each in (picture, beside):
+            each.axis("off")
     fig.savefig(path, dpi=110)
 
 
-def colour_words(title: str, things: list[str], there: list[str]) -> list[HPacker]:
-    """Lines of text of two things each, right ones and wrong ones in their colours."""
-    lines = []
+def answer_lines(title: str, answer: str, sample: Sample) -> list[HPacker]:
+    """An answer as lines of two things each, behind its title and its reward; things that are not there in another colour, with a
+    cross."""
+    things, lines, size = answer.split(", "), [], 9.5
     for begin in range(0, len(things), 2):
-        words = [TextArea(title if not begin else "", textprops={"fontsize": 8, "color": QUIET})]
+        label = DrawingArea(66, size)
+        if not begin:
+            worth = "" if title == "true" else f"{reward([answer], [sample])[0]:.2f}"
+            label.add_artist(Text(0, 0, title, color=QUIET, fontsize=size))
+            label.add_artist(Text(38, 0, worth, color="black", fontsize=size))
+        words = []
         for place, thing in enumerate(things[begin:begin + 2], begin):
-            colour = "black" if title == "there" else RIGHT if thing in there and thing not in things[:place] else WRONG
-            words.append(TextArea(thing + "," * (place + 1 < len(things)), textprops={"fontsize": 9, "color": colour}))
-        words[0].set_offset((0, 0))
-        lines.append(HPacker(children=words, pad=0, sep=4, align="baseline"))
+            right = thing in sample.findings and thing not in things[:place]
+            colour = "black" if title == "true" else RIGHT if right else WRONG
+            words.append(TextArea(thing + " ✗" * (not right) + "," * (place + 1 < len(things)), textprops={"fontsize": size, "color": colour}))
+        lines.append(HPacker(children=[label, *words], pad=0, sep=4, align="baseline"))
     return lines
 
 

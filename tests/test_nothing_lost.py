@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 import evaluate
 import train_grpo
 import train_sft
-from minigrpo import packages
 from minigrpo.data import read_jsonl
 from minigrpo.run import files, folder, log, save, starts, track
 from minigrpo.run.args import parse_args
