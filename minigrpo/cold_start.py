@@ -22,7 +22,7 @@ from pathlib import Path
 
 from minigrpo.data import Sample, read_jsonl
 from minigrpo.data.clean import lines_of
-from minigrpo.data.rewrite import Endpoint, ask_all, check_address, key_of
+from minigrpo.data.rewrite import Endpoint, ask_all, check_address, is_reply, key_of
 from minigrpo.data.traces import TEMPLATES, check_reply, drawing_teacher, messages_for, read_templates
 from minigrpo.run.files import write_jsonl
 from minigrpo.run.terminal import Parser, fail
@@ -63,18 +63,19 @@ def checkpoint_teacher(model: str, templates: dict, max_new_tokens: int, device:
     return teach
 
 
-def replies(args, samples: list[Sample], chosen: list[Sample], templates: dict) -> list[tuple[str, bool]]:
-    """(reply, whether it came to its end) for each chosen sample, from the cache where it was asked before."""
+def replies(args, endpoint: Endpoint | None, samples: list[Sample], chosen: list[Sample], templates: dict) -> list[tuple[str, bool] | None]:
+    """(reply, whether it came to its end) for each chosen sample, from the cache where it was asked before; None where an endpoint gave
+    no answer."""
     if args.teacher == "drawing":
         return list(map(drawing_teacher(samples, templates), chosen))
     cache = args.cache or args.output_file.with_suffix(".cache.jsonl")
     keys = [key_of(args.teacher == "checkpoint", args.model, args.max_new_tokens, s.images, *messages_for(s, templates)) for s in chosen]
-    if args.teacher != "checkpoint":
-        endpoint = Endpoint(args.teacher, args.model, key=os.environ.get("OPENAI_API_KEY"), timeout=600.0)
-        return ask_all(endpoint_teacher(endpoint, templates, args.max_new_tokens), chosen, keys, cache, args.workers, "traces")
+    if endpoint:
+        return ask_all(endpoint_teacher(endpoint, templates, args.max_new_tokens), chosen, keys, cache, args.workers, "traces", is_reply)
     teach = checkpoint_teacher(args.model, templates, args.max_new_tokens, args.device)
     batches = [slice(k, k + args.workers) for k in range(0, len(chosen), args.workers)]
-    found = ask_all(teach, [chosen[b] for b in batches], [key_of(*keys[b]) for b in batches], cache, 1, "traces")
+    found = ask_all(teach, [chosen[b] for b in batches], [key_of(*keys[b]) for b in batches], cache, 1, "traces",
+                    lambda replies: isinstance(replies, list) and all(map(is_reply, replies)))
     return [reply for batch in found for reply in batch]
 
 
@@ -104,23 +105,26 @@ def main() -> None:
         for name in ("limit", "workers", "max_new_tokens"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+        endpoint = None
+        if args.teacher not in ("drawing", "checkpoint"):
+            endpoint = Endpoint(args.teacher, args.model, key=os.environ.get("OPENAI_API_KEY"), timeout=600.0)
         templates, samples = read_templates(args.templates), read_jsonl(args.file)
         open_to = [s for s in samples if s.task in THINKING_TASKS and s.images and not s.thinking]
         if not open_to:
             raise ValueError(f"{args.file} holds no sample to think about: a film, and a task of {', '.join(THINKING_TASKS)}")
         chosen = open_to if args.limit is None else random.Random(args.seed).sample(open_to, min(args.limit, len(open_to)))
-        if args.teacher not in ("drawing", "checkpoint"):
+        if endpoint:
             check_address(args.teacher, [s.source for s in chosen], "films and reports", args.allow_sending_reports)
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
-        found = replies(args, samples, chosen, templates)
+        found = replies(args, endpoint, samples, chosen, templates)
         records = lines_of(args.file, args.output_file)
     except (ValueError, OSError) as error:
         fail(error)
 
     counts: Counter[str] = Counter()
     traces = {}
-    for sample, (reply, whole) in zip(chosen, found):
-        trace, reason = check_reply(reply, whole, sample, templates)
+    for sample, reply in zip(chosen, found):
+        trace, reason = check_reply(*reply, sample, templates) if reply else ("", "no answer")
         counts[reason] += 1
         if trace:
             traces[sample.id] = trace

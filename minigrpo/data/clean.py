@@ -99,21 +99,22 @@ def main() -> None:
             raise ValueError(f"{args.output_file} exists already: remove it, or give another --output_file")
         if args.endpoint and not args.model:
             raise ValueError("--endpoint needs --model, the model's name there")
+        endpoint = Endpoint(args.endpoint, args.model, key=os.environ.get("OPENAI_API_KEY")) if args.endpoint else None
         records = lines_of(args.file, args.output_file)
         reports = [record for record in records if record["task"] == "report"]
         if args.endpoint:
             check_address(args.endpoint, [r.get("source") for r in reports], "reports", args.allow_sending_reports)
             args.output_file.parent.mkdir(parents=True, exist_ok=True)
-            endpoint = Endpoint(args.endpoint, args.model, key=os.environ.get("OPENAI_API_KEY"))
             cache = args.cache or args.output_file.with_suffix(".cache.jsonl")
             answers = rewrite_all(endpoint, [record["answer"] for record in reports], cache, args.workers)
         else:
             answers = [clean_report(record["answer"]) for record in reports]
     except (ValueError, OSError) as error:
         fail(error)
-    changed = sum(answer != record["answer"] for answer, record in zip(answers, reports))
+    changed = sum(answer not in (record["answer"], None) for answer, record in zip(answers, reports))
+    unanswered = answers.count(None)
     for record, answer in zip(reports, answers):
-        record["answer"] = answer
+        record["answer"] = answer or ""  # one that the server did not answer may still compare: it is left out
     kept = [record for record in records if record["task"] != "report" or record["answer"]]
     if not kept:
         fail(f"nothing is left of the {len(reports):,} reports of {args.file}, so nothing is written")
@@ -122,7 +123,7 @@ def main() -> None:
     except OSError as error:
         fail(f"{error}: give another --output_file")
     print(f"{args.output_file}: {len(records):,} samples read, {len(kept):,} kept, {len(records) - len(kept):,} dropped (nothing left of the "
-          f"report); {len(reports):,} reports, {changed:,} changed")
+          f"report{f', or no answer: {unanswered:,}' if unanswered else ''}); {len(reports):,} reports, {changed:,} changed")
 
 
 if __name__ == "__main__":

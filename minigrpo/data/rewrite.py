@@ -1,19 +1,31 @@
-"""Ask a model at any OpenAI-compatible endpoint, to rewrite reports or what else; answers are kept, so that a run can stop and go on."""
+"""Ask a model at any OpenAI-compatible endpoint, to rewrite reports or what else; answers are kept, so that a run can stop and go on.
+
+The server is not trusted: an answer is bounded in size, time and depth, and one that cannot be read, or does not come, is asked for
+again a few times. A question that gets none is counted, and the others go on.
+"""
 
 import hashlib
+import http.client
 import ipaddress
 import json
+import re
+import socket
+import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
+
+from ..visible import visible
 
 # Sets that anyone may download, and the drawn one. Reports of all others, also of files that name no source, stay on this machine.
 OPEN_SETS = ("openi", "nih", "jsrt", "phantom", "scenes")
@@ -23,7 +35,15 @@ Remove every mention of earlier films, comparison, change or stability over time
 the clinical history, and of recommendations or conversations. Keep every finding that remains, in the report's own words and order.
 Add nothing. If nothing remains, answer NONE. Answer with the edited text alone."""
 NOTHING = "NONE"
-RETRIES = 5  # a busy server answers 429 or 5xx
+TRIES = 5  # of a question: a busy server answers 429 or 5xx, a broken one half an answer
+AGAIN = (408, 425, 429)  # and all from 500 on: worth another try
+MOST_BYTES = 4 * 2**20  # of an answer; one of 2,048 tokens has some 10 kB
+MOST_FAILURES = 20  # questions in a row without an answer: the server is gone, or was never one
+LEAST_KEY = 4  # characters of a key that is blanked: "x", for servers that want any, would blank half of a message
+
+
+class NoAnswer(ValueError):
+    """A question that got no answer which could be used, and why."""
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -33,57 +53,144 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class Connection(http.client.HTTPConnection):
+    """One that another thread can end at any moment, by its `handle`: a server that sends a byte a second never times out."""
+
+    handle: socket.socket | None = None
+
+    def connect(self):
+        super().connect()
+        self.handle = self.sock.dup()
+
+
+class SecureConnection(http.client.HTTPSConnection, Connection):
+    """The handle is there before the handshake."""
+
+
+def _kept(kind: type[Connection], request: urllib.request.Request, host: str, **settings) -> Connection:
+    request.connection = kind(host, **settings)
+    return request.connection
+
+
+class Http(urllib.request.HTTPHandler):
+    def http_open(self, request):
+        return self.do_open(partial(_kept, Connection, request), request)
+
+
+class Https(urllib.request.HTTPSHandler):
+    def https_open(self, request):
+        return self.do_open(partial(_kept, SecureConnection, request), request, context=ssl.create_default_context())
+
+
 @dataclass
 class Endpoint:
     address: str  # base address, up to /v1
     model: str
-    key: str | None = None
-    timeout: float = 120.0
+    key: str | None = field(default=None, repr=False)
+    timeout: float = 120.0  # seconds for a question, with all its tries
 
     def __post_init__(self):
-        parts = urlsplit(self.address)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"--endpoint {self.address!r} is no address: write http://HOST:PORT/v1")
+        try:
+            parts = urlsplit(self.address)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", self.address)
+        except ValueError:  # a port above 65535, half of an IPv6 address
+            parts, usable = None, False
+        if parts and (parts.username or parts.password or parts.query or parts.fragment):
+            raise ValueError("--endpoint holds a user, a password or a query, which would be seen in messages: write http://HOST:PORT/v1, and "
+                             "set OPENAI_API_KEY to the key")
+        if not usable:
+            raise ValueError(f"--endpoint {visible(self.address)!r} is no address: write http://HOST:PORT/v1")
+        self.key = (self.key or "").strip() or None
+        if self.key and not re.fullmatch("[!-~]+", self.key):
+            raise ValueError("OPENAI_API_KEY holds a space, a line break or a letter that no key has: set it to the key alone")
         # A proxy named in the environment must not see what is meant for this machine.
-        handlers = [NoRedirect] + ([urllib.request.ProxyHandler({})] if is_loopback(self.address) else [])
+        handlers = [NoRedirect, Http, Https] + ([urllib.request.ProxyHandler({})] if is_loopback(self.address) else [])
         self._opener = urllib.request.build_opener(*handlers)
 
     def rewrite(self, text: str) -> str:
         """The model's version of one report, "" where it found nothing to keep."""
         said, whole = self.chat([{"role": "system", "content": PROMPT}, {"role": "user", "content": text}])
         if not whole:
-            raise ValueError(f"{self.model} was cut off at its longest answer: raise the server's limit, or half reports would be kept")
+            raise NoAnswer(f"{self.model} was cut off at its longest answer: raise the server's limit, or half reports would be kept")
         said = said.rpartition("</think>")[2].strip()
         return "" if said.rstrip(".") == NOTHING else " ".join(said.split())
 
     def chat(self, messages: list[dict], **settings) -> tuple[str, bool]:
-        """(what the model says, whether it came to its end)."""
-        body = {"model": self.model, "temperature": 0, "messages": messages} | settings
+        """(what the model says, whether it came to its end). NoAnswer where it says nothing that can be used."""
+        body = json.dumps({"model": self.model, "temperature": 0, "messages": messages} | settings).encode()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(f"{self.address.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
-        answer = self._send(request)
-        try:
-            choice = answer["choices"][0]
-            return choice["message"]["content"].strip(), choice.get("finish_reason") != "length"
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise ValueError(f"{self.address} answered without choices[0].message.content: is it an OpenAI-compatible server?") from None
-
-    def _send(self, request: urllib.request.Request) -> dict:
-        for attempt in range(RETRIES):
+        end, problem = time.monotonic() + self.timeout, "no time"
+        for attempt in range(TRIES):
+            left = end - time.monotonic()
+            if left <= 0:
+                break
+            request = urllib.request.Request(f"{self.address.rstrip('/')}/chat/completions", body, headers)
+            problem, final = None, False
             try:
-                with self._opener.open(request, timeout=self.timeout) as response:
-                    return json.loads(response.read())
+                return self._answer(self._read(request, left))
             except urllib.error.HTTPError as error:
-                if (error.code != 429 and error.code < 500) or attempt == RETRIES - 1:
-                    told = error.read()[:300].decode(errors="replace")
-                    raise ValueError(f"{self.address} answered {error.code} {error.reason}: {told}") from None
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-                if attempt == RETRIES - 1:
-                    raise ValueError(f"{self.address} does not answer ({error}): is the server running?") from None
-            except ValueError as error:
-                raise ValueError(f"{self.address} did not answer in JSON ({error})") from None
-            time.sleep(0.25 * 2**attempt)
-        raise AssertionError("unreachable")
+                told = self._blank(f"{error.code} {error.reason}: {error.told}")
+                problem, final = f"{self.address} answered {told}", error.code < 500 and error.code not in AGAIN
+            except NoAnswer as error:
+                problem = f"{self.address} {error}"
+            except (ConnectionRefusedError, urllib.error.URLError) as error:
+                problem = f"{self.address} does not answer ({self._blank(str(error))}): is the server running?"
+            except Exception as error:  # what http.client, ssl and json raise of a server's bytes: some twenty kinds
+                problem = f"{self.address} sent what is no answer ({type(error).__name__}: {self._blank(str(error))})"
+            if end <= time.monotonic():
+                problem = f"{self.address} took longer than {self.timeout:g} s"
+            if final:
+                break
+            time.sleep(max(0.0, min(0.25 * 2**attempt, end - time.monotonic())))
+        raise NoAnswer(problem)
+
+    def _read(self, request: urllib.request.Request, seconds: float) -> bytes:
+        """The body of the answer, of at most MOST_BYTES. After `seconds` the connection is cut, wherever it is."""
+        def cut():
+            handle = getattr(getattr(request, "connection", None), "handle", None)
+            try:
+                if handle:
+                    handle.shutdown(socket.SHUT_RDWR)
+            except OSError:  # it is closed already
+                pass
+
+        watch = threading.Timer(seconds, cut)
+        watch.daemon = True
+        watch.start()
+        try:
+            with self._opener.open(request, timeout=seconds) as response:
+                data = response.read(MOST_BYTES + 1)
+        except urllib.error.HTTPError as error:
+            with error:  # whose text may hold the key, and end never
+                error.told = error.read(65_536).decode(errors="replace")
+            raise
+        finally:
+            watch.cancel()
+            if handle := getattr(getattr(request, "connection", None), "handle", None):
+                handle.close()
+        if len(data) > MOST_BYTES:
+            raise NoAnswer(f"sent more than {MOST_BYTES:,} bytes")
+        return data
+
+    def _answer(self, data: bytes) -> tuple[str, bool]:
+        try:
+            choice = json.loads(data)["choices"][0]
+            said, whole = choice["message"]["content"].strip(), choice.get("finish_reason") != "length"
+            said.encode()
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise NoAnswer("answered without choices[0].message.content: is it an OpenAI-compatible server?") from None
+        except UnicodeEncodeError:
+            raise NoAnswer("answered with half a character (a lone surrogate)") from None
+        except (ValueError, RecursionError) as error:
+            raise NoAnswer(f"did not answer in JSON ({self._blank(str(error))})") from None
+        return self._without_key(said), whole
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self.key, "[key]") if self.key and len(self.key) >= LEAST_KEY else text
+
+    def _blank(self, text: str) -> str:
+        """Text of the server as a message may show it: without the key, of one line, 300 characters at most."""
+        return visible(" ".join(self._without_key(text).split()))[:300]
 
 
 def is_loopback(address: str) -> bool:
@@ -108,10 +215,11 @@ def check_address(address: str, sources: Sequence[str | None], what: str, allowe
                          "machine, or, if you have the right to send them there, say so with --allow_sending_reports")
 
 
-def rewrite_all(endpoint: Endpoint, texts: Sequence[str], cache: Path, workers: int = 8) -> list[str]:
-    """A rewritten text for each, in order. Each distinct text is asked once; `cache` gains a line with every answer."""
+def rewrite_all(endpoint: Endpoint, texts: Sequence[str], cache: Path, workers: int = 8) -> list[str | None]:
+    """A rewritten text for each, in order, None where there is no answer. Each distinct text is asked once; `cache` gains a line with
+    every answer."""
     keys = [key_of(endpoint.model, PROMPT, text) for text in texts]
-    return ask_all(endpoint.rewrite, texts, keys, cache, workers, "rewrite")
+    return ask_all(endpoint.rewrite, texts, keys, cache, workers, "rewrite", is_text)
 
 
 def key_of(*parts) -> str:
@@ -119,31 +227,65 @@ def key_of(*parts) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def ask_all(ask: Callable, questions: Sequence, keys: Sequence[str], cache: Path, workers: int, what: str) -> list:
-    """`ask(question)` for each, in order, a JSON value. Each key is asked once; `cache` gains a line with every answer."""
-    known = read_cache(cache)
+def ask_all(ask: Callable, questions: Sequence, keys: Sequence[str], cache: Path, workers: int, what: str,
+            fits: Callable[[object], bool]) -> list:
+    """`ask(question)` for each, in order, a JSON value that `fits`, None where it raised NoAnswer. Each key is asked once; `cache` gains
+    a line with every answer, as soon as it comes. ValueError where MOST_FAILURES questions in a row, or all, get no answer."""
+    known = read_cache(cache, fits)
     new = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
+    failures: Counter[str] = Counter()
+    in_a_row = 0
     with cache.open("a", encoding="utf-8") as file, ThreadPoolExecutor(workers) as pool:
         if file.tell() and not cache.read_bytes().endswith(b"\n"):
             file.write("\n")  # a run that was killed within a line
         try:
-            for key, answer in zip(new, tqdm(pool.map(ask, new.values()), total=len(new), desc=what)):
+            waiting = {pool.submit(ask, question): key for key, question in new.items()}
+            for done in (bar := tqdm(as_completed(waiting), total=len(new), desc=what)):
+                key = waiting.pop(done)
+                try:
+                    answer, in_a_row = done.result(), 0
+                except NoAnswer as error:
+                    failures[str(error)] += 1
+                    in_a_row += 1
+                    bar.set_postfix(failed=failures.total())
+                    if in_a_row == MOST_FAILURES or failures.total() == len(new):
+                        raise ValueError(f"{error}. {in_a_row} questions in a row got no answer, so no more are asked; what came before is kept in "
+                                         f"{cache}, and the same command goes on from there") from None
+                    continue
                 known[key] = answer
                 file.write(json.dumps({"key": key, "answer": answer}, ensure_ascii=False) + "\n")
                 file.flush()
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C: ask no more
+            pool.shutdown(wait=False, cancel_futures=True)  # an error or Ctrl-C: ask no more
             raise
-    return [known[key] for key in keys]
+    if failures:
+        reasons = "; ".join(f"{n:,} times: {reason}" for reason, n in failures.most_common(3))
+        print(f"note: {failures.total():,} of {len(new):,} questions got no answer ({reasons}). To ask these again: --cache {cache}, and another "
+              "--output_file")
+    return [known.get(key) for key in keys]
 
 
-def read_cache(cache: Path) -> dict:
-    """Answers of earlier runs; a line that a killed run left half written is asked again."""
+def is_text(answer: object) -> bool:
+    """Whether it is a text that can be written."""
+    try:
+        return isinstance(answer, str) and bool(answer.encode() or True)
+    except UnicodeEncodeError:
+        return False
+
+
+def is_reply(answer: object) -> bool:
+    """Whether it is what `Endpoint.chat` gives, as JSON keeps it: [text, whether it came to its end]."""
+    return isinstance(answer, list | tuple) and len(answer) == 2 and is_text(answer[0]) and isinstance(answer[1], bool)
+
+
+def read_cache(cache: Path, fits: Callable[[object], bool]) -> dict:
+    """Answers of earlier runs; a line that a killed run left half written, or that holds something else, is asked again."""
     known = {}
     for line in cache.read_text(encoding="utf-8", errors="replace").split("\n") if cache.is_file() else []:
         try:
             record = json.loads(line)
-            known[record["key"]] = record["answer"]
-        except (ValueError, KeyError, TypeError):
+            if fits(record["answer"]):
+                known[record["key"]] = record["answer"]
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return known
