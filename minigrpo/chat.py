@@ -3,7 +3,7 @@
 The renderer is transformers' own, whose sandbox keeps a template from files and from Python. What
 it keeps no template from is a loop without end, or a string of gigabytes: so the process has
 `SECONDS` of processor time for a conversation and `MEMORY` bytes, and the system ends it beyond
-them. It imports no torch, starts in a second, and ends with the program.
+them. It starts in a moment, and ends with the program.
 """
 
 import atexit
@@ -14,6 +14,8 @@ import signal
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
+from types import ModuleType
 
 SECONDS = 1.0  # of processor time, so that a busy machine takes none; Qwen3-VL's takes 0.0001
 MEMORY = 2**28  # on top of what Python and jinja take
@@ -71,9 +73,24 @@ def _end(process: subprocess.Popen) -> int:
     return process.wait()
 
 
+def renderer():
+    """transformers' own, without the rest of transformers, which takes a second to import."""
+    place = find_spec("transformers").submodule_search_locations[0]
+    try:
+        for name in ("transformers", "transformers.utils"):
+            sys.modules[name] = package = ModuleType(name)
+            package.__path__ = [place if name == "transformers" else f"{place}/utils"]
+        from transformers.utils.chat_template_utils import render_jinja_template
+    except Exception:  # a version that wants more of itself
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+            del sys.modules[name]
+        from transformers.utils.chat_template_utils import render_jinja_template
+    return render_jinja_template
+
+
 def serve() -> None:
     """The process that renders: a line of JSON in, a line of JSON out."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+    render_jinja_template = renderer()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster sends it to all processes of a job
     if os.path.exists("/proc/self/statm"):  # on Linux; macOS keeps no such limit
         with open("/proc/self/statm") as file:
