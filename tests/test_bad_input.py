@@ -16,7 +16,7 @@ from PIL import Image
 import evaluate
 import train_grpo
 import train_sft
-from minigrpo import ask, elsewhere, tiny
+from minigrpo import ask, cold_start, elsewhere, tiny
 from minigrpo.data import check, clean, join, openi, phantom as phantom_films, scenes, sharegpt
 from minigrpo.data.convert import adapter_main
 from minigrpo.rewards import Scores
@@ -92,7 +92,11 @@ def test_cleaned_references_and_asking_to_think_are_the_same_questions(phantom, 
 @pytest.mark.parametrize("name, content, message", [
     ("predictions.jsonl", '{"id": "café"}'.encode("latin-1"), "predictions.jsonl:1: not a prediction"),
     ("metrics.json", b'{"model": ', "metrics.json is not JSON"), ("metrics.json", b"\xff\xfe\xff", "metrics.json is not JSON"),
-    ("metrics.json", b"[]", "metrics.json holds no object")])
+    ("metrics.json", b"[]", "metrics.json holds no object"),
+    ("metrics.json", b'{"box_scale": 0}', "metrics.json: box_scale 0 must be a number above 0"),
+    ("metrics.json", b'{"box_scale": NaN}', "metrics.json: box_scale nan must"),
+    ("metrics.json", b'{"box_scale": "1000"}', "metrics.json: box_scale '1000' must"),
+    ("metrics.json", b'{"opened": "no"}', "metrics.json: box_scale 1.0 must be a number above 0, and opened 'no'")])
 def test_a_broken_evaluation_is_named(fails, phantom, stored, tmp_path, name, content, message):
     """Bug: the message was "'utf-8' codec can't decode byte", or a traceback, and no file was named."""
     (stored[0] / name).write_bytes(content)
@@ -424,7 +428,7 @@ def test_a_tiny_model_s_folder_that_cannot_be_made(fails, phantom, tmp_path):
 def test_arguments_of_check(fails, phantom):
     """Bug: "max_workers must be greater than 0" names no argument of ours."""
     assert "--workers must be at least 1" in fails(check.main, phantom / "test.jsonl", "--workers", 0)
-    assert "--model /nowhere has no tokenizer" in fails(check.main, phantom / "test.jsonl", "--model", "/nowhere")
+    assert "/nowhere is neither a checkpoint folder" in fails(check.main, phantom / "test.jsonl", "--model", "/nowhere")
 
 
 def test_a_parquet_file_in_a_folder_that_is_not_there(fails, phantom, tmp_path):
@@ -630,3 +634,60 @@ def test_a_full_disk_is_no_fault_of_a_film(fails, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "copyfile", full)
     assert "cannot be written (No space left on device)" in convert_openi(fails, tmp_path / "set", tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.p*"))
+# ---- one check of a checkpoint, in every program ---------------------------------------------------
+
+@pytest.fixture(scope="module")
+def speechless(policy, tmp_path_factory):
+    """A checkpoint whose chat template shows no image."""
+    folder = tmp_path_factory.mktemp("speechless") / "model"
+    policy.save_pretrained(folder)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(template.replace("<|image_pad|>", ""))
+    return folder
+
+
+PROGRAMS = {
+    "sft": (train_sft, ["--train_data", "train"]), "grpo": (train_grpo, ["--train_data", "train"]),
+    "sft --plan": (train_sft, ["--train_data", "train", "--plan"]),
+    "grpo --plan": (train_grpo, ["--train_data", "train", "--plan"]),
+    "sft --lora_rank": (train_sft, ["--train_data", "train", "--lora_rank", 2]),
+    "grpo --lora_rank": (train_grpo, ["--train_data", "train", "--lora_rank", 2]),
+    "evaluate": (evaluate, ["--data", "test"]),
+    "ask": (ask, ["--image", "film"]), "check": (check, ["test"]),
+    "cold_start": (cold_start, ["test", "--teacher", "checkpoint"])}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_checks_its_checkpoint(fails, phantom, speechless, tmp_path, program):
+    module, words = PROGRAMS[program]
+    places = {"train": phantom / "train.jsonl", "test": phantom / "test.jsonl",
+              "film": next(phantom.rglob("*.png"))}
+    words = [places.get(word, word) for word in words]
+    if module is cold_start:
+        words += ["--output_file", tmp_path / "out"]
+    elif module not in (ask, check):
+        words += ["--output_dir", tmp_path / "out"]
+    said = fails(module.main, *words, "--model", speechless)
+    assert f"{speechless}: the chat template" in said and "writes 0 <|image_pad|> for 1 images" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("program", ["sft", "grpo", "evaluate", "ask", "check", "cold_start"])
+def test_a_name_that_is_too_long_for_a_file(fails, phantom, tmp_path, program, monkeypatch):
+    """Bug: OSError: [Errno 36], with a traceback, wherever a path was looked at."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    module, words = PROGRAMS[program]
+    places = {"train": phantom / "train.jsonl", "test": phantom / "test.jsonl",
+              "film": next(phantom.rglob("*.png"))}
+    words = [places.get(word, word) for word in words]
+    words += {cold_start: ["--output_file", tmp_path / "out"], ask: [], check: []}.get(
+        module, ["--output_dir", tmp_path / "out"])
+    said = fails(module.main, *words, "--model", "x" * 300)
+    assert "neither a checkpoint folder nor a model on the hub" in said
+    if module is evaluate:
+        for argument in ("--predictions", "--baseline"):
+            model = ["--model", "constant", "--train_data", places["train"]] * (argument == "--baseline")
+            assert "File name too long" in fails(module.main, *words, *model, argument, "x" * 300)
+    if module is ask:
+        assert "File name too long" in fails(module.main, *words, "--model", "x", "--output",
+                                             "x" * 300 + ".png")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_grpo
 import train_sft
 from minigrpo.generate import generate
-from minigrpo.lora import add_adapters, adapters_off, fingerprint, merge_adapters, save_adapters
+from minigrpo.lora import (add_adapters, adapters_off, check_checkpoint, fingerprint, merge_adapters,
+                           save_adapters)
 from minigrpo.policy import Policy
 from minigrpo.run.args import LINEAR, PARTS
 from minigrpo.run.files import seal
@@ -273,6 +275,40 @@ def test_resuming_on_another_base_model(train, interrupted, base, policy, tmp_pa
     said = stop(train, "--resume", folder=interrupted, model=tmp_path / "other")
     assert "is not the model that the adapters in" in said and str(tmp_path / "other") in said
     assert fingerprint(other) != fingerprint(policy.model) == fingerprint(adapted(policy).model)
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("base.json", b"{", "base.json is not JSON"), ("base.json", b"{}", "is not the model that the adapters"),
+    ("adapter_config.json", b"[]", "adapter_config.json is not JSON that can be used"),
+    ("adapter_config.json", b"{}", "adapters of another --lora_rank"),
+    ("adapter_model.safetensors", b"", "adapter_model.safetensors cannot be used"),
+    ("adapter_model.safetensors", "NaN", "holds NaN or infinity"),
+    ("adapter_model.safetensors", "less", "cannot be used"),
+    ("adapter_config.json", "code", None)])
+def test_adapters_that_cannot_be_used(policy, interrupted, tmp_path, file, content, message):
+    """What peft would make of adapter_config.json is not asked: adapters are made of the arguments."""
+    checkpoint = shutil.copytree(next((interrupted / "checkpoints").glob("step-*")), tmp_path / "a/b/step")
+    path, args = checkpoint / file, SimpleNamespace(**vars(ARGS) | {"lora_alpha": 32.0})
+    if content in ("NaN", "less"):
+        weights = load_file(path)
+        name = next(iter(weights))
+        weights[name].view(-1)[0] = float("nan")
+        save_file({key: x for key, x in weights.items() if content == "NaN" or key != name}, path)
+    elif content == "code":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {
+            "auto_mapping": {"parent_library": "os"}, "base_model_name_or_path": "elsewhere", "peft_type": "X"}))
+    else:
+        path.write_bytes(content)
+
+    def resume():
+        check_checkpoint(checkpoint, args)
+        return add_adapters(copy_of(policy), args, checkpoint)
+
+    if message:
+        with pytest.raises(ValueError, match=message):
+            resume()
+    else:
+        assert resume().adapters is not None
 
 
 def test_whole_weights_do_not_resume_with_adapters(tmp_path):
