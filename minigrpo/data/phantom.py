@@ -400,7 +400,7 @@ def add_effusion(d: Drawing) -> None:
 
 def add_consolidation(d: Drawing) -> None:
     """Part of a lobe from the hilum to the wall, in one zone or two."""
-    pen, p = d.pen, d.pen.patient
+    pen = d.pen
     for _ in range(1 + (d.rng.random() < 0.25)):
         places = [place for place in ((side, t) for side in SIDES for t in (0.24, 0.52, 0.8)) if room(d, *place, 0.13) > 0.6]
         if not places:
