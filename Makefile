@@ -16,13 +16,15 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch .venv/installed
 
-# From nothing to a trained model and its pictures in OUT: phantom films, SFT, GRPO for both tasks, evaluation.
+# From nothing to a trained model and its pictures in OUT: phantom films, SFT, GRPO for both tasks, evaluation. Stopped and run
+# again, it goes on; FRESH=1 removes what was there and begins anew.
+FRESH_FLAG := $(if $(filter-out 0,$(FRESH)),--fresh)
 demo: install
-	$(BIN)/python -m minigrpo.demo --output_dir $(OUT) --seed $(SEED)
+	$(BIN)/python -m minigrpo.demo --output_dir $(OUT) --seed $(SEED) $(FRESH_FLAG)
 
 # The phantom-trained model on your films: DATA is a folder with train.jsonl and test.jsonl.
 demo-real: install
-	$(BIN)/python -m minigrpo.demo --output_dir $(OUT)-real --seed $(SEED) --data "$(DATA)" --model $(OUT)/sft/final
+	$(BIN)/python -m minigrpo.demo --output_dir $(OUT)-real --seed $(SEED) --data "$(DATA)" --model $(OUT)/sft/final $(FRESH_FLAG)
 
 # The study of docs/study.md: an hour and a half; stopped and run again, it goes on. From cache it renders in seconds.
 study: install

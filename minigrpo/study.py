@@ -14,25 +14,18 @@ depends on it, and that alone. A change of the code does not: remove output_dir 
 
 import hashlib
 import json
-import multiprocessing
 import os
-import re
-import shutil
-import sys
 import time
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from pathlib import Path
 
-import minigrpo.policy  # noqa: F401  loaded once: a run is a fork of this process
-import minigrpo.run.plots  # noqa: F401
-import torch
-from minigrpo.commands import python, typed
-from minigrpo.run.args import input_errors, parse_args, run_errors
-from minigrpo.run.files import write_aside
-from minigrpo.run.terminal import steady_output
-from minigrpo.study_results import collect
-from minigrpo.study_table import draw_figures, page_text, tables, write_page
+BEGAN = time.perf_counter()
+import torch  # noqa: E402
+from minigrpo.run.args import input_errors, parse_args, run_errors  # noqa: E402
+from minigrpo.run.files import make_folder, write_aside  # noqa: E402
+from minigrpo.stages import Run, hold, run_all  # noqa: E402
+from minigrpo.study_results import collect  # noqa: E402
+from minigrpo.study_table import draw_figures, page_text, tables, write_page  # noqa: E402
 
 STARTS, MODES, TASKS = ("general", "domain"), ("direct", "thinking"), ("report", "grounding")
 ENTITIES = "minigrpo.rewards.phantom_entities:complete"
@@ -83,22 +76,12 @@ class StudyArguments:
             raise ValueError("--jobs and --seeds must be at least 1")
 
 
-@dataclass
-class Run:
-    name: str
-    command: list  # what follows `python`; {out} is its own folder, {NAME} that of another run
-
-    @property
-    def needs(self) -> list[str]:
-        return [name for word in self.command for name in re.findall(r"\{([\w-]+)\}", str(word)) if name != "out"]
-
-
 def plan(size: Size, reward_weights: str | None = None) -> list[Run]:
     """All runs, each after those that it needs."""
     runs: list[Run] = []
 
-    def add(name: str, *command) -> None:
-        runs.append(Run(name, list(command)))
+    def add(name: str, *command, alone: bool = False) -> None:
+        runs.append(Run(name, list(command), alone))
 
     add("films", "-m", "minigrpo.data.phantom", "--output_dir", "{out}", "--train", size.films, "--test", size.test, "--seed", 0,
         "--size", size.pixels)
@@ -111,7 +94,7 @@ def plan(size: Size, reward_weights: str | None = None) -> list[Run]:
             "--output_file", "{out}/think.jsonl")
         weights = ["--task_weights", "report=2"] if data == "films" else []
         add(start, "train_sft.py", "--model", model, "--train_data", f"{{{data}-think}}/think.jsonl", "--max_steps", steps,
-            "--output_dir", "{out}", *sft, *weights)
+            "--output_dir", "{out}", *sft, *weights, alone=True)  # all else waits for it
     think = {"direct": [], "thinking": ["--think"]}
     evaluate = ["evaluate.py", "--data", "{films}/test.jsonl", "--max_new_tokens", size.longest, "--report_items", 0, "--output_dir", "{out}"]
     for start in STARTS:
@@ -149,55 +132,6 @@ def folders(runs: list[Run], output_dir: Path) -> dict[str, Path]:
     return {name: output_dir / f"{name}-{key}" for name, key in keys.items()}
 
 
-def start(run: Run, where: dict[str, Path], threads: int) -> multiprocessing.Process:
-    """The run as a process that writes to FOLDER.log. Training goes on from its checkpoint, all else starts anew."""
-    out = where[run.name]
-    line = [str(word).format(out=out, **where) for word in run.command]
-    if line[0].startswith("train_"):
-        line.append("--resume")
-    elif out.exists():
-        shutil.rmtree(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-
-    def child() -> None:
-        sys.stdout = sys.stderr = log = open(f"{out}.log", "w", buffering=1)
-        steady_output()
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        torch.set_num_threads(threads)
-        print("$ " + typed(line), flush=True)
-        python(line)
-    process = multiprocessing.get_context("fork").Process(target=child, name=run.name)
-    process.start()
-    return process
-
-
-def run_all(runs: list[Run], where: dict[str, Path], jobs: int) -> None:
-    """Every run that is not done, `jobs` at once, each once what it needs is there."""
-    done = {run.name for run in runs if (where[run.name] / "done.json").exists()}
-    print(f"{len(runs)} runs, {len(done)} of them done already", flush=True)
-    waiting, going = [run for run in runs if run.name not in done], {}
-    while waiting or going:
-        ready = [run for run in waiting if done.issuperset(run.needs)][:jobs - len(going)]
-        threads = max(1, (os.cpu_count() or 1) // max(1, len(ready) + len(going)))  # SFT, on which all else waits, has all cores
-        for run in ready:
-            process = start(run, where, threads)
-            going[process.sentinel] = (process, run, threads, time.perf_counter())
-            waiting.remove(run)
-        for sentinel in wait(list(going)):
-            process, run, threads, began = going.pop(sentinel)
-            process.join()
-            seconds = round(time.perf_counter() - began, 1)
-            if process.exitcode:
-                for other, *_ in going.values():
-                    other.terminate()
-                tail = Path(f"{where[run.name]}.log").read_text(errors="replace")[-1500:]
-                sys.exit(f"study: {run.name} failed ({where[run.name]}.log); what is done stays done\n{tail}")
-            write_aside(where[run.name] / "done.json", json.dumps({"seconds": seconds, "threads": threads, "command": run.command}) + "\n")
-            done.add(run.name)
-            print(f"{len(done):3d}/{len(runs)}  {run.name}  {seconds:.0f} s", flush=True)
-
-
 @run_errors(lambda: "The same command goes on", "--jobs")
 def main() -> None:
     with input_errors():
@@ -207,12 +141,15 @@ def main() -> None:
             raise ValueError(f"--table: {target} does not exist; run the study first, or name its --json")
         if page:
             page_text(page)  # what cannot be rendered into shows now, not after hours
+        if not args.table:
+            make_folder(root := Path(args.output_dir))
+            held = hold(root)  # noqa: F841  as long as this process lives
     if not args.table:
         size = SMOKE if args.smoke else FULL
         size.seeds = args.seeds or size.seeds
         runs = plan(size, args.reward_weights)
-        where = folders(runs, Path(args.output_dir))
-        run_all(runs, where, args.jobs)
+        where = folders(runs, root)
+        run_all(runs, where, root, jobs=args.jobs, threads=torch.get_num_threads(), began=BEGAN)
         names = ["gleu", *rewards_compared(args.reward_weights)]
         target.parent.mkdir(parents=True, exist_ok=True)
         write_aside(target, json.dumps(collect(where, size, names, smoke=args.smoke), indent=1) + "\n")

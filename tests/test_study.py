@@ -3,16 +3,18 @@
 import json
 import re
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from evaluate import EvaluateArguments
-from minigrpo import study
+from minigrpo import stages, study
 from minigrpo.rewards.spec import parse_spec
 from minigrpo.run.args import parse_args
-from minigrpo.study import FULL, SMOKE, Run, folders, plan, run_all
+from minigrpo.stages import Run, run_all
+from minigrpo.study import FULL, SMOKE, folders, plan
 from minigrpo.study_results import curves, gain, pooled
 from minigrpo.study_table import NOTHING, tables, write_page
 from tests import processes
@@ -87,9 +89,11 @@ def test_a_failed_run_keeps_what_is_done_and_says_where_to_look(tmp_path, capsys
             Run("bad", ["evaluate.py", "--data", "{films}/nowhere.jsonl", "--model", "{films}", "--output_dir", "{out}"])]
     where = folders(runs, tmp_path)
     for _ in range(2):
-        with pytest.raises(SystemExit, match=r"(?s)bad failed .*nowhere.jsonl"):
-            run_all(runs, where, 1)
-    assert "2 runs, 1 of them done" in capsys.readouterr().out
+        with pytest.raises(SystemExit) as ended:
+            run_all(runs, where, tmp_path, jobs=1, threads=1, began=time.perf_counter())
+        said = capsys.readouterr().out
+        assert ended.value.code == 1 and re.search(r"(?s)bad failed .*nowhere.jsonl.*1 of 2 runs are done; the same command goes on", said)
+    assert "2 runs, 1 of them done" in said
     assert (where["films"] / "done.json").exists() and not where["bad"].exists()
 
 
@@ -184,7 +188,7 @@ def test_the_whole_study_runs_and_comes_from_its_cache(tmp_path, monkeypatch, ca
     assert text.startswith("before\n") and text.endswith("after\n") and "A smoke run" in text and "### Table 3" in text
     assert {path.name for path in (tmp_path / "images").iterdir()} == {f"study-{n}.png" for n in ("gains", "rewards", "lengths", "ablation")}
 
-    monkeypatch.setattr(study, "start", None)  # nothing may be run again
+    monkeypatch.setattr(stages, "start", None)  # nothing may be run again
     monkeypatch.setattr(sys, "argv", ["study", *map(str, command)])
     study.main()
     assert page.read_text() == text and "30 runs, 30 of them done" in capsys.readouterr().out
