@@ -182,7 +182,7 @@ def different(begun: dict, now: dict) -> str | None:
         if begun["inputs"].get(name) != value:
             return f"was begun when {name} was another file than it is now"
     if begun["commands"] != now["commands"]:
-        return "was begun with other commands, of another version of the demo or without --smoke"
+        return "was begun with other commands: by another version of it, or with or without --smoke"
     return "was begun with another version of the programs" if begun["programs"] != now["programs"] else None
 
 
