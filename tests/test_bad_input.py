@@ -206,6 +206,23 @@ def test_nothing_left_after_cleaning_is_an_error(fails, tmp_path):
     assert not (tmp_path / "b.jsonl").exists()
 
 
+@pytest.mark.parametrize("command", ["sharegpt", "join", "openi"])
+def test_what_an_error_quotes_cannot_rewrite_the_terminal(fails, tmp_path, command):
+    """Bug: an ESC in an item's id, in a file's name or in a column's was printed as it stood."""
+    name = "a\x1b[2J\u202e"
+    (tmp_path / f"{name}.json").write_text(json.dumps([{"id": name, "conversations": []}]))
+    out = ["--output_file", tmp_path / "b.jsonl"]
+    if command == "sharegpt":
+        said = fails(sharegpt.main, tmp_path / f"{name}.json", *out)
+    elif command == "join":
+        said = fails(join.main, tmp_path / f"{name}.jsonl", *out)
+    else:
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set/indiana_reports.csv").write_text(f"{name},uid\n")
+        said = convert_openi(fails, tmp_path / "set", tmp_path / "out")
+    assert "a\\x1b[2J\\u202e" in said and "".join(said.split("\n")).isprintable()
+
+
 def test_an_empty_llava_file_is_an_error(fails, tmp_path):
     """Bug: an empty file was written, which no program can read."""
     (tmp_path / "a.json").write_text("[]")

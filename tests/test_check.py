@@ -108,6 +108,11 @@ def test_films_of_doubtful_brightness_are_named(folder):
     assert "depth      4 of 8 bits, 2 of 16 bits in 16, 1 of 12 bits in 16, 1 of signed values" in text
 
 
+def test_nothing_is_said_of_what_the_phantoms_write(phantom):
+    text, errors, _ = check([phantom / "train.jsonl", phantom / "test.jsonl"])
+    assert not errors and "note" not in text
+
+
 def test_boxes_that_are_wrong_are_counted(folder):
     lines = [line(n, "0.png", boxes=[[0, 0, 2, 1]]) for n in range(3)]
     lines.append(line(9, "0.png", answer="At [100, 200, 500, 600]."))

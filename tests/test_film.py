@@ -119,6 +119,33 @@ def test_the_largest_value_that_a_tiff_states(tmp_path, tag, value, full):
     assert np.abs(grey(path) - RAMP * 255 * 900 / full).max() <= 1
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_a_tiff_whose_zero_is_white(tmp_path, kind):
+    """Bug: Pillow inverts such a film of 8 bits and leaves one of 16 a negative."""
+    peak = 4095 if kind is np.uint16 else 255
+    path = saved(tmp_path / "film.tif", (RAMP * peak).round().astype(kind))
+    data = bytearray(path.read_bytes())
+    place = data.index(struct.pack("<HHIH", 262, 3, 1, 1))  # PhotometricInterpretation
+    data[place + 8] = 0
+    path.write_bytes(data)
+    assert np.abs(grey(path) - (255 - RAMP * 255)).max() <= 1
+
+
+def test_16_bit_colour_of_which_pillow_reads_half_is_counted(tmp_path):
+    """12-bit values in a 16-bit colour PNG come out at a sixteenth; `check` calls them dark."""
+    values = np.repeat((RAMP * 4095).astype(">u2")[..., None], 3, 2)
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    path = saved(tmp_path / "film.png", np.zeros((150, 200, 3), np.uint8))
+    data = path.read_bytes()[:8]
+    for kind, content in {b"IHDR": struct.pack(">IIBBBBB", 200, 150, 16, 2, 0, 0, 0),
+                          b"IDAT": zlib.compress(rows), b"IEND": b""}.items():
+        data += struct.pack(">I", len(content)) + kind + content
+        data += struct.pack(">I", zlib.crc32(kind + content))
+    path.write_bytes(data)
+    seen = look(str(path))
+    assert seen.depth == "the upper 8 of 16 bits" and seen.faults == ("dark",)
+
+
 # ---- orientation ----------------------------------------------------------------
 
 
@@ -300,7 +327,8 @@ def test_every_image_is_opened_with_a_list_of_formats():
     """Each of Pillow's forty formats is a way in, and a film's only door is film.py."""
     root = Path(minigrpo.__file__).parent.parent
     files = [*root.glob("*.py"), *(root / "minigrpo").rglob("*.py")]
-    calls = [line for file in files for line in file.read_text().splitlines() if "Image.open(" in line]
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    calls = [line for line in lines if "Image.open(" in line]
     assert calls and all("formats=" in line for line in calls)
 
 

@@ -49,7 +49,7 @@ class Film:
 
     size: tuple[int, int] = (0, 0)  # width, height
     digest: bytes = b""  # of size, mode and pixels
-    contrast: int = 255  # grey levels, of 256, from the darkest 5% of the pixels to the brightest 5%
+    contrast: int = 255  # grey levels of 256 between the darkest and the brightest 5% of the pixels
     depth: str = ""  # of its values, such as "8 bits" or "12 bits in 16"
     faults: tuple[str, ...] = ()  # keys of FAULTS
     error: str | None = None
@@ -82,7 +82,8 @@ def look(path: str) -> Film:
         digest.update(pixels)
     counts = (image if image.mode == "L" else image.convert("L")).histogram()
     passed = list(accumulate(counts))  # pixels at most so bright
-    low, high = (bisect_left(passed, share * passed[-1]) for share in (0.05, 0.95))
+    aside = 0.05 if image.mode == "L" else 0.001  # a thing on a plain ground is no film, and no fault
+    low, high = (bisect_left(passed, share * passed[-1]) for share in (aside, 1 - aside))
     faults = {"grey": high - low < FAINT and high >= DARK, "dark": high < DARK,
               "signed": depth == "signed values",
               "clipped": high - low >= FAINT and (counts[255] > WHITE * passed[-1]

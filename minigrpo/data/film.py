@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # Pillow knows forty formats, and for one of them (EPS) starts another program. These are what films
 # are stored in; PPM is PGM, too.
@@ -170,13 +170,18 @@ def _read(path: str | os.PathLike) -> tuple[Image.Image, str]:
     """(8-bit image, upright, not yet RGB; its depth in words)."""
     with _opened(path) as (image, file):
         with _one_at_a_time if image.width * image.height > LARGE else nullcontext():
-            stated = stated_white(image, file) if image.mode.startswith("I") else None
+            deep = image.mode.startswith("I")
+            stated = stated_white(image, file) if deep else None
+            # Pillow inverts a TIFF whose zero is white if it has 8 bits, and no other.
+            negative = deep and image.format == "TIFF" and _number(image.tag_v2.get(262, 1)) == 0
+            halved = any("16" in str(tile[3]) for tile in image.tile)  # 16-bit colour
             image.load()
             orientation = _orientation(image)
-            if image.mode.startswith("I"):
+            if deep:
                 image, depth = to_8_bits(image, stated)
+                image = ImageOps.invert(image) if negative else image
             else:
-                depth = "1 bit" if image.mode == "1" else "8 bits"
+                depth = "the upper 8 of 16 bits" if halved else "8 bits"
             check_image(image)  # a TIFF may turn on loading
             return (image.transpose(TURNS[orientation]) if orientation != 1 else image), depth
 
