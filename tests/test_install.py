@@ -13,7 +13,7 @@ import pytest
 
 from minigrpo import __version__, commands, packages, programs
 from minigrpo.commands import COMMAND_OF, COMMANDS
-from tests.processes import finish, grpo, run, sft, start
+from tests.processes import finish, grpo, python, sft, start
 from tests.test_programs import same
 
 ROOT = Path(__file__).parent.parent
@@ -147,10 +147,11 @@ def test_the_programs_are_modules_in_a_clone_too():
     assert programs.CLONE == ROOT and Path(evaluate.__file__) == ROOT / "evaluate.py"
 
 
-def test_training_from_an_install_is_training_in_a_clone(minigrpo, trained, phantom, tmp_path):
+def test_training_from_an_install_is_training_in_a_clone(minigrpo, phantom, tmp_path):
     """Bug: no program was in the package, so that nothing could be trained after `pip install`."""
-    said = minigrpo("sft", *sft(phantom, tmp_path / "sft")[1:])
-    assert "saved" in said and same(tmp_path / "sft", trained / "sft")
+    assert "saved" in minigrpo("sft", *sft(phantom, tmp_path / "install", steps=1)[1:])
+    python(*sft(phantom, tmp_path / "clone", steps=1))
+    assert same(tmp_path / "install", tmp_path / "clone")
 
 
 def test_messages_name_the_command_as_it_was_typed(minigrpo):
@@ -161,6 +162,7 @@ def test_messages_name_the_command_as_it_was_typed(minigrpo):
     assert "    python -m minigrpo data join data/mimic/train.jsonl" in help and "minigrpo.data.join" not in help
 
 
+@pytest.mark.slow
 def test_a_reward_of_ones_own_is_found_in_the_folder(minigrpo, trained, phantom, tmp_path):
     (tmp_path / "empty/evaluate.py").write_text("raise SystemExit('hidden')")  # does not hide the program
     (tmp_path / "empty/my_rewards.py").write_text("def short(answers, samples):\n    return [-float(len(answer)) for answer in answers]\n")

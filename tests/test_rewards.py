@@ -203,6 +203,15 @@ def test_refuses_a_bad_spec(user_module, spec, wrong, mend):
     assert f"--reward {spec!r}: " in str(error.value) and wrong in str(error.value) and mend in str(error.value)
 
 
+def test_a_module_in_the_folder_is_found_and_hides_nothing(tmp_path, monkeypatch):
+    """Bug: the script `minigrpo` has its own folder first on sys.path, not the user's."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lies_here.py").write_text("def reward(answers, samples):\n    return [2.0] * len(answers)\n")
+    assert reward_fn("lies_here:reward")(["a"], [report()]).values == [2.0]
+    assert sys.path[-1] == str(tmp_path) and str(tmp_path) not in sys.path[:-1]
+
+
 def test_refuses_bad_calls(user_module):
     with pytest.raises(ValueError, match="2 answers for 1 samples: repeat each sample"):
         reward_fn("gleu")(["a", "b"], [report()])
