@@ -187,7 +187,7 @@ def read_answers(place: str, samples: list[Sample], argument: str) -> tuple[list
             answers[name] = row["answer"] + ""
             if not isinstance(row.get("cut_off"), bool | None):
                 raise TypeError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{path}:{number}: not a prediction: a line is an object with id and answer, two texts, and perhaps cut_off, "
                              "true or false") from None
         if broken := broken_text(answers[name]):
@@ -219,8 +219,8 @@ def read_about(path: Path) -> dict:
     """An evaluation's metrics.json, {} where there is none."""
     try:
         about = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): remove it, and name --opened and --box_scale if they were used") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({str(error)[:200]}): remove it, and name --opened and --box_scale if they were used") from None
     if not isinstance(about, dict):
         raise ValueError(f"{path} holds no object, so it is no evaluation's: remove it")
     scale, opened = about.get("box_scale", 1.0), about.get("opened", False)
