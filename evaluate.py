@@ -31,6 +31,8 @@ from minigrpo.run.report import write_report
 from minigrpo.run.roofline import note_on_bf16
 from minigrpo.run.validate import greedy_answers
 
+DRAWN = ("phantom", "scenes")  # sources of samples that show no patient
+
 
 @dataclass
 class EvaluateArguments:
@@ -56,6 +58,8 @@ class EvaluateArguments:
                 "say so, since a --model does"})
     max_pixels: int = field(default=0, metadata={
         "help": "images of more pixels are shrunk to so many; 0: what --model was trained with"})
+    published: bool = field(default=False, metadata={
+        "help": "put the paper's published figures beside ours in table.md: for real films only, and they compare on the same files"})
     report_items: int = field(default=400, metadata={"help": "answers shown in report.html, drawn at random; 0 writes none"})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
     bf16: bool = field(default=False, metadata={"help": "compute in bfloat16"})
@@ -93,6 +97,9 @@ def main() -> None:
             raise ValueError(f"{folder} is not empty: give another --output_dir")
         gathered(None)  # all have looked before one writes
         samples = read_jsonl(args.data, task=args.task, part=(rank(), ranks()))
+        if args.published and (drawn := sum(sample.source in DRAWN for sample in samples)):
+            raise ValueError(f"--published: {drawn} of the samples are drawn ({', '.join(DRAWN)}), and the paper's figures are of real "
+                             "films: leave it out")
         samples = ask_to_think(samples) if args.think else samples
         clinical, missing = load_clinical(args.reward_weights, args.device) if args.reward_weights else (None, [])
         baseline, _, before = read_answers(args.baseline, samples, "--baseline") if args.baseline else (None, None, {})
@@ -132,7 +139,7 @@ def main() -> None:
         metrics["difference"] = compare(items, others)
     write_predictions(folder / "predictions.jsonl", samples, answers, cut_off, items)
     write_aside(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    write_aside(folder / "table.md", table := markdown_table(metrics))
+    write_aside(folder / "table.md", table := markdown_table(metrics, published=args.published))
     draw_samples(folder / "samples.png", samples, answers, baseline, **reading)
     if args.report_items:
         write_report(folder / "report.html", samples, answers, items, title=f"{metrics['model']} on {args.data}",
@@ -180,7 +187,7 @@ def read_answers(place: str, samples: list[Sample], argument: str) -> tuple[list
             answers[name] = row["answer"] + ""
             if not isinstance(row.get("cut_off"), bool | None):
                 raise TypeError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{path}:{number}: not a prediction: a line is an object with id and answer, two texts, and perhaps cut_off, "
                              "true or false") from None
         if broken := broken_text(answers[name]):
@@ -212,8 +219,8 @@ def read_about(path: Path) -> dict:
     """An evaluation's metrics.json, {} where there is none."""
     try:
         about = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): remove it, and name --opened and --box_scale if they were used") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({str(error)[:200]}): remove it, and name --opened and --box_scale if they were used") from None
     if not isinstance(about, dict):
         raise ValueError(f"{path} holds no object, so it is no evaluation's: remove it")
     scale, opened = about.get("box_scale", 1.0), about.get("opened", False)

@@ -143,7 +143,7 @@ def check_entry(path: Path, key: str, value) -> None:
         asks = "for a file outside the folder"
     if asks:
         raise ValueError(f"{path} asks {asks} ({key:.50}), which minigrpo never does: remove that "
-                         "entry if the model is a plain Qwen3-VL")
+                         "entry if the model is a plain one of its kind")
 
 
 def check_tokenizer(path: Path, content: dict) -> None:

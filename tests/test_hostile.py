@@ -11,6 +11,7 @@ import struct
 import tarfile
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,22 @@ from safetensors.torch import load_file
 from minigrpo.data import read_jsonl
 from minigrpo.data.sample import DataError, load_image
 from minigrpo.policy import Policy
+
+
+PAGE = (Path(__file__).parent.parent / "SECURITY.md").read_text()
+
+
+def test_the_page_names_a_test_for_each_line():
+    """And each test that it names exists."""
+    there = set()
+    for path in Path(__file__).parent.glob("test_*.py"):
+        there |= set(re.findall(r"^def (test_\w+)\(", path.read_text(), re.M))
+    lines = [line.replace(r"\|", "") for line in PAGE.splitlines() if line.startswith("| ")]
+    lines = [line for line in lines if line != "| input | what happens | tests |"]
+    for line in lines:
+        named = re.findall(r"`(test_\w+)`", line.split("|")[3])
+        assert named and not set(named) - there, line
+    assert len(lines) > 30 and not set(re.findall(r"`(test_\w+)`", PAGE)) - there
 
 
 class Harm:

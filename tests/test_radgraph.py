@@ -293,7 +293,7 @@ def test_encoder_brings_no_code(archive, file, place, value):
     set_in(encoder / file, place, value)
     with pytest.raises(ValueError) as refused:
         RadGraph.from_weights(str(archive.parent))
-    assert f"{encoder} (config.json and tokenizer, under 1 MB) could not be loaded ({file}" in str(refused.value)
+    assert f"{encoder} (config.json and tokenizer, under 1 MB) could not be loaded (" in str(refused.value) and file in str(refused.value)
 
 
 def test_nan_is_a_failure_and_no_label(folder):

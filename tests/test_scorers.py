@@ -84,12 +84,12 @@ def test_chexbert_runs_no_code_and_names_a_wrong_file(tmp_path, folder, monkeypa
 
 @pytest.mark.parametrize("name, load", [("bert-base-uncased", CheXbert.from_weights), ("distilroberta-base", BertScore.from_weights)])
 @pytest.mark.parametrize("file, entries, said", [
-    ("config.json", {"auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}, "model_type": "evil"}, "config.json has auto_map"),
-    ("tokenizer_config.json", {"inner": [{"auto_map": {"AutoTokenizer": ["evil.T", None]}}]}, "tokenizer_config.json has auto_map"),
-    ("config.json", {"attn_implementation": "evil/kernel"}, "config.json has attn_implementation"),
+    ("config.json", {"auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}, "model_type": "evil"}, "config.json asks to run code of its own"),
+    ("tokenizer_config.json", {"inner": [{"auto_map": {"AutoTokenizer": ["evil.T", None]}}]}, "tokenizer_config.json asks to run code of its own"),
+    ("config.json", {"attn_implementation": "evil/kernel"}, "config.json asks for kernels, which are code"),
     ("config.json", {"vocab_size": 10**12}, "config.json: vocab_size is 1000000000000, not a number in 1..500,000"),
     ("adapter_config.json", {"base_model_name_or_path": "evil/model"}, "adapter_config.json names another model"),
-    ("tokenizer_config.json", None, "tokenizer_config.json is not JSON"), ("config.json", [], "config.json is not a JSON object")])
+    ("tokenizer_config.json", None, "tokenizer_config.json is not JSON"), ("config.json", [], "config.json is not JSON that can be used (it is not an object)")])
 def test_a_scorer_s_encoder_brings_no_code(tmp_path, folder, name, load, file, entries, said):
     """CheXbert's and BERTScore's folders are checked as RadGraph's is."""
     for part in folder.iterdir():
@@ -103,7 +103,7 @@ def test_a_scorer_s_encoder_brings_no_code(tmp_path, folder, name, load, file, e
         path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | entries))
     with pytest.raises(ValueError) as refused:
         load(str(tmp_path))
-    assert f"could not be loaded ({said}" in str(refused.value)
+    assert "could not be loaded (" in str(refused.value) and said in str(refused.value)
 
 
 def test_bertscore_reads_no_pickle(tmp_path, folder):

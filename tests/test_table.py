@@ -28,7 +28,7 @@ def page(samples, answers):
     results = evaluate_answers(samples, answers)
     items = results.pop("items")
     metrics = {"model": "m", "data": "d", "tasks": results, "breakdown": breakdown(samples, items), "not_computed": ["radgraph: gone"]}
-    return json.loads(json.dumps(metrics)), markdown_table(metrics)
+    return json.loads(json.dumps(metrics)), markdown_table(metrics, published=True)
 
 
 def test_breakdown_by_kind_label_and_source():
@@ -59,6 +59,26 @@ def test_paper_tables_mark_whose_rows_they_are():
     assert "| **`m`** (ours) | 100.0 | - | - | - | - | - | - |" in table and "| **`m`** (ours) | 100.0 | - | - | - | - | 18 |" in table
     assert "| RadGraph complete (*theirs*) | 22.8 | 34.1 | 20.1 | 23.5 | 1.20 | 93 |" in table and "Table 2" not in table
     assert "| MAIRA-2 (*theirs*) | 17.7 | 46.6 | 52.1 | - | 12.9 | 21.3 | 1.42 |" in table
+
+
+def test_the_paper_s_figures_stand_there_on_request_alone(files, tmp_path):
+    """Bug: every table.md had them, so that a score on our drawn films stood in bold among published ones, and read like a claim."""
+    folder, run = files
+    for arguments, there in (((), False), (("--published",), True)):
+        run("--predictions", folder / "old", *arguments)
+        table = max(folder.glob("out*/table.md"), key=lambda path: path.stat().st_mtime_ns).read_text()
+        assert ("*theirs*" in table, "As in the paper" in table, "RadVLM+RL" in table) == (there,) * 3
+
+
+@pytest.mark.parametrize("source", ["phantom", "scenes"])
+def test_never_beside_drawn_films(files, source):
+    """Whether all or one of them is drawn."""
+    folder, run = files
+    first, second = (folder / "test.jsonl").read_text().splitlines()
+    (folder / "test.jsonl").write_text(json.dumps(json.loads(first) | {"source": source}) + "\n" + second)
+    with pytest.raises(SystemExit, match="--published: 1 of the samples are drawn .phantom, scenes., and the paper's figures are of real films"):
+        run("--predictions", folder / "old", "--published")
+    assert not list(folder.glob("out*"))
 
 
 def test_published_rows_fit_their_heads():

@@ -1,5 +1,6 @@
 """table.md: every figure with its interval, the findings and sources, and the paper's tables beside ours."""
 
+from ..visible import visible
 from .published import GROUNDING, OURS, REPORTS, REWARDS, TABLE_1, TABLE_2, TABLE_3
 
 HEADLINE = {"grounding": ("soft_f1", "map50", "ap50", "matched_iou"),
@@ -7,18 +8,20 @@ HEADLINE = {"grounding": ("soft_f1", "map50", "ap50", "matched_iou"),
 MOST = 40  # rows of one breakdown; metrics.json has them all
 
 
-def markdown_table(metrics: dict) -> str:
-    """The whole page from what metrics.json holds."""
-    lines = [f"Model `{metrics['model']}` on `{metrics['data']}`, greedy, 95% bootstrap intervals."]
+def markdown_table(metrics: dict, *, published: bool = False) -> str:
+    """The whole page from what metrics.json holds; with `published` also the paper's tables, ours beside theirs. Names and labels are
+    the data's: what a terminal would obey in them is written out."""
+    names = {name: " ".join(str(metrics[name]).split()) for name in ("model", "data", "baseline") if name in metrics}
+    lines = [f"Model `{names['model']}` on `{names['data']}`, greedy, 95% bootstrap intervals."]
     if "baseline" in metrics:
-        lines[0] += f" Gain: paired difference to `{metrics['baseline']}`."
+        lines[0] += f" Gain: paired difference to `{names['baseline']}`."
     for task, figures in metrics["tasks"].items():
         lines += task_lines(task, figures, metrics.get("difference", {}).get(task))
         for field, found in metrics.get("breakdown", {}).get(task, {}).items():
             if len(found) > 1 or figures["n"] not in (group["n"] for group in found.values()):  # else it says the same again
                 lines += breakdown_lines(task, field, found)
-    lines += [line for text in metrics.get("not_computed", []) for line in ("", f"Not computed: {text}")]
-    return "\n".join([*lines, *paper_lines(metrics)]) + "\n"
+    lines += [line for text in metrics.get("not_computed", []) for line in ("", f"Not computed: {' '.join(text.split())}")]
+    return visible("\n".join([*lines, *(paper_lines(metrics) if published else [])])) + "\n"
 
 
 def cell(value: dict, sign: str = "") -> str:

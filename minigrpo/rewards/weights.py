@@ -10,7 +10,6 @@ The folder holds the files as they are published; each scorer asks for those it 
 
 import gzip
 import hashlib
-import json
 import os
 import pickle
 import re
@@ -27,17 +26,16 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from torch import Tensor
 
+from ..trust import INDEX, JSON, check_entry, entries, parse, read_text
+
 T = TypeVar("T")
 
 MOST_UNPACKED = 4 * 10**9  # bytes of an archive's files; RadGraph's have about half a GB
 MOST_MEMBERS = 100  # files and folders of an archive; RadGraph's has about ten
 MOST_AT_ONCE = 2**24  # bytes that an archive's reader asks for at once: a header of a GB would be held in memory
-MOST_JSON = 10**6  # bytes of an encoder's settings
 ENCODERS = ("bert", "distilbert", "roberta")  # model types
 LARGEST = {"vocab_size": 500_000, "max_position_embeddings": 16_384, "type_vocab_size": 16, "num_hidden_layers": 64, "n_layers": 64,
            "hidden_size": 4096, "dim": 4096, "num_attention_heads": 64, "n_heads": 64, "intermediate_size": 16_384, "hidden_dim": 16_384}
-# Keys of settings that bring code or kernels, or name files elsewhere.
-CODE = ("auto_map", "custom_pipelines", "transformers_weights", "quantization_config", "base_model_name_or_path")
 PUBLISHED = ["config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt", "model.safetensors"]
 REPO = "StanfordAIMI/RRG_scorers"  # holds the files of SIZES, tagged MIT
 SIZES = {"radgraph-xl.tar.gz": "416 MB", "radgraph.tar.gz": "a BERT, hundreds of MB", "chexbert.pth": "1.31 GB"}
@@ -75,51 +73,20 @@ def load_encoder(weights_dir: str | None, name: str, load: Callable[[str], T], s
 
 def check_encoder(folder: Path) -> None:
     """ValueError for an encoder's folder whose settings bring code, name files elsewhere, or would fill the memory."""
-    if (folder / "adapter_config.json").exists():
-        raise ValueError("adapter_config.json names another model: a scorer's encoder has no adapter")
-    for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
-        if (folder / name).is_file():
-            found = read_settings(folder / name)
-            _no_code(found, name)
-            if name == "config.json":
-                _bounded_encoder(found)
-    if not (folder / "config.json").is_file():
-        raise ValueError("it has no config.json")
-    if (folder / "model.safetensors.index.json").exists() and not (folder / "model.safetensors").exists():
-        raise ValueError("its weights are in shards: an encoder of this size has one model.safetensors")
-
-
-def read_settings(path: Path) -> dict:
-    """The object of a JSON file that somebody else wrote, of at most MOST_JSON bytes."""
-    with path.open("rb") as file:
-        data = file.read(MOST_JSON + 1)
-    try:
-        if len(data) > MOST_JSON:
-            raise ValueError(f"it is larger than {MOST_JSON:,} bytes")
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not JSON ({str(error)[:200]})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} is not a JSON object")
-    return found
-
-
-def _no_code(settings: dict, file: str) -> None:
-    waiting = [settings]
-    while waiting:
-        part = waiting.pop()
-        for key, value in part.items() if isinstance(part, dict) else ():
-            if key in CODE and value or key.endswith("attn_implementation") and "/" in str(value):
-                raise ValueError(f"{file} has {key}, which can bring code or files from elsewhere: remove that entry")
-        waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-
-
-def _bounded_encoder(config: dict) -> None:
+    if adapters := sorted(folder.glob("adapter_*")):
+        raise ValueError(f"{adapters[0].name} names another model: a scorer's encoder has no adapter")
+    settings = {name: parse(folder / name, text) for name in JSON if (text := read_text(folder / name)) is not None}
+    for name, found in settings.items():
+        for key, value in entries(found):
+            check_entry(folder / name, key, value)
+    config = settings.get("config.json", {})
     if config.get("model_type") not in ENCODERS:
         raise ValueError(f"config.json: model_type {str(config.get('model_type'))[:80]!r} is none of {', '.join(ENCODERS)}")
     for key, most in LARGEST.items():
         if key in config and (type(config[key]) is not int or not 1 <= config[key] <= most):
             raise ValueError(f"config.json: {key} is {str(config[key])[:80]}, not a number in 1..{most:,}")
+    if (folder / INDEX).exists():
+        raise ValueError(f"{INDEX}: an encoder of this size has one model.safetensors")
 
 
 def load_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:

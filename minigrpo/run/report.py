@@ -20,6 +20,7 @@ from minigrpo.data import Sample, parse_boxes, split_thinking
 from minigrpo.data.sample import load_film
 from minigrpo.metrics.items import CORPUS
 from minigrpo.run.files import write_aside
+from minigrpo.visible import visible
 
 SIDE, QUALITY = 448, 80  # of the films; about 30 kB each
 BUDGET = 18_000_000  # bytes of films: the file stays below 20 MB
@@ -47,7 +48,7 @@ def write_report(path: Path, samples: list[Sample], answers: list[str], items: l
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = page.get_template("report.html").render(title=title, cards=cards, films=list(films.values()), total=len(samples),
                                                    metrics=metrics, choices=choices)
-    write_aside(path, text)
+    write_aside(path, visible(text))  # a page is also looked at in a terminal
     return path
 
 

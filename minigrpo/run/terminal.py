@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from minigrpo.visible import visible
+
 
 class Parser(argparse.ArgumentParser):
     """Of the data tools: the module's docstring is the help, and `type=Path` knows ~."""
@@ -58,14 +60,18 @@ def fail(text: str | Exception) -> NoReturn:
 
 class Steady:
     """A stream that ends no program: what it cannot write (a full disk, a pipe that nobody reads
-    any more) is lost."""
+    any more) is lost. What would command the terminal, in a model's answer or in a file's name, is
+    shown written out; a progress bar may go back to the start of its line."""
 
     def __init__(self, stream):
         self._stream = stream
 
     def write(self, text: str) -> int:
+        inside = text.strip("\r")
+        shown = text.replace(inside, visible(inside), 1) if inside else text
         try:
-            return self._stream.write(text)
+            self._stream.write(shown)
+            return len(text)
         except (OSError, ValueError, RuntimeError):  # the last: a signal's message within a print
             return len(text)
 
