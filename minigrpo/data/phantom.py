@@ -13,7 +13,6 @@ reach the image by a small rotation and shift. Within a lung, t runs from 0 (ape
 import json
 import multiprocessing
 import os
-import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from minigrpo.data import templates
 from minigrpo.data.boxes import format_boxes
 from minigrpo.run.files import aside, sync_all, write_aside
-from minigrpo.run.terminal import Parser
+from minigrpo.run.terminal import Parser, fail
 
 SPLITS = ("train", "test")
 SIDES = {"right": -1, "left": 1}  # sign of u
@@ -814,7 +813,7 @@ def main() -> None:
     try:
         new = write_phantom(output_dir, Arguments(**options))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     if new:
         print(f"wrote {options['train']} + {options['test']} films to {output_dir}")
     else:

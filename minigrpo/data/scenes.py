@@ -10,7 +10,6 @@ text somewhere, and without any of it reinforcement has no word of a report to s
 import json
 import multiprocessing
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from minigrpo.data import phantom
 from minigrpo.data.boxes import format_boxes
 from minigrpo.data.templates import REGION_ANSWERS, draw_template
 from minigrpo.run.files import aside, sync_all, write_jsonl
-from minigrpo.run.terminal import Parser
+from minigrpo.run.terminal import Parser, fail
 
 SPLITS = ("train", "test")
 COLOURS = {"red": (200, 50, 45), "green": (60, 150, 70), "blue": (60, 90, 200), "yellow": (235, 205, 60), "black": (35, 35, 40),
@@ -168,7 +167,7 @@ def main() -> None:
     try:
         write_scenes(**options)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     print(f"wrote {options['train']} + {options['test']} scenes and {options['reading']} reports to {options['output_dir']}")
 
 

@@ -40,7 +40,7 @@ class RunArguments:
     model: str = field(metadata={"help": "checkpoint folder or hub name of a dense Qwen3-VL; for train_sft.py also `tiny`: a small "
                                          "random one"})
     train_data: str = field(metadata={"help": "JSONL file of training samples"})
-    output_dir: str = field(metadata={"help": "run folder to make: args.json, metrics.jsonl, curves.png, checkpoints/, final/"})
+    output_dir: str = field(metadata={"help": "run folder to make: args.json, starts.jsonl, metrics.jsonl, curves.png, checkpoints/, final/"})
     task: str = field(default="all", metadata={"help": "train on samples of this task only",
                                                "choices": [*TASKS, "all"]})
     max_steps: int = field(default=300, metadata={"help": "optimisation steps (for GRPO: rollout batches)"})
@@ -291,7 +291,7 @@ def run_errors(advice: Callable[[], str], memory: str):
         yield
         return
     except WriteError as error:
-        text = f"{error}. Make room, or mend what else it is"
+        text = f"{error}. Make room, or mend the cause"
     except DataError as error:
         text = str(error)
     except (MemoryError, RuntimeError) as error:
