@@ -42,7 +42,7 @@ class Shape:
 
 
 def random_policy(*, width: int = 256, layers: int = 6, vocab: int = 16_384, seed: int = 0) -> Policy:
-    """15.5M parameters by default. No answer ends early: its only end token lies outside the vocabulary."""
+    """15.5M parameters by default."""
     tokenizer = train_tokenizer(["user", "assistant"], 300)  # its words are few, the head's width is what costs
     ids = tokenizer.convert_tokens_to_ids
     config = Qwen3VLConfig(
@@ -59,10 +59,20 @@ def random_policy(*, width: int = 256, layers: int = 6, vocab: int = 16_384, see
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config)
     initialise(model)
-    model.generation_config = GenerationConfig(eos_token_id=vocab, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(eos_token_id=ids(["<|im_end|>", "<|endoftext|>"]), pad_token_id=tokenizer.pad_token_id)
     images = Qwen2VLImageProcessorPil(patch_size=16, merge_size=2, temporal_patch_size=2, image_mean=[0.5] * 3,
                                       image_std=[0.5] * 3, size=dict(shortest_edge=32 * 32, longest_edge=2048 * 2048))
-    return Policy(model.eval(), tokenizer, images)
+    return endless(Policy(model.eval(), tokenizer, images))
+
+
+def endless(policy: Policy) -> Policy:
+    """No answer ends early: the only end token lies outside the vocabulary. The checkpoint that it is saved as is not so."""
+    policy.end_ids = [len(policy.head)]
+    return policy
+
+
+def loaded(folder: Path) -> Policy:
+    return endless(Policy.from_pretrained(str(folder)))
 
 
 def samples_of(policy: Policy, shape: Shape, folder: Path) -> list[Sample]:

@@ -127,7 +127,7 @@ def plain_rollout(model: Qwen3VLForConditionalGeneration, processor, samples: li
     inputs = plain_inputs(processor, samples)
     with torch.no_grad():
         return model.generate(**inputs, num_return_sequences=shape.group, max_new_tokens=shape.answer, do_sample=True,
-                              top_k=0)
+                              top_k=0, eos_token_id=model.config.text_config.vocab_size)  # none: no answer ends early
 
 
 def plain_score(model: Qwen3VLForConditionalGeneration, processor, samples: list[Sample], batch: Batch) -> Tensor:
@@ -148,7 +148,7 @@ def trl_trainer(folder: Path, processor, samples: list[Sample], shape: Shape, *,
     from datasets import Dataset
     images = [{"image": load_image(sample.image)} if sample.image else {} for sample in samples]
     rows = [{"prompt": [{"role": "user", "content": sample.question}]} | image for sample, image in zip(samples, images)]
-    end = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    end = json.loads((folder / "config.json").read_text())["text_config"]["vocab_size"]  # none: no answer ends early
     args = trl.GRPOConfig(
         output_dir=str(folder / "trl"), use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=max_steps,
         per_device_train_batch_size=shape.prompts * shape.group, num_generations=shape.group,

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
-from benchmarks.common import Shape, about, interleaved, own_process, peak_bytes, random_policy, samples_of, write
+from benchmarks.common import Shape, about, interleaved, loaded, own_process, peak_bytes, random_policy, samples_of, write
 from benchmarks.sides import (OursBetween, adamw, batch_of, our_rollout, our_score, our_step, plain_rollout, plain_score,
                               processor_of, trl, trl_rollout, trl_score, trl_trainer)
 from minigrpo.policy import Policy
@@ -57,7 +57,7 @@ def limits(shape: Shape, policy: Policy) -> dict[str, float]:
 
 def measure(shape: Shape, folder: Path, *, repeats: int) -> dict:
     """All but the memory, for the checkpoint in `folder`."""
-    policy = Policy.from_pretrained(str(folder))
+    policy = loaded(folder)
     samples, processor = samples_of(policy, shape, folder), processor_of(policy)
     batch = batch_of(policy, samples, shape)
     peers = {"hf": Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)}
@@ -78,7 +78,7 @@ def measure(shape: Shape, folder: Path, *, repeats: int) -> dict:
             for side, model in peers.items()}
     assert all(each["loss"] < 1e-5 for each in same.values()), f"the sides don't compute the same loss: {same}"
 
-    reference, optimizer = Policy.from_pretrained(str(folder)).freeze(), adamw(policy)
+    reference, optimizer = loaded(folder).freeze(), adamw(policy)
     step = partial(our_step, policy, reference, optimizer, samples, shape)
     if trl:
         trainer.add_callback(between := OursBetween(step))
@@ -93,11 +93,11 @@ def measure(shape: Shape, folder: Path, *, repeats: int) -> dict:
 
 def peak_of(side: str, shape: Shape, folder: Path) -> int:
     """Bytes that two steps of a side take above its loaded models, policy and reference; to be called in its own process."""
-    policy = Policy.from_pretrained(str(folder))
+    policy = loaded(folder)
     samples = samples_of(policy, shape, folder)
     if side == "trl":
         return peak_bytes(trl_trainer(folder, processor_of(policy), samples, shape, max_steps=2).train)
-    reference, optimizer = Policy.from_pretrained(str(folder)).freeze(), adamw(policy)
+    reference, optimizer = loaded(folder).freeze(), adamw(policy)
     return peak_bytes(lambda: [our_step(policy, reference, optimizer, samples, shape) for _ in range(2)])
 
 
