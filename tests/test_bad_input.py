@@ -24,6 +24,7 @@ from minigrpo.run import files
 from minigrpo.run.args import parse_args
 from minigrpo.run.guard import in_time
 from tests import fake_sets
+from tests.test_policy import copy_of
 
 
 @pytest.fixture
@@ -570,7 +571,7 @@ def test_a_settings_file_in_capitals(tmp_path):
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
 def test_names_that_no_folder_can_have(fails, phantom, policy, tmp_path, monkeypatch, program, data, name, message, resume):
     """Bug: tracebacks, of the second kind after the first checkpoint."""
-    monkeypatch.setattr(program.Policy, "from_pretrained", lambda *args, **more: policy)
+    monkeypatch.setattr(program.Policy, "from_pretrained", lambda *args, **more: copy_of(policy))  # GRPO freezes one
     place = f"{tmp_path}/{os.fsdecode(name)}"
     said = fails(program.main, "--model", "m", data, phantom / "test.jsonl", "--output_dir", place, *(resume if program != evaluate else []))
     assert message in said and not list(tmp_path.iterdir())

@@ -188,7 +188,7 @@ def stored(scorers, tmp_path, monkeypatch):
         (tmp_path / "weights" / name).touch()
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--predictions", str(tmp_path / "predictions.jsonl"), "--data",
                                       str(tmp_path / "test.jsonl"), "--output_dir", str(tmp_path / "out"), "--reward_weights",
-                                      str(tmp_path / "weights")])
+                                      str(tmp_path / "weights"), "--published"])
 
 
 def test_stored_predictions_get_clinical_metrics_without_a_model(stored, tmp_path):
