@@ -53,7 +53,7 @@ def words_of(program, model, phantom, out):
     if program == "train_sft":
         return [*words, "--batch_size", 2, "--eval_data", phantom / "test.jsonl", "--eval_steps", 2]
     return [*words, "--reward", "tests.test_full_disk:letters", "--prompts_per_step", 2, "--group_size", 3,
-            "--max_new_tokens", 8]
+            "--max_new_tokens", 8, "--updates_per_rollout", 2]
 
 
 def fillings(folder):

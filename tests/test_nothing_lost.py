@@ -457,6 +457,16 @@ def test_other_versions_are_named_on_resume(place, capsys, monkeypatch):
     assert "note: python is 3.99.0 now; it was 3." in opened(capsys, [*words, "--resume"], program=train_grpo)
 
 
+def test_damaged_starts_stay_and_count_for_nothing(place, capsys):
+    words, harm = place("train_sft", "starts"), b'\xff\n5\n{"step": 2, "args": 7}\n{"step": 3}\n{"ste'
+    opened(capsys, words)
+    path = place.folder / "starts/starts.jsonl"
+    first = path.read_bytes()
+    path.write_bytes(first + harm)
+    assert "--seed is 3 now; it was 0 from step 0" in opened(capsys, [*words, "--seed", 3, "--resume"])
+    assert path.read_bytes().startswith(first + harm + b"\n{") and len(starts.past_starts(place.folder / "starts", {})) == 3
+
+
 @pytest.mark.parametrize("figure, wanted, message", [
     ("momentum_buffer", "adamw", "holds the state of --optimizer muon"), ("exp_avg", "muon", "holds the state of --optimizer adamw")])
 def test_another_optimizer_is_refused(figure, wanted, message, place, policy):

@@ -52,7 +52,7 @@ def open_run(args, checkpoint: Path | None = None, samples: Sequence[Sample] = (
             print(f"note: {note}")
         if first_args is None:
             write_aside(folder / "args.json", json.dumps(asdict(args), indent=2) + "\n")
-        add_start(folder, before, now)
+        add_start(folder, now)
         _tidy(folder, checkpoint)
     gathered(None)  # the others wait until the folder is there
     return folder, held

@@ -30,7 +30,9 @@ FREE = {"resume", "save_steps", "output_dir", "device", "keep_checkpoints", "tra
 
 def past_starts(folder: Path, first_args: dict) -> list[dict]:
     """The run's starts so far; an older version's run has none but its args.json, `first_args`."""
-    return read_rows(folder / FILE)[0] or [{"step": 0, "args": first_args}]
+    rows = [row for row in read_rows(folder / FILE)[0]
+            if all(isinstance(row.get(part, {}), dict) for part in ("args", "versions", "content"))]
+    return rows or [{"step": 0, "args": first_args}]
 
 
 def this_start(args, step: int, samples: Sequence[Sample]) -> dict:
@@ -40,9 +42,12 @@ def this_start(args, step: int, samples: Sequence[Sample]) -> dict:
             "content": content(args, samples)}
 
 
-def add_start(folder: Path, before: list[dict], now: dict) -> None:
-    lines = [json.dumps(start) + "\n" for start in [*before, now]]
-    write_aside(folder / FILE, "".join(lines))
+def add_start(folder: Path, now: dict) -> None:
+    """A line more; those before stay as they are, and a half one gets its end."""
+    path = folder / FILE
+    before = path.read_bytes() if path.exists() else b""
+    end = b"\n" if before and not before.endswith(b"\n") else b""
+    write_aside(path, before + end + json.dumps(now).encode() + b"\n")
 
 
 def differences(before: list[dict], now: dict) -> list[str]:
