@@ -26,11 +26,6 @@ def printable(text: str) -> str:
                    else ascii(char)[1:-1] for char in text)
 
 
-def messages(text: object) -> str:
-    """`message` of each line."""
-    return "\n".join(map(message, str(text).split("\n")))
-
-
 def message(text: str) -> str:
     """One line of a message: `printable`, and cut in its middle where what it quotes is longer than
     anyone reads."""

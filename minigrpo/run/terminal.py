@@ -54,8 +54,7 @@ def path_of(text: str) -> str:
 def fail(text: str | Exception) -> NoReturn:
     """End the program with `NAME: error: TEXT`, NAME as the user typed it, and the code 1. What the
     text quotes of files (names, labels, ids) can't rewrite the terminal."""
-    from minigrpo.data.text import messages  # here, since it brings Pillow and scipy with it
-    sys.exit(f"{Path(sys.argv[0]).name}: error: {messages(text)}")
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {visible(str(text))}")
 
 
 class Steady:
