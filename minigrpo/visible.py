@@ -2,8 +2,10 @@
 
 import re
 
-# Control characters but tab and line break (ESC begins a terminal's commands, CR and BS write over what stands there), line and
-# paragraph separators, what turns the direction of text around, and halves of surrogate pairs, which nothing can encode.
+# Control characters but tab and line break (ESC begins a terminal's commands, CR and BS write over
+# what stands there), line and
+# paragraph separators, what turns the direction of text around, and halves of surrogate pairs,
+# which nothing can encode.
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
