@@ -181,6 +181,7 @@ BUILT = {
                    "loss_weights": {"trigger": WEIGHTS, "arguments": WEIGHTS},
                    "regularizer?": _nothing}}}
 CONFIG = {
+    "type?": _one_of("default"),
     "dataset_reader": {"type?": _one_of("dygie"), "max_span_width": _whole(1, 64),
                        "token_indexers": {"bert": BERT},
                        "cache_directory?": _text_of(4096), "lazy?": _flag,
