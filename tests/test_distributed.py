@@ -28,9 +28,11 @@ def letters(answers, samples, calls=[]):
     calls.append(1)
     if os.environ.get("DIE") and os.environ["RANK"] == "1" and len(calls) == 4:
         os.kill(os.getpid(), 9)
-    return [None if len(answer) % 5 == 4 else 0.25 if int(sample.id.split("-")[2]) % 2
-            else len(set(answer)) / 7
-            for answer, sample in zip(answers, samples)]
+    def score(answer, sample):
+        if len(answer) % 3 == 2 and "train" in sample.id:
+            return None
+        return 0.25 if int(sample.id.split("-")[2]) % 2 else len(set(answer)) / 7
+    return list(map(score, answers, samples))
 
 
 def hangs_on_one_rank(answers, samples):
@@ -122,7 +124,8 @@ def test_ranks_are_one_run(runs, program, ranks):
             text = lambda step: [[g["id"], [(x["text"], x["reward"]) for x in g["answers"]]] for g in step["groups"]]
             assert text(a) == text(b)
         row = rows(one)[0]
-        assert row["groups_replaced"] > 0 and row["reward_std_in_group"] > 0 and row["unscored"] > 0
+        assert row["groups_replaced"] > 0 and row["reward_std_in_group"] > 0
+        assert max(row["unscored"] for row in rows(one)) > 0
 
 
 def test_a_rank_that_dies_ends_the_run_which_resumes_on_another_number(runs, place):
