@@ -13,7 +13,7 @@ from types import ModuleType
 from minigrpo import __version__
 from minigrpo.packages import explain
 from minigrpo.programs import CLONE
-from minigrpo.run.terminal import fail, steady_output
+from minigrpo.run.terminal import steady_output
 
 COMMANDS = {  # command: (file in a clone, or module; what it does)
     "quick": ("minigrpo.quick", "see GRPO learn, in a minute and a half"),
@@ -68,7 +68,7 @@ def main() -> None:
         program.__doc__ = as_commands(program.__doc__, name)  # the examples of its --help
         program.main()
     except ModuleNotFoundError as error:
-        fail(explain(error))
+        sys.exit(f"{name} {command}: error: {explain(error)}")  # `fail` imports what may be absent
 
 
 def overview(name: str, group: str = "") -> str:
