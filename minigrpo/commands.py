@@ -127,7 +127,8 @@ def as_commands(text: str, name: str) -> str:
 
 def python(line: list[str]) -> None:
     """What `python LINE` does in a clone, in this process, from any folder and in an install: LINE
-    is a program and its arguments, `train_sft.py --model ...`, or `-m`, a module and its arguments."""
+    is a program and its arguments, `train_sft.py --model ...`, or `-m`, a module and its
+    arguments."""
     program, *words = line[1:] if line[0] == "-m" else line
     sys.argv = [
         " ".join(_call(program)).removeprefix("python " if program.endswith(".py") else ""),
