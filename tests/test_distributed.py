@@ -97,7 +97,8 @@ def assert_same_run(one, other):
         assert a.keys() == b.keys()
         for key in a:
             if not any(word in key for word in COUNTED_BY_TIME):
-                assert a[key] == pytest.approx(b[key], rel=1e-9, abs=1e-9), key
+                error = 1e-7 if key.startswith("clip_") else 1e-10  # shares of tokens are fp32 all the same
+                assert a[key] == pytest.approx(b[key], rel=error, abs=error), key
     a, b = load_file(one / "final/model.safetensors"), load_file(other / "final/model.safetensors")
     assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=0, atol=1e-8) for k in a)
     assert {p.name for p in (one / "best").iterdir()} == {p.name for p in (other / "best").iterdir()} == {"step-000002"}
