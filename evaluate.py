@@ -59,7 +59,8 @@ class EvaluateArguments:
     max_pixels: int = field(default=0, metadata={
         "help": "images of more pixels are shrunk to so many; 0: what --model was trained with"})
     published: bool = field(default=False, metadata={
-        "help": "put the paper's published figures beside ours in table.md: for real films only, and they compare on the same files"})
+        "help": "put the paper's published figures beside ours in table.md: for real films only, "
+                "and they compare on the same files"})
     report_items: int = field(default=400, metadata={"help": "answers shown in report.html, drawn at random; 0 writes none"})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
     bf16: bool = field(default=False, metadata={"help": "compute in bfloat16"})
@@ -98,8 +99,8 @@ def main() -> None:
         gathered(None)  # all have looked before one writes
         samples = read_jsonl(args.data, task=args.task, part=(rank(), ranks()))
         if args.published and (drawn := sum(sample.source in DRAWN for sample in samples)):
-            raise ValueError(f"--published: {drawn} of the samples are drawn ({', '.join(DRAWN)}), and the paper's figures are of real "
-                             "films: leave it out")
+            raise ValueError(f"--published: {drawn} of the samples are drawn ({', '.join(DRAWN)}), "
+                             "and the paper's figures are of real films: leave it out")
         samples = ask_to_think(samples) if args.think else samples
         clinical, missing = load_clinical(args.reward_weights, args.device) if args.reward_weights else (None, [])
         baseline, _, before = read_answers(args.baseline, samples, "--baseline") if args.baseline else (None, None, {})
@@ -220,7 +221,8 @@ def read_about(path: Path) -> dict:
     try:
         about = json.loads(path.read_bytes()) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({str(error)[:200]}): remove it, and name --opened and --box_scale if they were used") from None
+        raise ValueError(f"{path} is not JSON ({str(error)[:200]}): remove it, and name --opened "
+                         "and --box_scale if they were used") from None
     if not isinstance(about, dict):
         raise ValueError(f"{path} holds no object, so it is no evaluation's: remove it")
     scale, opened = about.get("box_scale", 1.0), about.get("opened", False)

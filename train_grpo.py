@@ -110,8 +110,9 @@ class GrpoArguments(RunArguments):
                 "answers count less), or the sum over answers x --max_new_tokens, a constant (Dr. GRPO)",
         "choices": list(AGGREGATIONS)})
     reward_timeout: float = field(default=600.0, metadata={
-        "help": "seconds that the reward may take for a step's answers. Where it takes longer, each group is asked alone, for as long "
-                "again in all, and groups without an answer are masked"})
+        "help": "seconds that the reward may take for a step's answers. Where it takes longer, each "
+                "group is asked alone, for as long again in all, and groups without an answer are "
+                "masked"})
     learning_rate: float = field(default=1e-6, metadata={"help": "peak; 1e-6 in the paper, about 1e-4 for a tiny model"})
     warmup: float = field(default=0.0, metadata={"help": "share of the steps over which the learning rate rises; 0 in the paper"})
     lr_schedule: str = field(default="constant", metadata={
@@ -194,9 +195,13 @@ def main() -> None:
         checkpoint = last_checkpoint(args)
         reward = reward_fn(args.reward, box_scale=args.box_scale, weights_dir=args.reward_weights,
                            device=args.reward_device or args.device, cache=cache_dir() / "references.sqlite")
-        # Absolute, so that films are found whatever a reward of the user's own does to the working directory.
+        # Absolute, so that films are found whatever a reward of the user's own does to the working
+        # directory.
         found = read_jsonl(os.path.abspath(args.train_data), task=args.task, part=(rank(), ranks()))
-        validation = read_jsonl(os.path.abspath(args.eval_data), task=args.task, part=(rank(), ranks())) if args.eval_data else []
+        validation = []
+        if args.eval_data:
+            validation = read_jsonl(os.path.abspath(args.eval_data), task=args.task,
+                                    part=(rank(), ranks()))
         names = "--train_data", f"--eval_data {args.eval_data}"
         if shared := check_apart(found, validation, names):
             say(f"note: {shared}")
@@ -265,7 +270,9 @@ def main() -> None:
                         seed=seed * 1_000_003 + step, rows_at_once=args.rollout_rows))  # R = B G answers
                 with timer.phase("reward"):
                     asked = [sample for sample in samples for _ in range(G)]
-                    scores = agreed_scores(lambda: in_time(reward, rollout.texts, asked, G, args.reward_timeout), args.max_unscored, step)
+                    scores = agreed_scores(
+                        lambda: in_time(reward, rollout.texts, asked, G, args.reward_timeout),
+                        args.max_unscored, step)
                     rewards, valid = torch.tensor(scores.values).view(-1, G), torch.tensor(scores.valid).view(-1, G)
                     if args.soft_overlong:
                         penalty = soft_overlong_penalty(rollout.mask.sum(1).cpu(), args.max_new_tokens, args.soft_overlong)
@@ -287,9 +294,11 @@ def main() -> None:
                 with timer.phase("rollout"):
                     prompts = policy.encode(own.samples)
             rollout = own.rollout
-            scored = own.valid.view(-1).to(policy.device)  # (R,); the others teach nothing: no token, no KL, no count
-            mask = overlong_filter(rollout.mask, rollout.finished) if args.overlong_filter else rollout.mask.bool()  # (R, T)
-            mask = mask & scored[:, None]
+            # (R,); the others teach nothing: no token, no KL, no count
+            scored = own.valid.view(-1).to(policy.device)
+            mask = rollout.mask.bool() & scored[:, None]  # (R, T)
+            if args.overlong_filter:
+                mask = overlong_filter(mask, rollout.finished)
             advantage = group_advantages(own.rewards, scale=args.advantage_scale, leave_one_out=args.leave_one_out,
                                          valid=own.valid).view(-1).to(policy.device)  # (R,)
             with timer.phase("reference"), torch.no_grad():
@@ -308,13 +317,16 @@ def main() -> None:
                 for number, among in enumerate(updates):
                     span = slice(among.start * G, among.stop * G)
                     # Of the whole update, or the learning rate would depend on micro_tokens and on the number of ranks.
-                    denominator = total(denominator_of(mask[span][scored[span]], how=args.how, max_tokens=args.max_new_tokens))
+                    denominator = total(denominator_of(mask[span][scored[span]], how=args.how,
+                                                       max_tokens=args.max_new_tokens))
                     update_loss, figures, done = halving(args, "micro_tokens", lambda: accumulate(
                         policy, prompts, answers, among, denominator, args), undo=policy.model.zero_grad, alone=not policy.sharded)
                     sum_gradients(policy.parameters())
                     grad_norm = clip_gradients(policy.parameters(), args.grad_clip)
-                    learned = bool(denominator)  # else nothing of this update could be scored, and AdamW would move on by momentum
-                    if learned and skipped.trusts(grad_norm, step, number, lambda: group_rows(own.take(list(among)), advantage[span])):
+                    learned = bool(denominator)  # without a token AdamW would go on by momentum
+                    if learned and skipped.trusts(
+                            grad_norm, step, number,
+                            lambda: group_rows(own.take(list(among)), advantage[span])):
                         optimizer.step()
                         share_weights(policy.parameters())
                         means.add_all(figures)
@@ -328,7 +340,8 @@ def main() -> None:
                    **efficiency(policy, prompts, rollout, timer.seconds, padding_share(prompts, mask, parts), limits)}
             if validation and (step + 1) % args.eval_steps == 0:
                 with whole(policy):
-                    value = halving(args, "rollout_rows", lambda: mean_reward(policy, validation, reward, args))
+                    value = halving(args, "rollout_rows",
+                                    lambda: mean_reward(policy, validation, reward, args))
                 row |= {} if value is None else {"eval_reward": value}
                 if value is not None and value > best:
                     best = value
@@ -337,7 +350,8 @@ def main() -> None:
             rollouts.write({"step": step, "groups": group_rows(groups, in_order(mine, advantage.view(-1, G)).flatten(), count=2)})
             track(row)
             kl = {"kl": f"{row['kl']:.4f}"} if "kl" in row else {}
-            bar.set_postfix(reward=f"{row.get('reward', math.nan):.3f}", **kl, tokens=f"{row['answer_tokens']:.0f}")
+            bar.set_postfix(reward=f"{row.get('reward', math.nan):.3f}", **kl,
+                            tokens=f"{row['answer_tokens']:.0f}")
             skipped.stop_if_too_many()
             if code := stopping():
                 stop_early(code, folder, step + 1, policy, optimizer, keep=args.keep_checkpoints)

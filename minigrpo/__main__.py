@@ -1,4 +1,4 @@
-"""`python -m minigrpo`, which is `minigrpo` where scripts are not on the PATH; torchrun starts it so, too."""
+"""`python -m minigrpo`: the same as `minigrpo`, where that is not on the PATH, and for torchrun."""
 
 from minigrpo.commands import main
 

@@ -123,7 +123,7 @@ def config_of(folder: Path, files: dict) -> Qwen3VLConfig:
         raise ValueError(f"{folder} is a mixture of experts ({kind}, such as Qwen3-VL-30B-A3B); "
                          "minigrpo trains the dense Qwen3-VL: 2B, 4B, 8B or 32B")
     if kind != "qwen3_vl":
-        raise ValueError(f"{folder} is a {kind!s:.100} model; minigrpo trains dense Qwen3-VL "
+        raise ValueError(f"{folder} is a {trust.shown(kind)} model; minigrpo trains dense Qwen3-VL "
                          "(qwen3_vl)")
     check_counts(path, content)
     text, vision = content["text_config"], content["vision_config"]

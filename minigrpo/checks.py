@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,9 +70,13 @@ class Checkpoint:
         return ((images.patch_size, images.temporal_patch_size, images.merge_size),
                 (tower.patch_size, tower.temporal_patch_size, tower.spatial_merge_size))
 
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        return self.tokenizer.get_vocab()
+
     def token(self, text: str | None) -> int | None:
         """The id of what the tokenizer knows as one token."""
-        return self.tokenizer.get_vocab().get(text)
+        return self.vocabulary.get(text)
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -99,8 +104,10 @@ CONFIG = [Check("config.json", *row) for row in (  # of text_config t and vision
     (lambda t, v: v.out_hidden_size == t.hidden_size,
      "out_hidden_size {v.out_hidden_size} of vision_config is not hidden_size {t.hidden_size} of "
      "text_config"),
-    (lambda t, v: (v.patch_size, v.in_channels) == (16, 3),
-     "patch_size {v.patch_size} and in_channels {v.in_channels} are not Qwen3-VL's 16 and 3"),
+    (lambda t, v: (v.patch_size, v.temporal_patch_size, v.in_channels) == (16, 2, 3)
+     and v.spatial_merge_size <= 8,
+     "patch_size {v.patch_size}, temporal_patch_size {v.temporal_patch_size}, in_channels "
+     "{v.in_channels} and spatial_merge_size {v.spatial_merge_size} are not Qwen3-VL's 16, 2, 3, 2"),
     (lambda t, v: len(v.deepstack_visual_indexes) == len(set(v.deepstack_visual_indexes))
      <= t.num_hidden_layers and set(v.deepstack_visual_indexes) <= set(range(v.depth)),
      "deepstack_visual_indexes are not layers of a vision tower of depth {v.depth}"),
@@ -111,7 +118,7 @@ CONFIG = [Check("config.json", *row) for row in (  # of text_config t and vision
      "{t.rope_parameters} is not a rotary embedding of Qwen3-VL for heads of {t.head_dim}"),
 )]
 WHOLE = [Check(*row) for row in (  # of a checkpoint c
-    ("tokenizer.json", lambda c: max(c.tokenizer.get_vocab().values()) < c.rows,
+    ("tokenizer.json", lambda c: max(c.vocabulary.values()) < c.rows,
      "it has more tokens than the model has rows for them ({c.rows})"),
     ("tokenizer.json",
      lambda c: all([c.token(text)] == c.ids(text) for text in (END, *PLACES.values())),
@@ -134,15 +141,16 @@ WHOLE = [Check(*row) for row in (  # of a checkpoint c
      "in config.json, {c.cuts[1]}"),
     ("{c.image_file}",
      lambda c: 0 < c.images.size["shortest_edge"] <= c.images.size["longest_edge"] < 2**40
-     and c.images.size["longest_edge"] >= SMALLEST,
+     and c.images.size["shortest_edge"] <= 2**22 and c.images.size["longest_edge"] >= SMALLEST,
      "size {c.images.size} is not a smallest and a largest number of pixels"),
     ("{c.image_file}",
      lambda c: len(c.images.image_mean) == len(c.images.image_std) == 3
      and min(c.images.image_std) > 0 and max(map(abs, c.images.image_mean)) < math.inf
      and c.images.rescale_factor > 0 and c.images.resample in range(6)
-     and c.images.do_resize is c.images.do_convert_rgb is True,
-     "image_mean, image_std, rescale_factor, resample, do_resize or do_convert_rgb is not one that "
-     "Qwen3-VL takes"),
+     and c.images.do_resize is c.images.do_convert_rgb is True
+     and {c.images.do_rescale, c.images.do_normalize} <= {True, False},
+     "image_mean, image_std, rescale_factor, resample or one of do_resize, do_convert_rgb, "
+     "do_rescale and do_normalize is not one that Qwen3-VL takes"),
 )]
 
 

@@ -12,7 +12,6 @@ stopped run goes on where it was.
 """
 
 import base64
-import json
 import os
 import random
 from collections import Counter
@@ -63,20 +62,26 @@ def checkpoint_teacher(model: str, templates: dict, max_new_tokens: int, device:
     return teach
 
 
-def replies(args, endpoint: Endpoint | None, samples: list[Sample], chosen: list[Sample], templates: dict) -> list[tuple[str, bool] | None]:
-    """(reply, whether it came to its end) for each chosen sample, from the cache where it was asked before; None where an endpoint gave
-    no answer."""
+def replies(args, endpoint: Endpoint | None, samples: list[Sample], chosen: list[Sample],
+            templates: dict) -> list[tuple[str, bool] | None]:
+    """(reply, whether it came to its end) for each chosen sample, from the cache where it was asked
+    before; None where an endpoint gave no answer."""
     if args.teacher == "drawing":
         return list(map(drawing_teacher(samples, templates), chosen))
     cache = args.cache or args.output_file.with_suffix(".cache.jsonl")
     keys = [key_of(args.teacher == "checkpoint", args.model, args.max_new_tokens, s.images, *messages_for(s, templates)) for s in chosen]
     if endpoint:
-        return ask_all(endpoint_teacher(endpoint, templates, args.max_new_tokens), chosen, keys, cache, args.workers, "traces", is_reply)
+        return ask_all(endpoint_teacher(endpoint, templates, args.max_new_tokens), chosen, keys,
+                       cache, args.workers, "traces", is_reply)
     teach = checkpoint_teacher(args.model, templates, args.max_new_tokens, args.device)
     batches = [slice(k, k + args.workers) for k in range(0, len(chosen), args.workers)]
-    found = ask_all(teach, [chosen[b] for b in batches], [key_of(*keys[b]) for b in batches], cache, 1, "traces",
-                    lambda replies: isinstance(replies, list) and all(map(is_reply, replies)))
+    found = ask_all(teach, [chosen[b] for b in batches], [key_of(*keys[b]) for b in batches],
+                    cache, 1, "traces", are_replies)
     return [reply for batch in found for reply in batch]
+
+
+def are_replies(answer: object) -> bool:
+    return isinstance(answer, list) and all(map(is_reply, answer))
 
 
 def main() -> None:
@@ -107,7 +112,8 @@ def main() -> None:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
         endpoint = None
         if args.teacher not in ("drawing", "checkpoint"):
-            endpoint = Endpoint(args.teacher, args.model, key=os.environ.get("OPENAI_API_KEY"), timeout=600.0)
+            endpoint = Endpoint(args.teacher, args.model, key=os.environ.get("OPENAI_API_KEY"),
+                                timeout=600.0)
         templates, samples = read_templates(args.templates), read_jsonl(args.file)
         open_to = [s for s in samples if s.task in THINKING_TASKS and s.images and not s.thinking]
         if not open_to:

@@ -1,4 +1,5 @@
-"""The command line: `minigrpo sft ...` is `python train_sft.py ...`, from any folder, in a clone or in an install.
+"""The command line: `minigrpo sft ...` is `python train_sft.py ...`, from any folder, in a clone
+or in an install.
 
 Imports nothing heavy: a list of the commands, a version or a misspelt command takes a moment.
 """
@@ -13,11 +14,14 @@ from types import ModuleType
 from minigrpo import __version__
 from minigrpo.packages import explain
 from minigrpo.programs import CLONE
-from minigrpo.run.terminal import fail, steady_output
+from minigrpo.run.terminal import steady_output
 
 COMMANDS = {  # command: (file in a clone, or module; what it does)
     "quick": ("minigrpo.quick", "see GRPO learn, in a minute and a half"),
-    "demo": ("minigrpo.demo", "films, SFT, GRPO, evaluation with a tiny model: ten minutes on two cores"),
+    "demo": (
+        "minigrpo.demo",
+        "films, SFT, GRPO, evaluation with a tiny model: ten minutes on two cores",
+    ),
     "sft": ("train_sft.py", "supervised fine-tuning"),
     "grpo": ("train_grpo.py", "Group Relative Policy Optimization"),
     "evaluate": ("evaluate.py", "answers to a test file, scored with 95% intervals"),
@@ -29,11 +33,17 @@ COMMANDS = {  # command: (file in a clone, or module; what it does)
     "elsewhere": ("minigrpo.elsewhere", "samples as verl reads them"),
     "data phantom": ("minigrpo.data.phantom", "draw chest films with boxes, reports and questions"),
     "data scenes": ("minigrpo.data.scenes", "draw everyday scenes with boxes and captions"),
-    "data check": ("minigrpo.data.check", "look at JSONL files: what is in them, and every error at once"),
+    "data check": (
+        "minigrpo.data.check",
+        "look at JSONL files: what is in them, and every error at once",
+    ),
     "data clean": ("minigrpo.data.clean", "cut reports down to what their film shows"),
     "data join": ("minigrpo.data.join", "several JSONL files as one"),
     "data sharegpt": ("minigrpo.data.sharegpt", "LLaVA / ShareGPT JSON to JSONL, and back"),
-    "data convert": ("minigrpo.data.convert", "what the converters of public data sets, below, have in common"),
+    "data convert": (
+        "minigrpo.data.convert",
+        "what the converters of public data sets, below, have in common",
+    ),
     "data openi": ("minigrpo.data.openi", "convert Open-i (open to everyone)"),
     "data nih": ("minigrpo.data.nih", "convert NIH ChestX-ray14 (open to everyone)"),
     "data mimic_cxr": ("minigrpo.data.mimic_cxr", "convert MIMIC-CXR"),
@@ -54,62 +64,82 @@ def main() -> None:
     if words[:1] == ["--version"]:
         return print(f"minigrpo {__version__}")
     group = "data " if words[:1] == ["data"] else ""
-    command = group + "".join(words[bool(group):][:1])
+    command = group + "".join(words[bool(group) :][:1])
     if command.strip() in ("", "data") or command.removeprefix(group) in ("-h", "--help"):
         return print(overview(name, group))
     if command not in COMMANDS:
         near = nearest(command.removeprefix(group))
-        print(f"{name}: error: there is no command {command!r}" +
-              (f": did you mean `{name} {near}`?" if near else f"; `{name}` lists them"), file=sys.stderr)
+        print(
+            f"{name}: error: there is no command {command!r}"
+            + (f": did you mean `{name} {near}`?" if near else f"; `{name}` lists them"),
+            file=sys.stderr,
+        )
         sys.exit(2)
-    sys.argv = [f"{name} {command}", *words[1 + bool(group):]]
+    sys.argv = [f"{name} {command}", *words[1 + bool(group) :]]
     try:
         program = load(COMMANDS[command][0])
         program.__doc__ = as_commands(program.__doc__, name)  # the examples of its --help
         program.main()
     except ModuleNotFoundError as error:
-        fail(explain(error))
+        sys.exit(f"{name} {command}: error: {explain(error)}")  # `fail` imports what may be absent
 
 
 def overview(name: str, group: str = "") -> str:
     """The commands of the group, a line each."""
     shown = {command: does for command, (_, does) in COMMANDS.items() if command.startswith(group)}
-    lines = [f"usage: {name} COMMAND ...    ({name} COMMAND --help says what it takes; --version)", ""]
+    lines = [
+        f"usage: {name} COMMAND ...    ({name} COMMAND --help says what it takes; --version)",
+        "",
+    ]
     return "\n".join([*lines, *(f"  {command:22}{does}" for command, does in shown.items())])
 
 
 def nearest(command: str) -> str:
-    """The command that was probably meant, also by the name of a program's file or module; empty where nothing is near."""
+    """The command that was probably meant, also by the name of a program's file or module; empty
+    where nothing is near."""
     from difflib import get_close_matches
-    meant = {name: right for right, (program, _) in COMMANDS.items()
-             for name in (right.removeprefix("data "), program, program.removesuffix(".py"))}
+
+    meant = {
+        name: right
+        for right, (program, _) in COMMANDS.items()
+        for name in (right.removeprefix("data "), program, program.removesuffix(".py"))
+    }
     near = get_close_matches(command, meant, n=1)
     return meant[near[0]] if near else ""
 
 
 def load(program: str) -> ModuleType:
     """train_sft.py, or minigrpo.data.check, as a module; its `main` is the program."""
-    return importlib.import_module(f"minigrpo.programs.{program[:-3]}" if program.endswith(".py") else program)
+    return importlib.import_module(
+        f"minigrpo.programs.{program[:-3]}" if program.endswith(".py") else program
+    )
 
 
 def as_commands(text: str, name: str) -> str:
     """`python train_sft.py` and the like in a text as `minigrpo sft`."""
+
     def replaced(match: re.Match) -> str:
         command = COMMAND_OF.get(match[1])
         return f"{name} {command}" if command else match[0]
+
     return re.sub(r"\bpython (?:-m )?([\w.]+\w)", replaced, text)
 
 
 def python(line: list[str]) -> None:
-    """What `python LINE` does in a clone, in this process, from any folder and in an install: LINE is a program and its
-    arguments, `train_sft.py --model ...`, or `-m`, a module and its arguments."""
+    """What `python LINE` does in a clone, in this process, from any folder and in an install: LINE
+    is a program and its arguments, `train_sft.py --model ...`, or `-m`, a module and its
+    arguments."""
     program, *words = line[1:] if line[0] == "-m" else line
-    sys.argv = [" ".join(_call(program)).removeprefix("python " if program.endswith(".py") else ""), *words]
+    sys.argv = [
+        " ".join(_call(program)).removeprefix("python " if program.endswith(".py") else ""),
+        *words,
+    ]
     load(program).main()
 
 
 def typed(line: list[str]) -> str:
-    """LINE (see `python`) as the user can type it here: `python train_sft.py ...` in a clone, `minigrpo sft ...` in an install."""
+    """LINE (see `python`) as the user can type it here: `python train_sft.py ...` in a clone,
+    `minigrpo sft ...` in an install."""
     program, *words = line[1:] if line[0] == "-m" else line
     return shlex.join([*_call(program), *words])
 

@@ -184,12 +184,13 @@ def grpo_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Ten
     """aggregate(policy_loss + kl_coef * kl_penalty): (scalar, statistics as scalars without gradient).
 
     RadVLM-GRPO (2512.10691) sets clip 0.2 / 0.28, dual_clip 3, k3 with kl_coef 0.01, token-mean. All log-probs are [R, T].
-    `kl_ratio` multiplies each token's KL by that token's own ratio, exp(logp - logp_old), as DeepSeek-V3.2 writes it
-    (2512.02556). It is the token's also at level "sequence", where the policy term has the answer's; TRL and Liger take
-    the answer's for both. `rollout_logprob`, the sampler's own where it differs from the scorer that gave old_logprob,
-    weighs the policy term by sg(min(exp(old - rollout), rollout_cap)), as V-trace does (1802.01561).
-    Statistics: those of `policy_loss`; "kl", nats per token, with ref_logprob (also where kl_coef is 0); "rollout_weight", the
-    mean of those weights, with rollout_logprob.
+    `kl_ratio` multiplies each token's KL by that token's own ratio, exp(logp - logp_old), as
+    DeepSeek-V3.2 writes it (2512.02556). It is the token's also at level "sequence", where the
+    policy term has the answer's; TRL and Liger take the answer's for both. `rollout_logprob`, the
+    sampler's own where it differs from the scorer that gave old_logprob, weighs the policy term by
+    sg(min(exp(old - rollout), rollout_cap)), as V-trace does (1802.01561). Statistics: those of
+    `policy_loss`; "kl", nats per token, with ref_logprob (also where kl_coef is 0);
+    "rollout_weight", the mean of those weights, with rollout_logprob.
     """
     if kl_coef and ref_logprob is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprob")

@@ -8,47 +8,73 @@ from importlib.util import find_spec
 from minigrpo.programs import CLONE
 
 # What pip calls a package that is imported under another name, or that works in one version alone.
-PIP = {"PIL": "pillow", "yaml": "pyyaml", "rouge_score": "rouge-score", "radgraph": "radgraph==0.1.18"}
+PIP = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "rouge_score": "rouge-score",
+    "radgraph": "radgraph==0.1.18",
+}
 # The extra of minigrpo that brings it.
-EXTRAS = {"peft": "lora", "pydicom": "dicom", "radgraph": "clinical", "requests": "clinical", "tensorboard": "track",
-          "wandb": "track"}
+EXTRAS = {
+    "peft": "lora",
+    "pydicom": "dicom",
+    "radgraph": "clinical",
+    "requests": "clinical",
+    "tensorboard": "track",
+    "wandb": "track",
+}
 
 
 class MissingPackage(ModuleNotFoundError, ValueError):
-    """A package that what the user asked for needs. A ValueError too: programs end with its message, as with any input error."""
+    """A package that what the user asked for needs. A ValueError too: programs end with its
+    message, as with any input error."""
 
 
 def need(purpose: str, *packages: str) -> None:
-    """MissingPackage for the first of the packages (their import names) that is not installed; `purpose` is what needs it."""
+    """MissingPackage for the first of the packages (their import names) that is not installed;
+    `purpose` is what needs it."""
     for package in packages:
         if find_spec(package) is None:
-            raise MissingPackage(f"{purpose} needs {package}: {how_to_install(package)}", name=package)
+            raise MissingPackage(
+                f"{purpose} needs {package}: {how_to_install(package)}", name=package
+            )
 
 
 def how_to_install(package: str) -> str:
     text = f"pip install {PIP.get(package, package)}"
     if extra := EXTRAS.get(package):
-        text += f", or pip install -e '.[{extra}]' in the clone" if CLONE else f", or pip install 'minigrpo[{extra}]'"
+        text += (
+            f", or pip install -e '.[{extra}]' in the clone"
+            if CLONE
+            else f", or pip install 'minigrpo[{extra}]'"
+        )
     return text
 
 
 def explain(error: ModuleNotFoundError) -> str:
-    """What to type where an import has failed; raises the error again if it is no absent package that is at fault."""
+    """What to type where an import has failed; raises the error again if it is no absent package
+    that is at fault."""
     package = (error.name or "").partition(".")[0]
     if isinstance(error, MissingPackage):
         return str(error)
     if package in ("", "minigrpo") or find_spec(package):
         raise error
     absent = left_out()
-    return f"{package} is not installed: " + (f"{shlex.join(['pip', 'install', *absent])}, which `pip install --no-deps` left out"
-                                              if absent else how_to_install(package))
+    return f"{package} is not installed: " + (
+        f"{shlex.join(['pip', 'install', *absent])}, which `pip install --no-deps` left out"
+        if absent
+        else how_to_install(package)
+    )
 
 
 def left_out() -> list[str]:
-    """What a plain `pip install` of minigrpo would have brought and is not here; empty for a clone that pip does not know."""
+    """What a plain `pip install` of minigrpo would have brought and is not here; empty for a clone
+    that pip does not know."""
     absent = []
     try:
-        requirements = [text for text in metadata.requires("minigrpo") or [] if "extra ==" not in text]
+        requirements = [
+            text for text in metadata.requires("minigrpo") or [] if "extra ==" not in text
+        ]
     except metadata.PackageNotFoundError:
         return []
     for requirement in requirements:

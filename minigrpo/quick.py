@@ -32,8 +32,8 @@ from minigrpo.data.scenes import COLOURS, paint  # noqa: E402
 from minigrpo.generate import generate  # noqa: E402
 from minigrpo.metrics.bootstrap import interval, paired  # noqa: E402
 from minigrpo.policy import Policy  # noqa: E402
-from minigrpo.run.args import at_least_one, input_errors, parse_args  # noqa: E402
-from minigrpo.run.files import make_folder  # noqa: E402
+from minigrpo.run.args import at_least_one, input_errors, parse_args, run_errors  # noqa: E402
+from minigrpo.run.files import aside, make_folder, sync_all, write_aside, write_jsonl  # noqa: E402
 from minigrpo.run.plots import COLORS, draw_line  # noqa: E402
 from minigrpo.run.validate import greedy_answers  # noqa: E402
 
@@ -94,15 +94,18 @@ def write_pictures(folder: Path, *, train: int, test: int, seed: int) -> None:
     """folder/train.jsonl with CAPTIONS lines a picture, test.jsonl with one that names all things; their pictures beside them."""
     (folder / "pictures").mkdir(parents=True)
     for number, (split, count) in enumerate(zip(SPLITS, (train, test))):
-        with (folder / f"{split}.jsonl").open("w") as file:
-            for index in range(count):
-                rng, name = np.random.default_rng([seed, number, index]), f"{split}-{index:04d}"
-                image, things = draw_picture(rng)
-                image.save(folder / f"pictures/{name}.png", compress_level=1)
-                captions = [write_caption(things, rng) for _ in range(CAPTIONS)] if split == "train" else [", ".join(things)]
-                for place, caption in enumerate(captions):
-                    file.write(json.dumps({"id": f"{name}-{place}", "image": f"pictures/{name}.png", "task": "classification",
-                                           "question": QUESTION, "answer": caption, "findings": things}) + "\n")
+        lines = []
+        for index in range(count):
+            rng, name = np.random.default_rng([seed, number, index]), f"{split}-{index:04d}"
+            image, things = draw_picture(rng)
+            with aside(folder / f"pictures/{name}.png", durable=False) as part:
+                image.save(part, "PNG", compress_level=1)
+            captions = [write_caption(things, rng) for _ in range(CAPTIONS)] if split == "train" else [", ".join(things)]
+            lines += [{"id": f"{name}-{place}", "image": f"pictures/{name}.png", "task": "classification",
+                       "question": QUESTION, "answer": caption, "findings": things}
+                      for place, caption in enumerate(captions)]
+        sync_all(folder / "pictures")
+        write_jsonl(folder / f"{split}.jsonl", lines)
 
 
 # ---- the programs ---------------------------------------------------------------------------------------------------
@@ -157,6 +160,7 @@ def wait(process: multiprocessing.Process, what: str, *others: multiprocessing.P
         sys.exit(f"quick: {what} failed, see above")
 
 
+@run_errors(lambda: "What is done is kept", "the number of other programs")
 def main() -> None:
     with input_errors():
         args = parse_args(QuickArguments, __doc__)
@@ -200,8 +204,8 @@ def main() -> None:
     results["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     results["peak_memory_mb"] = round(max(peaks) / 1024)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (out / "results.md").write_text(table := markdown(results))
+    write_aside(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_aside(out / "results.md", table := markdown(results))
     print(f"\n{table}\nPicture: {out / 'quick.png'}")
 
 
@@ -291,7 +295,8 @@ def draw(path: Path, results: dict, rewards: list[float], test: list[Sample], an
         beside.add_artist(AnchoredOffsetbox("center left", child=VPacker(children=lines, pad=0, sep=2), frameon=False, pad=0, borderpad=0))
         for each in (picture, beside):
             each.axis("off")
-    fig.savefig(path, dpi=110)
+    with aside(path) as part:
+        fig.savefig(part, format="png", dpi=110)
 
 
 def answer_lines(title: str, answer: str, sample: Sample) -> list[HPacker]:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from minigrpo.visible import printable
+
 JSON = ("config.json", "generation_config.json", "preprocessor_config.json",
         "processor_config.json", "video_preprocessor_config.json", "tokenizer_config.json",
         "special_tokens_map.json", "chat_template.json")
@@ -21,8 +23,9 @@ LISTS = ("tokenizer.json", "vocab.json", "added_tokens.json", INDEX)  # keys: to
 TEXTS = ("merges.txt", "chat_template.jinja")
 SMALL = [*JSON, *LISTS, *TEXTS, "adapter_config.json"]  # fetched from the hub before the weights
 MB = 10**6
-MOST = dict.fromkeys((*JSON, *TEXTS), 16 * MB) | dict.fromkeys((*LISTS, "merges.txt"), 200 * MB)
+MOST = dict.fromkeys((*JSON, *TEXTS), 2 * MB) | dict.fromkeys((*LISTS, "merges.txt"), 32 * MB)
 DEEPEST = 30  # levels of JSON
+MOST_WEIGHTS = 20_000
 FETCH = "fetch it again, from its authors"
 BASE = "and such weights can't be trained: give the checkpoint that they were made from"
 
@@ -45,8 +48,8 @@ def read_folder(folder: Path) -> dict:
     """Its small files by name: JSON as objects, other text as it is. ValueError, with the mend, for
     what a checkpoint may not hold."""
     if adapters := sorted(folder.glob("adapter_*")):
-        raise ValueError(f"{adapters[0]} belongs to an adapter: give --model the base model, or "
-                         "merge the adapter into it first (RUN/final is merged)")
+        raise ValueError(f"{folder} holds {adapters[0].name!r} of an adapter: give --model the base "
+                         "model, or merge the adapter into it first (RUN/final is merged)")
     files = {name: text for name in MOST if (text := read_text(folder / name)) is not None}
     for name in files.keys() - set(TEXTS):
         files[name] = parse(folder / name, files[name])
@@ -60,7 +63,7 @@ def read_text(path: Path) -> str | None:
     """None where there is none."""
     if not is_there(path):
         return None
-    most = MOST.get(path.name, 16 * MB)
+    most = MOST.get(path.name, 2 * MB)
     if path.stat().st_size > most:
         raise ValueError(f"{path} is larger than {most // MB} MB, which Qwen3-VL's is not: {FETCH}")
     try:
@@ -125,8 +128,13 @@ def entries(value, depth: int = 0) -> Iterator[tuple]:
         yield from value.items()
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for inner in inside:
-        if isinstance(inner, dict | list | float):
+        if inner and isinstance(inner, dict | list | float):
             yield from entries(inner, depth + 1)
+
+
+def shown(text) -> str:
+    """What a stranger wrote, without what a terminal would obey."""
+    return printable(str(text)[:100])
 
 
 def check_entry(path: Path, key: str, value) -> None:
@@ -136,13 +144,13 @@ def check_entry(path: Path, key: str, value) -> None:
     asks, values = KEYS.get(key), value if isinstance(value, list) else [value]
     if key == "quantization_config":
         method = value.get("quant_method", "?") if isinstance(value, dict) else "?"
-        raise ValueError(f"{path}: its weights are quantised ({method!s:.100}), {BASE}")
+        raise ValueError(f"{path}: its weights are quantised ({shown(method)}), {BASE}")
     if key.endswith("attn_implementation") and value not in ATTENTIONS:
         asks = "for kernels, which are code"
     if key.endswith(("_file", "_files")) and any(set(str(name)) & set("/\\") for name in values):
         asks = "for a file outside the folder"
     if asks:
-        raise ValueError(f"{path} asks {asks} ({key:.50}), which minigrpo never does: remove that "
+        raise ValueError(f"{path} asks {asks} ({shown(key)}), which minigrpo never does: remove that "
                          "entry if the model is a plain one of its kind")
 
 
@@ -184,18 +192,20 @@ def read_headers(paths: list[Path]) -> dict[str, tuple[tuple[int, ...], Path]]:
         if not is_there(path):
             pickles = [other.name for other in path.parent.iterdir() if other.suffix in PICKLES]
             raise ValueError(f"{path.parent} holds no safetensors file {path.name}" + (
-                f"; {pickles[0]} is a pickle, which can run any code when it is read: have it "
-                f"converted to safetensors where you trust it" if pickles else f": {FETCH}"))
+                f"; {shown(pickles[0])} is a pickle, which can run any code when it is read: have it "
+                "converted to safetensors where you trust it" if pickles else f": {FETCH}"))
         try:
             with safe_open(path, "pt") as stored:
+                if len(stored.keys()) > MOST_WEIGHTS:
+                    raise ValueError(f"{path} holds more than {MOST_WEIGHTS:,} weights: {FETCH}")
                 for name in stored.keys():
                     part = stored.get_slice(name)
                     kind = part.get_dtype()
                     if name in held:
-                        raise ValueError(f"{path} and {held[name][1]} both hold {name}: {FETCH}")
+                        raise ValueError(f"{path} and {held[name][1]} hold {name!r}: {FETCH}")
                     if kind not in FLOATS:
-                        raise ValueError(f"{path}: {name} is quantised ({kind}), {BASE}")
+                        raise ValueError(f"{path}: {shown(name)} is quantised ({kind}), {BASE}")
                     held[name] = tuple(part.get_shape()), path
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is cut off or damaged ({error}): {FETCH}") from None
+            raise ValueError(f"{path} is cut off or damaged ({shown(error)}): {FETCH}") from None
     return held

@@ -77,7 +77,7 @@ class Server:
             def log_message(self, *_):
                 pass
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         self.address = f"http://127.0.0.1:{self.server.server_port}/v1"
 
 
@@ -116,8 +116,10 @@ def test_a_stopped_run_goes_on_where_it_was(serve, tmp_path, capsys):
     broken = True
     server = serve(lambda body: (400, {"error": "no"}) if broken and question(body) == "three" else said(question(body) + "!"))
     endpoint, cache = Endpoint(server.address, "m"), tmp_path / "cache.jsonl"
-    assert rewrite_all(endpoint, ["one", "two", "three"], cache, workers=1) == ["one!", "two!", None]
-    assert "1 of 3 questions got no answer" in (told := capsys.readouterr().out) and "answered 400" in told
+    texts = ["one", "two", "three"]
+    assert rewrite_all(endpoint, texts, cache, workers=1) == ["one!", "two!", None]
+    told = capsys.readouterr().out
+    assert "1 of 3 questions got no answer" in told and "answered 400" in told
     cache.write_text(cache.read_text() + '{"key": "half')
     broken, before = False, len(server.asked)
     assert rewrite_all(endpoint, ["one", "two", "three", "four"], cache, workers=1) == ["one!", "two!", "three!", "four!"]

@@ -115,11 +115,13 @@ def test_an_endpoint_sees_film_question_and_answer_and_is_not_asked_twice(phanto
 
 
 def test_a_server_that_breaks_leaves_what_it_gave(phantom, tmp_path, monkeypatch, serve):  # noqa: F811
-    """A server that was restarted without its model: after so many refusals in a row no more is asked, and nothing written."""
+    """A server that was restarted without its model: after so many refusals in a row no more is
+    asked, and nothing written."""
     monkeypatch.setattr("minigrpo.data.rewrite.MOST_FAILURES", 2)
     broken = True
     server = serve(lambda body: (400, {}) if broken and len(server.asked) > 3 else good(body))
-    command = [phantom / "train.jsonl", "--teacher", server.address, "--model", "m", "--limit", 7, "--workers", 1, "--output_file",
+    command = [phantom / "train.jsonl", "--teacher", server.address, "--model", "m", "--limit", 7,
+               "--workers", 1, "--output_file",
                tmp_path / "think.jsonl"]
     with pytest.raises(SystemExit, match="answered 400 .*2 questions in a row got no answer"):
         run(monkeypatch, *command)

@@ -309,6 +309,12 @@ def assert_same(one, other):
     assert {path.name for path in one.glob("*/test/*")} == {path.name for path in other.glob("*/test/*")} >= {"samples.png", "report.html"}
 
 
+def kill(process, all_at_once):
+    """kill -9 of the demo and its programs, or of the demo alone; before it has its own session there is nothing else."""
+    own = os.getpgid(process.pid) == process.pid
+    (os.killpg if all_at_once and own else os.kill)(process.pid, signal.SIGKILL)
+
+
 def lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -333,7 +339,8 @@ def test_killed_in_every_stage(all_at_once, whole, tmp_path):
         (process,) = processes.start("python", words(out), tmp_path / "log", prepare=of_its_own)
         while process.is_alive() and not instant(out):
             time.sleep(0.005)
-        (os.killpg if all_at_once else os.kill)(process.pid, signal.SIGKILL)
+        assert process.is_alive(), (tmp_path / "log-0").read_text()
+        kill(process, all_at_once)
         kills += processes.finish([process]) == [-9]
     assert kills == len(INSTANTS)
     said = processes.run("python", words(out), tmp_path / "log", prepare=of_its_own, seconds=600)
@@ -351,10 +358,8 @@ def test_killed_at_random_instants(seed, whole, tmp_path):
         (process,) = processes.start("python", words(out), tmp_path / "log", prepare=of_its_own)
         process.join(draw.uniform(0.5, left * whole[1]))
         came.append((process.is_alive(), *(name for name, folder in FOLDERS.items() if (out / folder / "done.json").exists())))
-        try:
-            (os.killpg if draw.random() < 0.7 else os.kill)(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        if process.is_alive():
+            kill(process, draw.random() < 0.7)
         processes.finish([process])
     processes.run("python", words(out), tmp_path / "log", prepare=of_its_own, seconds=600)
     print("killed with these stages done:", *came, sep="\n")

@@ -22,13 +22,17 @@ COUNTED_BY_TIME = ("second", "memory", "padding", "row_steps")
 
 
 def letters(answers, samples, calls=[]):
-    """Half of the groups have no spread, so that --dynamic_sampling replaces them; some answers have no score. With DIE, rank 1 is killed
-    at its fourth call, in step 1 or 2: `reward_fn` tries a reward out, and a step asks once or twice."""
+    """Half of the groups have no spread, so that --dynamic_sampling replaces them; some answers
+    have no score. With DIE, rank 1 is killed at its fourth call, in step 1 or 2: `reward_fn` tries
+    a reward out, and a step asks once or twice."""
     calls.append(1)
     if os.environ.get("DIE") and os.environ["RANK"] == "1" and len(calls) == 4:
         os.kill(os.getpid(), 9)
-    return [None if len(answer) % 5 == 4 else 0.25 if int(sample.id.split("-")[2]) % 2 else len(set(answer)) / 7
-            for answer, sample in zip(answers, samples)]
+    def score(answer, sample):
+        if len(answer) % 3 == 2 and "train" in sample.id:
+            return None
+        return 0.25 if int(sample.id.split("-")[2]) % 2 else len(set(answer)) / 7
+    return list(map(score, answers, samples))
 
 
 def hangs_on_one_rank(answers, samples):
@@ -68,7 +72,8 @@ def place(policy, phantom, tmp_path_factory):
         if program == "train_sft":
             return [*words, "--batch_size", 5, "--task_weights", "report=2", "--optimizer", "muon"]
         return [*words, "--reward", "tests.test_distributed:letters", "--prompts_per_step", 4, "--group_size", 3, "--max_new_tokens", 8,
-                "--updates_per_rollout", 2, "--advantage_scale", "batch", "--dynamic_sampling", 1, "--rollout_cap", 2, "--max_unscored", 1]
+                "--updates_per_rollout", 2, "--advantage_scale", "batch", "--dynamic_sampling", 1,
+                "--rollout_cap", 2, "--max_unscored", 1]
     arguments.folder = folder
     return arguments
 
@@ -118,7 +123,9 @@ def test_ranks_are_one_run(runs, program, ranks):
         for a, b in zip(rows(one, "rollouts"), rows(many, "rollouts"), strict=True):
             text = lambda step: [[g["id"], [(x["text"], x["reward"]) for x in g["answers"]]] for g in step["groups"]]
             assert text(a) == text(b)
-        assert rows(one)[0]["groups_replaced"] > 0 and rows(one)[0]["reward_std_in_group"] > 0 and rows(one)[0]["unscored"] > 0
+        row = rows(one)[0]
+        assert row["groups_replaced"] > 0 and row["reward_std_in_group"] > 0
+        assert max(row["unscored"] for row in rows(one)) > 0
 
 
 def test_a_rank_that_dies_ends_the_run_which_resumes_on_another_number(runs, place):
@@ -134,11 +141,13 @@ def test_a_rank_that_dies_ends_the_run_which_resumes_on_another_number(runs, pla
 
 
 def test_a_reward_that_hangs_on_one_rank_masks_its_answers(place):
-    """The run goes on, and ends well, with half of the answers; the patience is the real one, the timeout small
-    (`test_a_phase_has_one_budget_below_the_others_patience` has the real one)."""
-    words = [*place("train_grpo", "hangs", "--reward_timeout", 0.2), "--reward", "tests.test_distributed:hangs_on_one_rank", "--dynamic_sampling", 0]
+    """The run goes on, and ends well, with half of the answers; the patience is the real one, the
+    timeout small (`test_a_phase_has_one_budget_below_the_others_patience` has the real one)."""
+    words = [*place("train_grpo", "hangs", "--reward_timeout", 0.2), "--reward",
+             "tests.test_distributed:hangs_on_one_rank", "--dynamic_sampling", 0]
     run("train_grpo", words, place.folder / "hangs.log", ranks=2)
-    assert [row["unscored"] >= 0.5 and row["unscored"] < 1 for row in rows(place.folder / "hangs")] == [True, True]
+    unscored = [row["unscored"] for row in rows(place.folder / "hangs")]
+    assert len(unscored) == 2 and 0.5 <= min(unscored) <= max(unscored) < 1
     assert "no reward in time for the answers to" in (place.folder / "hangs.log-1").read_text()
     assert (place.folder / "hangs/final").is_dir()
 

@@ -174,10 +174,13 @@ def test_a_tar_that_fills_the_disk(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("entry", [
     member("../outside.txt", size=4), member("/tmp/minigrpo-outside.txt", size=4), member("link", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
-    member("hard", type=tarfile.LNKTYPE, linkname="../../outside.txt"), member("dev", type=tarfile.CHRTYPE, devmajor=1, devminor=5),
-    member("here", type=tarfile.SYMTYPE, linkname="config.json"), member("pipe", type=tarfile.FIFOTYPE), member("same", type=tarfile.LNKTYPE, linkname="same")])
+    member("hard", type=tarfile.LNKTYPE, linkname="../../outside.txt"),
+    member("dev", type=tarfile.CHRTYPE, devmajor=1, devminor=5),
+    member("here", type=tarfile.SYMTYPE, linkname="config.json"),
+    member("pipe", type=tarfile.FIFOTYPE), member("same", type=tarfile.LNKTYPE, linkname="same")])
 def test_a_tar_that_leaves_its_folder(tmp_path, entry):
-    """Links are refused wherever they lead, and pipes and devices: an archive of weights has files and folders."""
+    """Links are refused wherever they lead, and pipes and devices: an archive of weights has files
+    and folders."""
     weights = pytest.importorskip("minigrpo.rewards.weights")
     with tarfile.open(tmp_path / "bad.tar.gz", "w:gz") as tar:
         tar.addfile(entry, io.BytesIO(b"harm"))
@@ -215,7 +218,8 @@ def tar_of_holes(path):
         file.write(bytes(header) + bytes(10240))
 
 
-@pytest.mark.parametrize("harm, said", [(tar_of_many, "more than 100 files"), (tar_of_a_long_header, "one of its headers has 100,"),
+@pytest.mark.parametrize("harm, said", [(tar_of_many, "more than 100 files"),
+                                        (tar_of_a_long_header, "one of its headers has 100,"),
                                         (tar_of_holes, "neither a file nor a folder")])
 def test_a_tar_that_fills_memory_or_folders(tmp_path, harm, said):
     weights = pytest.importorskip("minigrpo.rewards.weights")

@@ -190,23 +190,35 @@ def set_in(path, place, value):
 
 
 RUN = {"type": "subprocess.Popen", "args": ["touch", "evil"]}
-CODE = [*((f"model.modules.{name}.regularizer", {"regexes": [[".*", RUN]]}) for name in ("relation", "ner", "coref", "events")),
-        ("model.regularizer", {"regexes": [[".*", RUN]]}), ("model.initializer", {"regexes": [[".*", RUN]]}),
-        ("model.module_initializer", RUN), ("model.embedder.type", "subprocess.Popen"), ("model.type", "os.system"),
-        ("model.embedder.token_embedders.bert.type", "subprocess.Popen"), ("dataset_reader.token_indexers.bert", RUN),
-        ("dataset_reader.token_indexers.other", RUN), ("dataset_reader.type", "subprocess.Popen"), ("vocabulary", RUN),
-        ("trainer.optimizer", RUN), ("data_loader", {"sampler": [{"inner": RUN}]}), ("trainer.callbacks", [{"type": "pickle.load"}]),
-        ("model.modules.relation", {"_pretrained": {"archive_file": "/evil.tar.gz", "module_path": "x"}}),
-        ("model.modules.relation.spans_per_word", RUN), ("model.modules.new", {}), ("model.loss_weights.ner", "0.2"),
-        ("model.feedforward_params.hidden_dims", 10**9), ("model.feedforward_params.num_layers", True), ("model.feature_size", 1e400),
-        ("model.modules.coref.max_antecedents", None), ("dataset_reader.token_indexers.bert.model_name", "../../elsewhere"),
-        ("dataset_reader.token_indexers.bert.model_name", "/etc"), ("dataset_reader.token_indexers.bert.override_weights_file", "x.th"),
+CODE = [*((f"model.modules.{name}.regularizer", {"regexes": [[".*", RUN]]})
+          for name in ("relation", "ner", "coref", "events")),
+        ("model.regularizer", {"regexes": [[".*", RUN]]}),
+        ("model.initializer", {"regexes": [[".*", RUN]]}),
+        ("model.module_initializer", RUN), ("model.embedder.type", "subprocess.Popen"),
+        ("model.type", "os.system"),
+        ("model.embedder.token_embedders.bert.type", "subprocess.Popen"),
+        ("dataset_reader.token_indexers.bert", RUN),
+        ("dataset_reader.token_indexers.other", RUN), ("dataset_reader.type", "subprocess.Popen"),
+        ("vocabulary", RUN),
+        ("trainer.optimizer", RUN), ("data_loader", {"sampler": [{"inner": RUN}]}),
+        ("trainer.callbacks", [{"type": "pickle.load"}]),
+        ("model.modules.relation",
+         {"_pretrained": {"archive_file": "/evil.tar.gz", "module_path": "x"}}),
+        ("model.modules.relation.spans_per_word", RUN), ("model.modules.new", {}),
+        ("model.loss_weights.ner", "0.2"),
+        ("model.feedforward_params.hidden_dims", 10**9),
+        ("model.feedforward_params.num_layers", True), ("model.feature_size", 1e400),
+        ("model.modules.coref.max_antecedents", None),
+        ("dataset_reader.token_indexers.bert.model_name", "../../elsewhere"),
+        ("dataset_reader.token_indexers.bert.model_name", "/etc"),
+        ("dataset_reader.token_indexers.bert.override_weights_file", "x.th"),
         ("import", "os"), ("model", []), ("model.modules", "subprocess.Popen")]
 
 
-@pytest.mark.parametrize("place, value", CODE, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("place, value", CODE, ids=[place for place, _ in CODE])
 def test_archive_cannot_name_code(archive, place, value):
-    """Bug: the package imports and calls whatever a regularizer's `type` names, and this command ran."""
+    """Bug: the package imports and calls whatever a regularizer's `type` names, and this command
+    ran."""
     set_in(archive / "config.json", place, value)
     with pytest.raises(ValueError) as refused:
         RadGraph.from_weights(str(archive.parent))
@@ -215,12 +227,18 @@ def test_archive_cannot_name_code(archive, place, value):
 
 
 def test_archive_as_trained_is_read(archive, graph):
-    """What training leaves in config.json is not refused, and changes nothing: seeds, paths, optimizer, initializers."""
-    left = {"trainer": {"optimizer": {"type": "adamw", "lr": 1e-3, "parameter_groups": [[["_matched_embedder"], {"lr": 5e-5, "finetune": True}]]},
-                        "checkpointer": {"num_serialized_models_to_keep": 3}, "learning_rate_scheduler": {"type": "slanted_triangular"}},
-            "data_loader": {"sampler": {"type": "random"}}, "train_data_path": "data/train.json", "numpy_seed": 1337,
-            "model.initializer": {"regexes": [["_span_width_embedding.weight", {"type": "xavier_normal"}]]},
-            "model.module_initializer": {"regexes": [[".*weight", {"type": "xavier_normal"}]]}, "model.display_metrics": ["MEAN__ner_f1"]}
+    """What training leaves in config.json is not refused, and changes nothing: seeds, paths,
+    optimizer, initializers."""
+    groups = [[["_matched_embedder"], {"lr": 5e-5, "finetune": True}]]
+    left = {"trainer": {"optimizer": {"type": "adamw", "lr": 1e-3, "parameter_groups": groups},
+                        "checkpointer": {"num_serialized_models_to_keep": 3},
+                        "learning_rate_scheduler": {"type": "slanted_triangular"}},
+            "data_loader": {"sampler": {"type": "random"}}, "train_data_path": "data/train.json",
+            "numpy_seed": 1337,
+            "model.initializer": {"regexes": [["_span_width_embedding.weight",
+                                               {"type": "xavier_normal"}]]},
+            "model.module_initializer": {"regexes": [[".*weight", {"type": "xavier_normal"}]]},
+            "model.display_metrics": ["MEAN__ner_f1"]}
     for place, value in left.items():
         set_in(archive / "config.json", place, value)
     texts = reports(3)
@@ -229,7 +247,8 @@ def test_archive_as_trained_is_read(archive, graph):
     assert not (archive / "vocabulary/.lock").exists()  # the package used to leave one
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{", '{"model": ' + "9" * 5000 + "}", " " * 2_000_000])
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{", '{"model": ' + "9" * 5000 + "}",
+                                  " " * 2_000_000])
 def test_config_that_is_none(archive, text):
     (archive / "config.json").write_text(text)
     with pytest.raises(ValueError, match="radgraph-xl/config.json.* fetch the archive again"):
@@ -237,12 +256,17 @@ def test_config_that_is_none(archive, text):
 
 
 @pytest.mark.parametrize("harm", [
-    lambda folder: (folder / "evil.sh").write_text("touch evil"), lambda folder: (folder / "more").mkdir(),
-    lambda folder: (folder / "radgraph-xl__ner_labels.txt").write_text("x" * 200_000), lambda folder: (folder / "non_padded_namespaces.txt").unlink(),
-    lambda folder: [(folder / f"more{n}.txt").write_text("a") for n in range(9)], lambda folder: (folder / "a.txt").write_bytes(b"\xff"),
-    lambda folder: (folder / "radgraph-xl__ner_labels.txt").unlink(), lambda folder: (folder / "radgraph-xl__ner_labels.txt").write_text("a\nb\n")])
+    lambda folder: (folder / "evil.sh").write_text("touch evil"),
+    lambda folder: (folder / "more").mkdir(),
+    lambda folder: (folder / "radgraph-xl__ner_labels.txt").write_text("x" * 200_000),
+    lambda folder: (folder / "non_padded_namespaces.txt").unlink(),
+    lambda folder: [(folder / f"more{n}.txt").write_text("a") for n in range(9)],
+    lambda folder: (folder / "a.txt").write_bytes(b"\xff"),
+    lambda folder: (folder / "radgraph-xl__ner_labels.txt").unlink(),
+    lambda folder: (folder / "radgraph-xl__ner_labels.txt").write_text("a\nb\n")])
 def test_vocabulary_that_is_none(archive, harm):
-    """Bug: files of any size were read; without its labels a KeyError, with other ones an AssertionError."""
+    """Bug: files of any size were read; without its labels a KeyError, with other ones an
+    AssertionError."""
     harm(archive / "vocabulary")
     with pytest.raises(ValueError, match="fetch the archive again"):
         RadGraph.from_weights(str(archive.parent))
@@ -250,23 +274,30 @@ def test_vocabulary_that_is_none(archive, harm):
 
 def test_weights_run_no_code(archive):
     torch.save({"x": Runs()}, archive / "weights.th")
-    with pytest.raises(ValueError, match="weights.th holds no weights that can be read .it asks for exec, and could run code"):
+    with pytest.raises(ValueError,
+                       match="weights.th holds no weights that can be read .it asks for exec, and "
+                       "could run code"):
         RadGraph.from_weights(str(archive.parent))
 
 
 def inflated(path):
     """Two million zeros in two kB: torch's own files are not compressed."""
     torch.save({"x": torch.zeros(500_000)}, path)
-    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(path.with_suffix(".new"), "w", zipfile.ZIP_DEFLATED) as packed:
+    new = path.with_suffix(".new")
+    with (zipfile.ZipFile(path) as stored,
+          zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED) as packed):
         for name in stored.namelist():
             packed.writestr(name, stored.read(name))
-    os.replace(path.with_suffix(".new"), path)
+    os.replace(new, path)
 
 
 @pytest.mark.parametrize("harm, said", [
-    (lambda path: torch.save([torch.zeros(3)], path), "more than named tensors"), (lambda path: torch.save({"x": 3}, path), "more than named tensors"),
-    (lambda path: path.write_bytes(path.read_bytes()[:1000]), "holds no weights"), (lambda path: path.write_bytes(b""), "holds no weights"),
-    (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "holds no weights"), (inflated, "it unpacks to"),
+    (lambda path: torch.save([torch.zeros(3)], path), "no named tensors"),
+    (lambda path: torch.save({"x": 3}, path), "more than named tensors"),
+    (lambda path: path.write_bytes(path.read_bytes()[:1000]), "holds no weights"),
+    (lambda path: path.write_bytes(b""), "holds no weights"),
+    (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+     "holds no weights"), (inflated, "it unpacks to"),
     (lambda path: torch.save({"x": torch.zeros(3)}, path), "fits neither its own config.json")])
 def test_weights_that_are_none(archive, harm, said):
     """Bugs: an AttributeError, a KeyError, an UnpicklingError that advises to run the code."""
@@ -276,24 +307,31 @@ def test_weights_that_are_none(archive, harm, said):
 
 
 @pytest.mark.parametrize("file, place, value", [
-    ("config.json", "auto_map", {"AutoModel": "evil.M"}), ("tokenizer_config.json", "auto_map", {"AutoTokenizer": ["evil.T", None]}),
-    ("config.json", "inner.deep.auto_map", {"AutoConfig": "evil.C"}), ("config.json", "transformers_weights", "../evil.safetensors"),
-    ("config.json", "quantization_config", {"quant_method": "evil"}), ("config.json", "_attn_implementation", "evil/kernel"),
-    ("config.json", "num_hidden_layers", 10**6), ("config.json", "hidden_size", -1), ("config.json", "model_type", "evil"),
+    ("config.json", "auto_map", {"AutoModel": "evil.M"}),
+    ("tokenizer_config.json", "auto_map", {"AutoTokenizer": ["evil.T", None]}),
+    ("config.json", "inner.deep.auto_map", {"AutoConfig": "evil.C"}),
+    ("config.json", "transformers_weights", "../evil.safetensors"),
+    ("config.json", "quantization_config", {"quant_method": "evil"}),
+    ("config.json", "_attn_implementation", "evil/kernel"),
+    ("config.json", "num_hidden_layers", 10**6), ("config.json", "hidden_size", -1),
+    ("config.json", "model_type", "evil"),
     ("adapter_config.json", "base_model_name_or_path", "evil/model")])
 def test_encoder_brings_no_code(archive, file, place, value):
-    """An encoder's folder is as foreign as the archive. Bug: transformers asked at the terminal whether to run its code."""
+    """An encoder's folder is as foreign as the archive. Bug: transformers asked at the terminal
+    whether to run its code."""
     encoder = archive.parent / ENCODER
     real = encoder.resolve()
     encoder.unlink()
     shutil.copytree(real, encoder)
-    (encoder / "evil.py").write_text("open('evil', 'w')\nfrom transformers import BertConfig as C, BertModel as M, BertTokenizer as T")
+    (encoder / "evil.py").write_text("open('evil', 'w')\nfrom transformers import BertConfig as C, "
+                                     "BertModel as M, BertTokenizer as T")
     if not (encoder / file).exists():
         (encoder / file).write_text("{}")
     set_in(encoder / file, place, value)
     with pytest.raises(ValueError) as refused:
         RadGraph.from_weights(str(archive.parent))
-    assert f"{encoder} (config.json and tokenizer, under 1 MB) could not be loaded (" in str(refused.value) and file in str(refused.value)
+    said = f"{encoder} (config.json and tokenizer, under 1 MB) could not be loaded ("
+    assert said in str(refused.value) and file in str(refused.value)
 
 
 def test_nan_is_a_failure_and_no_label(folder):

@@ -228,33 +228,49 @@ def returning(monkeypatch, given):
 
 
 @pytest.mark.parametrize("given", [
-    None, 1.0, ["good", "bad"], {"a": 7, "b": 8}, "12", b"12", {1.0, 2.0}, frozenset({1, 2}), (x for x in (1.0, 2.0)), [[1.0], [2.0]],
-    ["0.5", "1"], [1 + 2j, 3], {"a": 1, "b": 2}.values(), range(2), iter([1, 2]), map(float, "12"), np.ones((2, 1)), np.ones((1, 2)),
-    np.float32(3), np.array(["1", "2"]), torch.ones(2, 1), torch.tensor(1.0), torch.ones(2, dtype=torch.complex64), [np.ones(1), np.ones(1)],
-    [{}, {}], Scores([1, 2], [True, True], {"part": "12"}), Scores({1, 2}, [True, True]), Scores([1, 2], "ab"), Scores([1, 2], [True, True], {3: [1, 2]}),
+    None, 1.0, ["good", "bad"], {"a": 7, "b": 8}, "12", b"12", {1.0, 2.0}, frozenset({1, 2}),
+    (x for x in (1.0, 2.0)), [[1.0], [2.0]],
+    ["0.5", "1"], [1 + 2j, 3], {"a": 1, "b": 2}.values(), range(2), iter([1, 2]), map(float, "12"),
+    np.ones((2, 1)), np.ones((1, 2)),
+    np.float32(3), np.array(["1", "2"]), torch.ones(2, 1), torch.tensor(1.0),
+    torch.ones(2, dtype=torch.complex64), [np.ones(1), np.ones(1)],
+    [{}, {}], Scores([1, 2], [True, True], {"part": "12"}), Scores({1, 2}, [True, True]),
+    Scores([1, 2], "ab"), Scores([1, 2], [True, True], {3: [1, 2]}),
     Scores([1, 2], [True, True], [[1, 2]])], ids=lambda given: type(given).__name__)
 def test_a_reward_that_gives_no_list_of_numbers_is_named(monkeypatch, given):
-    """Bug: the letters of "12", the keys of a dict and the members of a set were taken for scores; a forgotten `return` named nothing."""
-    with pytest.raises(ValueError, match=r"reward 'mine:reward(\.\w+)?' gave .*: return (a list with a number|\{name: a number)"):
+    """Bug: the letters of "12", the keys of a dict and the members of a set were taken for scores;
+    a forgotten `return` named nothing."""
+    with pytest.raises(ValueError,
+                       match=r"reward 'mine:reward(\.\w+)?' gave .*: return (a list with a "
+                       r"number|\{name: a number)"):
         returning(monkeypatch, given)
 
 
-@pytest.mark.parametrize("given", [[1, 2, 3], [1], [], (), np.ones(3), torch.ones(1), Scores([1], [True]), Scores([1, 2], [True]),
+@pytest.mark.parametrize("given", [[1, 2, 3], [1], [], (), np.ones(3), torch.ones(1),
+                                   Scores([1], [True]), Scores([1, 2], [True]),
                                    Scores([1, 2], [True] * 2, {"part": [1]})])
 def test_as_many_scores_as_answers(monkeypatch, given):
     """Bug: of Scores with too few marks of validity only zip complained."""
-    with pytest.raises(ValueError, match=r"reward 'mine:reward(\.\w+)?' gave \d values for 2 answers: return one for each"):
+    with pytest.raises(ValueError,
+                       match=r"reward 'mine:reward(\.\w+)?' gave \d values for 2 answers: return "
+                       r"one for each"):
         returning(monkeypatch, given)
 
 
 @pytest.mark.parametrize("given", [
-    [0, 1], (0, 1.0), [False, True], np.array([0, 1]), np.array([0, 1], np.float16), np.array([False, True]), torch.tensor([0.0, 1.0]),
-    torch.tensor([0, 1], dtype=torch.bfloat16, requires_grad=False), torch.tensor([0.0, 1.0], requires_grad=True), [np.float32(0), np.int8(1)],
-    [np.bool_(False), torch.tensor(1.0)], [torch.tensor(False), torch.tensor(1)], [Fraction(0), Fraction(1)],
-    Scores(np.array([0, 1]), np.array([True, True]), {"part": torch.tensor([2, 3])}), Scores(torch.tensor([0.0, 1.0]), torch.tensor([1, 1])),
-    Scores((0, np.float64(1)), [np.True_, True], {"part": [np.float32(2), None]})], ids=lambda given: f"{type(given).__name__}-{str(given)[:30]}")
+    [0, 1], (0, 1.0), [False, True], np.array([0, 1]), np.array([0, 1], np.float16),
+    np.array([False, True]), torch.tensor([0.0, 1.0]),
+    torch.tensor([0, 1], dtype=torch.bfloat16, requires_grad=False),
+    torch.tensor([0.0, 1.0], requires_grad=True), [np.float32(0), np.int8(1)],
+    [np.bool_(False), torch.tensor(1.0)], [torch.tensor(False), torch.tensor(1)],
+    [Fraction(0), Fraction(1)],
+    Scores(np.array([0, 1]), np.array([True, True]), {"part": torch.tensor([2, 3])}),
+    Scores(torch.tensor([0.0, 1.0]), torch.tensor([1, 1])),
+    Scores((0, np.float64(1)), [np.True_, True], {"part": [np.float32(2), None]})],
+    ids=lambda given: f"{type(given).__name__}-{str(given)[:30]}")
 def test_vectors_of_numbers_are_scores(monkeypatch, given):
-    """Bug: what NumPy or torch made was kept as it was in Scores, and no JSON line of the step could be written."""
+    """Bug: what NumPy or torch made was kept as it was in Scores, and no JSON line of the step
+    could be written."""
     scores = returning(monkeypatch, given)
     assert scores.values == [0.0, 1.0] and scores.valid == [True, True]
     assert {type(x) for x in scores.values} == {float} and {type(x) for x in scores.valid} == {bool}
@@ -262,9 +278,11 @@ def test_vectors_of_numbers_are_scores(monkeypatch, given):
     json.dumps([scores.values, scores.valid, scores.parts], allow_nan=True)
 
 
-@pytest.mark.parametrize("bad", [None, math.nan, math.inf, np.float32("nan"), torch.tensor(math.inf), 10**400, 1e300, -1e16])
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, np.float32("nan"),
+                                 torch.tensor(math.inf), 10**400, 1e300, -1e16])
 def test_what_no_group_can_compare_is_not_scored(monkeypatch, bad):
-    """Bug: 1e300 is infinite in fp32, and made its whole group NaN; an int of 400 digits was an OverflowError."""
+    """Bug: 1e300 is infinite in fp32, and made its whole group NaN; an int of 400 digits was an
+    OverflowError."""
     scores = returning(monkeypatch, [bad, 0.5])
     assert scores.valid == [False, True] and scores.values == [0.0, 0.5]
 
@@ -280,35 +298,51 @@ def test_a_half_that_raises_does_not_make_scores_of_the_other_s_dict(monkeypatch
 
 def test_parts_and_errors_outlive_a_failure(monkeypatch):
     def reward(answers, samples):
-        return Scores([1.0] * len(answers), [True] * len(answers), {"inner": [2.0] * len(answers)}, ["slow"]) if "boom" not in answers else 1 / 0
+        n = len(answers)
+        if "boom" in answers:
+            raise OSError("boom")
+        return Scores([1.0] * n, [True] * n, {"inner": [2.0] * n}, ["slow"])
     monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(reward=reward))
     scores = reward_fn("mine:reward")(["a", "b", "boom", "c"], [report()] * 4)
-    assert scores.valid == [True, True, False, True] and scores.errors == ["mine:reward: ZeroDivisionError: division by zero", "mine:reward: slow"]
+    assert scores.valid == [True, True, False, True]
+    assert scores.errors == ["mine:reward: OSError: boom", "mine:reward: slow"]
     assert [x == 2 for x in scores.parts["mine:reward.inner"]] == [True, True, False, True]
 
 
-@pytest.mark.parametrize("end", [lambda: sys.exit(0), lambda: sys.exit("bye"), lambda: exec("raise GeneratorExit"), lambda: exec("raise KeyboardInterrupt")])
+@pytest.mark.parametrize("end", [lambda: sys.exit(0), lambda: sys.exit("bye"),
+                                 lambda: exec("raise GeneratorExit"),
+                                 lambda: exec("raise KeyboardInterrupt")])
 def test_a_reward_that_ends_the_program_is_named(monkeypatch, end):
     """Bug: `sys.exit(0)` in a reward ended the run with code 0 and without final/."""
-    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(reward=lambda answers, samples: end()))
-    with ThreadPoolExecutor(1) as pool:  # as in a run; on the main thread KeyboardInterrupt is the user's Ctrl-C
+    monkeypatch.setitem(sys.modules, "mine",
+                        types.SimpleNamespace(reward=lambda answers, samples: end()))
+    with ThreadPoolExecutor(1) as pool:  # on the main thread it is the user's Ctrl-C
         scores = pool.submit(reward_fn("mine:reward"), ["a"], [report()]).result()
-    assert scores.valid == [False] and re.match("mine:reward: (SystemExit|GeneratorExit|KeyboardInterrupt): ", scores.errors[0])
+    assert scores.valid == [False]
+    assert re.match("mine:reward: (SystemExit|GeneratorExit|KeyboardInterrupt): ", scores.errors[0])
 
 
 def test_ctrl_c_is_the_user_s(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(reward=lambda answers, samples: exec("raise KeyboardInterrupt")))
+    def reward(answers, samples):
+        raise KeyboardInterrupt
+    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(reward=reward))
     with pytest.raises(KeyboardInterrupt):
         reward_fn("mine:reward")(["a"], [report()])
 
 
-@pytest.mark.parametrize("leave", [lambda place: os.chdir(place), lambda place: (os.chdir(place), 1 / 0), lambda place: (os.chdir(place), place.rmdir(), [1.0])[2]])
+@pytest.mark.parametrize("leave",
+                         [lambda place: os.chdir(place), lambda place: (os.chdir(place), 1 / 0),
+                          lambda place: (os.chdir(place), place.rmdir(), [1.0])[2]])
 def test_a_reward_that_leaves_the_working_directory(monkeypatch, tmp_path, leave):
     """Bug: the files that a run wrote by a relative path went where the reward had gone."""
     here = os.getcwd()
     (tmp_path / "away").mkdir()
-    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(reward=lambda answers, samples: leave(tmp_path / "away") or [1.0]))
-    with pytest.warns(UserWarning, match="reward 'mine:reward' changed the working directory to .*: it is put back"):
+    def reward(answers, samples):
+        return leave(tmp_path / "away") or [1.0]
+    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(reward=reward))
+    with pytest.warns(UserWarning,
+                      match="reward 'mine:reward' changed the working directory to .*: it is put "
+                      "back"):
         reward_fn("mine:reward")(["a"], [report()])
     assert os.getcwd() == here
 

@@ -72,7 +72,9 @@ def test_chexbert_runs_no_code_and_names_a_wrong_file(tmp_path, folder, monkeypa
         def __reduce__(self):
             return exec, (f"open({str(tmp_path / 'evil')!r}, 'w')",)
     torch.save({"model_state_dict": Runs()}, tmp_path / "chexbert.pth")
-    with pytest.raises(ValueError, match="chexbert.pth holds no weights that can be read .it asks for exec, and could run code"):
+    with pytest.raises(ValueError,
+                       match="chexbert.pth holds no weights that can be read .it asks for exec, "
+                       "and could run code"):
         CheXbert.from_weights(str(tmp_path))
     assert not (tmp_path / "evil").exists()
     state = torch.load(folder / "chexbert.pth", weights_only=True)
@@ -82,14 +84,21 @@ def test_chexbert_runs_no_code_and_names_a_wrong_file(tmp_path, folder, monkeypa
         CheXbert.from_weights(str(tmp_path))
 
 
-@pytest.mark.parametrize("name, load", [("bert-base-uncased", CheXbert.from_weights), ("distilroberta-base", BertScore.from_weights)])
+@pytest.mark.parametrize("name, load", [("bert-base-uncased", CheXbert.from_weights),
+                                        ("distilroberta-base", BertScore.from_weights)])
 @pytest.mark.parametrize("file, entries, said", [
-    ("config.json", {"auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}, "model_type": "evil"}, "config.json asks to run code of its own"),
-    ("tokenizer_config.json", {"inner": [{"auto_map": {"AutoTokenizer": ["evil.T", None]}}]}, "tokenizer_config.json asks to run code of its own"),
-    ("config.json", {"attn_implementation": "evil/kernel"}, "config.json asks for kernels, which are code"),
-    ("config.json", {"vocab_size": 10**12}, "config.json: vocab_size is 1000000000000, not a number in 1..500,000"),
-    ("adapter_config.json", {"base_model_name_or_path": "evil/model"}, "adapter_config.json names another model"),
-    ("tokenizer_config.json", None, "tokenizer_config.json is not JSON"), ("config.json", [], "config.json is not JSON that can be used (it is not an object)")])
+    ("config.json", {"auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"},
+                     "model_type": "evil"}, "config.json asks to run code of its own"),
+    ("tokenizer_config.json", {"inner": [{"auto_map": {"AutoTokenizer": ["evil.T", None]}}]},
+     "tokenizer_config.json asks to run code of its own"),
+    ("config.json", {"attn_implementation": "evil/kernel"},
+     "config.json asks for kernels, which are code"),
+    ("config.json", {"vocab_size": 10**12}, "config.json: vocab_size is 1000000000000, not a "
+     "number in 1..500,000"),
+    ("adapter_config.json", {"base_model_name_or_path": "evil/model"},
+     "adapter_config.json names another model"),
+    ("tokenizer_config.json", None, "tokenizer_config.json is not JSON"),
+    ("config.json", [], "config.json is not JSON that can be used (it is not an object)")])
 def test_a_scorer_s_encoder_brings_no_code(tmp_path, folder, name, load, file, entries, said):
     """CheXbert's and BERTScore's folders are checked as RadGraph's is."""
     for part in folder.iterdir():
@@ -100,7 +109,8 @@ def test_a_scorer_s_encoder_brings_no_code(tmp_path, folder, name, load, file, e
     if entries is None or isinstance(entries, list):
         path.write_text("[" * 100_000 if entries is None else "[]")
     else:
-        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | entries))
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {})
+                                   | entries))
     with pytest.raises(ValueError) as refused:
         load(str(tmp_path))
     assert "could not be loaded (" in str(refused.value) and said in str(refused.value)
@@ -116,7 +126,9 @@ def test_bertscore_reads_no_pickle(tmp_path, folder):
         BertScore.from_weights(str(tmp_path))
 
 
-@pytest.mark.parametrize("state", [[torch.zeros(3)], {"model_state_dict": 3}, {"model_state_dict": {"a": "b"}}, {"model_state_dict": {3: torch.zeros(3)}}, {}])
+@pytest.mark.parametrize("state", [[torch.zeros(3)], {"model_state_dict": 3},
+                                   {"model_state_dict": {"a": "b"}},
+                                   {"model_state_dict": {3: torch.zeros(3)}}, {}])
 def test_chexbert_of_other_things_is_named(tmp_path, folder, state):
     """Bug: an AttributeError for what is no dict."""
     (tmp_path / "bert-base-uncased").symlink_to(folder / "bert-base-uncased")

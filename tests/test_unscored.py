@@ -1,4 +1,5 @@
-"""Answers that the reward could not score: they teach nothing, no validation without scores is the best, no phase outlasts the others."""
+"""Answers that the reward could not score: they teach nothing, no validation without scores is the
+best, no phase outlasts the others."""
 
 import json
 import os
@@ -32,11 +33,13 @@ def train(model, phantom, tmp_path, monkeypatch):
     """train(reward, *arguments) runs the program in this process and returns its folder."""
     def run(reward, *arguments, folder=None, steps=1):
         folder = folder or tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        words = ["--model", model, "--task", "report", "--train_data", phantom / "train.jsonl", "--output_dir", folder, "--max_steps", steps,
-                 "--reward", f"{MINE}:{reward}", "--prompts_per_step", 2, "--group_size", 4, "--updates_per_rollout", 1, "--max_new_tokens", 8,
+        words = ["--model", model, "--task", "report", "--train_data", phantom / "train.jsonl",
+                 "--output_dir", folder, "--max_steps", steps,
+                 "--reward", f"{MINE}:{reward}", "--prompts_per_step", 2, "--group_size", 4,
+                 "--updates_per_rollout", 1, "--max_new_tokens", 8,
                  "--learning_rate", 1e-3, "--max_unscored", 1, *arguments]
         monkeypatch.setattr("sys.argv", ["train_grpo.py", *map(str, words)])
-        monkeypatch.setattr(train_grpo, "draw_curves", lambda folder: None)  # half of a small run's time
+        monkeypatch.setattr(train_grpo, "draw_curves", lambda folder: None)  # takes its time
         train_grpo.main()
         return folder
     return run
@@ -46,7 +49,7 @@ def rows(folder, name="metrics"):
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
-# ---- what they teach --------------------------------------------------------------------------------------------------
+# ---- what they teach -----------------------------------------------------------------------------
 
 
 def letters(answers, samples):
@@ -61,12 +64,15 @@ def nothing(answers, samples):
     return [None] * len(answers)
 
 
-@pytest.mark.parametrize("settings", [["--how", "token-mean"], ["--how", "constant", "--advantage_scale", "none"], *(
-    pytest.param(more, marks=pytest.mark.slow) for more in (["--how", "sequence-mean"], ["--advantage_scale", "batch", "--leave_one_out", "true"],
-                                                            ["--level", "sequence", "--how", "sequence-mean"]))])
+@pytest.mark.parametrize("settings", [
+    ["--how", "token-mean"], ["--how", "constant", "--advantage_scale", "none"],
+    pytest.param(["--how", "sequence-mean"], marks=pytest.mark.slow),
+    pytest.param(["--advantage_scale", "batch", "--leave_one_out", "true"], marks=pytest.mark.slow),
+    pytest.param(["--level", "sequence", "--how", "sequence-mean"], marks=pytest.mark.slow)])
 def test_the_gradient_is_that_of_a_batch_without_them(train, monkeypatch, settings):
-    """Bug: they stayed in the count of tokens and in the KL, which pulled every token of them back to the reference. k1 with the ratio,
-    since k3 has no gradient where policy and reference are one."""
+    """Bug: they stayed in the count of tokens and in the KL, which pulled every token of them back
+    to the reference. k1 with the ratio, since k3 has no gradient where policy and reference are
+    one."""
     generate, clip, sampled, gradients = train_grpo.generate, train_grpo.clip_gradients, [], []
 
     def sampling(*args, **more):
@@ -77,7 +83,8 @@ def test_the_gradient_is_that_of_a_batch_without_them(train, monkeypatch, settin
         r = sampled[0]
         kept = torch.tensor([n % 4 != 1 for n in range(len(r.texts))])
         return train_grpo.Rollout(r.tokens[kept], r.mask[kept], r.logprob[kept], r.finished[kept],
-                                  [text for n, text in enumerate(r.texts) if n % 4 != 1], r.row_steps, r.bytes_read)
+                                  [text for n, text in enumerate(r.texts) if n % 4 != 1],
+                                  r.row_steps, r.bytes_read)
 
     def keeping(parameters, *rest):
         gradients.append([p.grad.clone() for p in parameters if p.grad is not None])
@@ -97,16 +104,20 @@ def test_the_gradient_is_that_of_a_batch_without_them(train, monkeypatch, settin
 
 
 def test_a_step_without_any_score_changes_no_weight(train, model):
-    """Bug: AdamW decayed the weights, and moved them by momentum, on updates that taught nothing. No figure is made up either."""
+    """Bug: AdamW decayed the weights, and moved them by momentum, on updates that taught nothing.
+    No figure is made up either."""
     folder = train("nothing", steps=2)
-    before, after = load_file(model / "model.safetensors"), load_file(folder / "final/model.safetensors")
+    before = load_file(model / "model.safetensors")
+    after = load_file(folder / "final/model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     for row in rows(folder):
-        assert row["unscored"] == 1 and not {"reward", "loss", f"reward_{MINE}:nothing"} & row.keys()
-    assert {answer["reward"] for row in rows(folder, "rollouts") for group in row["groups"] for answer in group["answers"]} == {None}
+        assert row["unscored"] == 1 and not {"reward", "loss",
+                                             f"reward_{MINE}:nothing"} & row.keys()
+    assert {answer["reward"] for row in rows(folder, "rollouts") for group in row["groups"]
+            for answer in group["answers"]} == {None}
 
 
-# ---- validation -------------------------------------------------------------------------------------------------------
+# ---- validation ----------------------------------------------------------------------------------
 
 
 def is_validation(samples):
@@ -114,29 +125,32 @@ def is_validation(samples):
 
 
 def worse_each_time(answers, samples, calls=[]):
-    """In validation -1 to all answers at first, later nothing; then NaN, or a score to one answer of many."""
+    """In validation -1 to all answers at first, later nothing; then NaN, or a score to one answer
+    of many."""
     if not is_validation(samples):
         return letters(answers, samples)
     calls.append(1)
     if len(calls) == 1:
         return [-1.0] * len(answers)
-    return [[None] * len(answers), [float("nan")] * len(answers), [9.0] + [None] * (len(answers) - 1)][(len(calls) - 2) % 3]
+    return [[None] * len(answers), [float("nan")] * len(answers),
+            [9.0] + [None] * (len(answers) - 1)][(len(calls) - 2) % 3]
 
 
 def test_a_validation_without_scores_has_no_value_and_is_no_best(train, phantom, capsys):
-    """Bug: its value was 0.0, better than any negative reward: best/ was replaced by whatever was there. One answer of many does
-    not speak for all of them either."""
-    folder = train("worse_each_time", "--eval_data", phantom / "test.jsonl", "--eval_steps", 1, "--max_unscored", 0.5, steps=4)
+    """Bug: its value was 0.0, better than any negative reward: best/ was replaced by whatever was
+    there. One answer of many does not speak for all of them either."""
+    folder = train("worse_each_time", "--eval_data", phantom / "test.jsonl", "--eval_steps", 1,
+                   "--max_unscored", 0.5, steps=4)
     assert [row.get("eval_reward") for row in rows(folder)] == [-1.0, None, None, None]
     assert [path.name for path in (folder / "best").iterdir()] == ["step-000001"]
     assert capsys.readouterr().err.count(": this validation has no value") == 3
 
 
 def dict_in_validation(answers, samples):
-    return {answer: 1.0 for answer in answers} if is_validation(samples) else letters(answers, samples)
+    return dict.fromkeys(answers, 1.0) if is_validation(samples) else letters(answers, samples)
 
 
-# ---- rewards that return, or do, what they should not -------------------------------------------------------------------
+# ---- rewards that return, or do, what they should not --------------------------------------------
 
 
 def a_dict(answers, samples):
@@ -147,12 +161,16 @@ def too_few(answers, samples):
     return [1.0]
 
 
-@pytest.mark.parametrize("reward, said", [("a_dict", "gave dict"), ("too_few", "gave 1 values for 8 answers"), ("dict_in_validation", "gave dict")])
+@pytest.mark.parametrize("reward, said",
+                         [("a_dict", "gave dict"), ("too_few", "gave 1 values for 8 answers"),
+                          ("dict_in_validation", "gave dict")])
 def test_a_reward_of_wrong_shape_ends_with_a_message(train, phantom, reward, said):
     """Bug: the right last line, under a traceback."""
     with pytest.raises(SystemExit) as ended:
         train(reward, "--eval_data", phantom / "test.jsonl", "--eval_steps", 1)
-    assert str(ended.value).startswith(f"train_grpo.py: error: reward '{MINE}:{reward}' {said}") and ": return " in str(ended.value)
+    told = str(ended.value)
+    assert told.startswith(f"train_grpo.py: error: reward '{MINE}:{reward}' {said}")
+    assert ": return " in told
 
 
 def leaves(answers, samples):
@@ -163,7 +181,8 @@ def test_a_reward_that_exits_ends_with_its_name(train):
     """Bug: exit code 0, and no final/."""
     with pytest.raises(SystemExit) as ended:
         train("leaves", "--max_unscored", 0.1)
-    assert f"the reward could not score 8 of 8 answers: {MINE}:leaves: SystemExit: 0" in str(ended.value)
+    told = f"the reward could not score 8 of 8 answers: {MINE}:leaves: SystemExit: 0"
+    assert told in str(ended.value)
 
 
 def wanders(answers, samples):
@@ -173,21 +192,26 @@ def wanders(answers, samples):
 
 
 def test_a_reward_that_wanders_takes_no_file_along(train, phantom, tmp_path, monkeypatch):
-    """Bug: the rest of a run whose --output_dir and --train_data are relative was looked for, and written, from where the reward was."""
+    """Bug: the rest of a run whose --output_dir and --train_data are relative was looked for, and
+    written, from where the reward was."""
     monkeypatch.chdir(tmp_path)
-    with pytest.warns(UserWarning, match=f"reward '{MINE}:wanders' changed the working directory to .*away: it is put back"):
-        train("wanders", "--train_data", os.path.relpath(phantom / "train.jsonl"), folder=Path("here"), steps=2)
-    assert (tmp_path / "here/final/model.safetensors").is_file() and len(rows(tmp_path / "here")) == 2
+    with pytest.warns(UserWarning,
+                      match=f"reward '{MINE}:wanders' changed the working directory to .*away: it "
+                      "is put back"):
+        train("wanders", "--train_data", os.path.relpath(phantom / "train.jsonl"),
+              folder=Path("here"), steps=2)
+    assert (tmp_path / "here/final/model.safetensors").is_file()
+    assert len(rows(tmp_path / "here")) == 2
     assert not any((tmp_path / "away").iterdir())
 
 
-# ---- deadlines --------------------------------------------------------------------------------------------------------
+# ---- deadlines -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("groups", [1, 8, 64, 4096])
 def test_a_phase_has_one_budget_below_the_others_patience(monkeypatch, samples, groups):
-    """Bug: (1 + groups) x --reward_timeout: with 64 groups a hanging reward took 11 hours, and after half an hour the other ranks gave
-    this one up for dead. With the real constants."""
+    """Bug: (1 + groups) x --reward_timeout: with 64 groups a hanging reward took 11 hours, and
+    after half an hour the other ranks gave this one up for dead. With the real constants."""
     given, clock = [], [0.0]
 
     def hangs(seconds, work, *more):
@@ -196,19 +220,23 @@ def test_a_phase_has_one_budget_below_the_others_patience(monkeypatch, samples, 
 
     monkeypatch.setattr(guard, "_within", hangs)
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    for seconds in (GrpoArguments.reward_timeout, getattr(guard, "LONGEST_TIMEOUT", GrpoArguments.reward_timeout)):
+    for seconds in (GrpoArguments.reward_timeout,
+                    getattr(guard, "LONGEST_TIMEOUT", GrpoArguments.reward_timeout)):
         given.clear()
         found = in_time(None, ["a"] * 2 * groups, [samples[0]] * 2 * groups, 2, seconds)
         assert not any(found.valid) and len(found.valid) == 2 * groups
-        assert sum(given) == pytest.approx(2 * seconds) and sum(given) <= 0.76 * PATIENCE.total_seconds()
+        assert sum(given) == pytest.approx(2 * seconds)
+        assert sum(given) <= 0.76 * PATIENCE.total_seconds()
 
 
 def test_time_that_some_groups_leave_is_the_others(samples):
-    """Of 10 groups one hangs and one is slow: the slow one has the time that the quick ones before it did not take."""
+    """Of 10 groups one hangs and one is slow: the slow one has the time that the quick ones before
+    it did not take."""
     answers, given = [str(n) for n in range(10)], samples[:10]
 
     def reward(answers, asked):
-        time.sleep(30 if len(asked) > 1 or asked[0] is given[1] else 0.15 if asked[0] is given[8] else 0)
+        hangs, slow = len(asked) > 1 or asked[0] is given[1], asked[0] is given[8]
+        time.sleep(30 if hangs else 0.15 if slow else 0)
         return Scores([1.0], [True])
 
     began = time.time()
@@ -221,16 +249,20 @@ def test_a_timeout_that_the_others_would_not_wait_for(monkeypatch):
     monkeypatch.setattr(guard, "ranks", lambda: 2)
     guard.check_timeout(GrpoArguments.reward_timeout)
     for seconds in (676, float("inf")):
-        with pytest.raises(ValueError, match=r"--reward_timeout (676|inf) with 2 processes: .* after 30 minutes .* give 675 seconds at most"):
+        with pytest.raises(ValueError,
+                           match=r"--reward_timeout (676|inf) with 2 processes: .* after 30 "
+                           r"minutes .* give 675 seconds at most"):
             guard.check_timeout(seconds)
 
 
 def test_a_problem_of_one_rank_ends_all(monkeypatch, capsys):
-    """The message comes from the first rank, whoever had the problem; the others leave with a code, and nobody waits."""
+    """The message comes from the first rank, whoever had the problem; the others leave with a code,
+    and nobody waits."""
     def wrong():
         raise BadReward("reward 'mine' gave nonsense")
     fine = Scores([1.0], [True])
-    for work, theirs in ((wrong, ([True], [], None)), (lambda: fine, (None, None, "reward 'mine' gave nonsense"))):
+    for work, theirs in ((wrong, ([True], [], None)),
+                         (lambda: fine, (None, None, "reward 'mine' gave nonsense"))):
         for first, code in ((True, "error: reward 'mine' gave nonsense"), (False, 1)):
             monkeypatch.setattr(guard, "gathered", lambda mine: [mine, theirs])
             monkeypatch.setattr(guard, "first", lambda: first)

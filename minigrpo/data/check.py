@@ -28,13 +28,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minigrpo.run.terminal import Parser, fail
+from minigrpo.visible import message, printable
 
 from .film import blocks, read_film
 from .overlap import side_of
 from .sample import DataError, Sample, scan_jsonl
 from .sections import HEADING
 from .sheet import draw_sheet
-from .text import message, printable
 
 FAINT = 32  # grey levels of 256: a film with fewer looks blank
 DARK = 64  # 95 pixels in 100 of a film are below this: read at the wrong depth, or hardly exposed

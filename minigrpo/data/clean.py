@@ -99,7 +99,9 @@ def main() -> None:
             raise ValueError(f"{args.output_file} exists already: remove it, or give another --output_file")
         if args.endpoint and not args.model:
             raise ValueError("--endpoint needs --model, the model's name there")
-        endpoint = Endpoint(args.endpoint, args.model, key=os.environ.get("OPENAI_API_KEY")) if args.endpoint else None
+        endpoint, key = None, os.environ.get("OPENAI_API_KEY")
+        if args.endpoint:
+            endpoint = Endpoint(args.endpoint, args.model, key)
         records = lines_of(args.file, args.output_file)
         reports = [record for record in records if record["task"] == "report"]
         if args.endpoint:
@@ -111,10 +113,12 @@ def main() -> None:
             answers = [clean_report(record["answer"]) for record in reports]
     except (ValueError, OSError) as error:
         fail(error)
-    changed = sum(answer not in (record["answer"], None) for answer, record in zip(answers, reports))
+    changed = sum(answer not in (record["answer"], None)
+                  for answer, record in zip(answers, reports))
     unanswered = answers.count(None)
     for record, answer in zip(reports, answers):
-        record["answer"] = answer or ""  # one that the server did not answer may still compare: it is left out
+        # one that the server did not answer may still compare: it is left out
+        record["answer"] = answer or ""
     kept = [record for record in records if record["task"] != "report" or record["answer"]]
     if not kept:
         fail(f"nothing is left of the {len(reports):,} reports of {args.file}, so nothing is written")
@@ -123,7 +127,8 @@ def main() -> None:
     except OSError as error:
         fail(f"{error}: give another --output_file")
     print(f"{args.output_file}: {len(records):,} samples read, {len(kept):,} kept, {len(records) - len(kept):,} dropped (nothing left of the "
-          f"report{f', or no answer: {unanswered:,}' if unanswered else ''}); {len(reports):,} reports, {changed:,} changed")
+          f"report{f', or no answer: {unanswered:,}' if unanswered else ''}); {len(reports):,} "
+          f"reports, {changed:,} changed")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Ask a model at any OpenAI-compatible endpoint, to rewrite reports or what else; answers are kept, so that a run can stop and go on.
+"""Ask a model at any OpenAI-compatible endpoint, to rewrite reports or what else; answers are kept,
+so that a run can stop and go on.
 
-The server is not trusted: an answer is bounded in size, time and depth, and one that cannot be read, or does not come, is asked for
-again a few times. A question that gets none is counted, and the others go on.
+The server is not trusted: an answer is bounded in size, time and depth, and one that cannot be
+read, or does not come, is asked for again a few times. A question that gets none is counted, and
+the others go on.
 """
 
 import hashlib
@@ -39,7 +41,7 @@ TRIES = 5  # of a question: a busy server answers 429 or 5xx, a broken one half 
 AGAIN = (408, 425, 429)  # and all from 500 on: worth another try
 MOST_BYTES = 4 * 2**20  # of an answer; one of 2,048 tokens has some 10 kB
 MOST_FAILURES = 20  # questions in a row without an answer: the server is gone, or was never one
-LEAST_KEY = 4  # characters of a key that is blanked: "x", for servers that want any, would blank half of a message
+LEAST_KEY = 4  # characters of a key that is blanked: "x" would blank half of a message
 
 
 class NoAnswer(ValueError):
@@ -54,7 +56,8 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Connection(http.client.HTTPConnection):
-    """One that another thread can end at any moment, by its `handle`: a server that sends a byte a second never times out."""
+    """One that another thread can end at any moment, by its `handle`: a server that sends a byte a
+    second never times out."""
 
     handle: socket.socket | None = None
 
@@ -67,7 +70,8 @@ class SecureConnection(http.client.HTTPSConnection, Connection):
     """The handle is there before the handshake."""
 
 
-def _kept(kind: type[Connection], request: urllib.request.Request, host: str, **settings) -> Connection:
+def _kept(kind: type[Connection], request: urllib.request.Request, host: str,
+          **settings) -> Connection:
     request.connection = kind(host, **settings)
     return request.connection
 
@@ -79,7 +83,8 @@ class Http(urllib.request.HTTPHandler):
 
 class Https(urllib.request.HTTPSHandler):
     def https_open(self, request):
-        return self.do_open(partial(_kept, SecureConnection, request), request, context=ssl.create_default_context())
+        return self.do_open(partial(_kept, SecureConnection, request), request,
+                            context=ssl.create_default_context())
 
 
 @dataclass
@@ -92,51 +97,61 @@ class Endpoint:
     def __post_init__(self):
         try:
             parts = urlsplit(self.address)
-            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", self.address)
+            named = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            usable = named and re.fullmatch("[!-~]+", self.address)
         except ValueError:  # a port above 65535, half of an IPv6 address
-            parts, usable = None, False
-        if parts and (parts.username or parts.password or parts.query or parts.fragment):
-            raise ValueError("--endpoint holds a user, a password or a query, which would be seen in messages: write http://HOST:PORT/v1, and "
-                             "set OPENAI_API_KEY to the key")
+            usable = False
+        if set("@?#") & set(self.address):
+            raise ValueError("--endpoint holds a user, a password or a query, which would be seen "
+                             "in messages: write http://HOST:PORT/v1, and set OPENAI_API_KEY to "
+                             "the key")
         if not usable:
-            raise ValueError(f"--endpoint {visible(self.address)!r} is no address: write http://HOST:PORT/v1")
+            raise ValueError(f"--endpoint {visible(self.address)!r} is no address: write "
+                             "http://HOST:PORT/v1")
         self.key = (self.key or "").strip() or None
         if self.key and not re.fullmatch("[!-~]+", self.key):
-            raise ValueError("OPENAI_API_KEY holds a space, a line break or a letter that no key has: set it to the key alone")
+            raise ValueError("OPENAI_API_KEY holds a space, a line break or a letter that no key "
+                             "has: set it to the key alone")
         # A proxy named in the environment must not see what is meant for this machine.
-        handlers = [NoRedirect, Http, Https] + ([urllib.request.ProxyHandler({})] if is_loopback(self.address) else [])
-        self._opener = urllib.request.build_opener(*handlers)
+        no_proxy = [urllib.request.ProxyHandler({})] if is_loopback(self.address) else []
+        self._opener = urllib.request.build_opener(NoRedirect, Http, Https, *no_proxy)
 
     def rewrite(self, text: str) -> str:
         """The model's version of one report, "" where it found nothing to keep."""
         said, whole = self.chat([{"role": "system", "content": PROMPT}, {"role": "user", "content": text}])
         if not whole:
-            raise NoAnswer(f"{self.model} was cut off at its longest answer: raise the server's limit, or half reports would be kept")
+            raise NoAnswer(f"{self.model} was cut off at its longest answer: raise the server's "
+                           "limit, or half reports would be kept")
         said = said.rpartition("</think>")[2].strip()
         return "" if said.rstrip(".") == NOTHING else " ".join(said.split())
 
     def chat(self, messages: list[dict], **settings) -> tuple[str, bool]:
-        """(what the model says, whether it came to its end). NoAnswer where it says nothing that can be used."""
-        body = json.dumps({"model": self.model, "temperature": 0, "messages": messages} | settings).encode()
+        """(what the model says, whether it came to its end). NoAnswer where it says nothing that
+        can be used."""
+        question = {"model": self.model, "temperature": 0, "messages": messages} | settings
+        body, url = json.dumps(question).encode(), f"{self.address.rstrip('/')}/chat/completions"
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         end, problem = time.monotonic() + self.timeout, "no time"
         for attempt in range(TRIES):
             left = end - time.monotonic()
             if left <= 0:
                 break
-            request = urllib.request.Request(f"{self.address.rstrip('/')}/chat/completions", body, headers)
+            request = urllib.request.Request(url, body, headers)
             problem, final = None, False
             try:
                 return self._answer(self._read(request, left))
             except urllib.error.HTTPError as error:
                 told = self._blank(f"{error.code} {error.reason}: {error.told}")
-                problem, final = f"{self.address} answered {told}", error.code < 500 and error.code not in AGAIN
+                problem = f"{self.address} answered {told}"
+                final = error.code < 500 and error.code not in AGAIN
             except NoAnswer as error:
                 problem = f"{self.address} {error}"
             except (ConnectionRefusedError, urllib.error.URLError) as error:
-                problem = f"{self.address} does not answer ({self._blank(str(error))}): is the server running?"
-            except Exception as error:  # what http.client, ssl and json raise of a server's bytes: some twenty kinds
-                problem = f"{self.address} sent what is no answer ({type(error).__name__}: {self._blank(str(error))})"
+                told = self._blank(str(error))
+                problem = f"{self.address} does not answer ({told}): is the server running?"
+            except Exception as error:  # of a server's bytes http.client and ssl raise many kinds
+                told = self._blank(f"{type(error).__name__}: {error}")
+                problem = f"{self.address} sent what is no answer ({told})"
             if end <= time.monotonic():
                 problem = f"{self.address} took longer than {self.timeout:g} s"
             if final:
@@ -145,7 +160,8 @@ class Endpoint:
         raise NoAnswer(problem)
 
     def _read(self, request: urllib.request.Request, seconds: float) -> bytes:
-        """The body of the answer, of at most MOST_BYTES. After `seconds` the connection is cut, wherever it is."""
+        """The body of the answer, of at most MOST_BYTES. After `seconds` the connection is cut,
+        wherever it is."""
         def cut():
             handle = getattr(getattr(request, "connection", None), "handle", None)
             try:
@@ -175,10 +191,12 @@ class Endpoint:
     def _answer(self, data: bytes) -> tuple[str, bool]:
         try:
             choice = json.loads(data)["choices"][0]
-            said, whole = choice["message"]["content"].strip(), choice.get("finish_reason") != "length"
+            said = choice["message"]["content"].strip()
+            whole = choice.get("finish_reason") != "length"
             said.encode()
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise NoAnswer("answered without choices[0].message.content: is it an OpenAI-compatible server?") from None
+            raise NoAnswer("answered without choices[0].message.content: is it an "
+                           "OpenAI-compatible server?") from None
         except UnicodeEncodeError:
             raise NoAnswer("answered with half a character (a lone surrogate)") from None
         except (ValueError, RecursionError) as error:
@@ -189,7 +207,8 @@ class Endpoint:
         return text.replace(self.key, "[key]") if self.key and len(self.key) >= LEAST_KEY else text
 
     def _blank(self, text: str) -> str:
-        """Text of the server as a message may show it: without the key, of one line, 300 characters at most."""
+        """Text of the server as a message may show it: without the key, of one line, 300 characters
+        at most."""
         return visible(" ".join(self._without_key(text).split()))[:300]
 
 
@@ -215,9 +234,10 @@ def check_address(address: str, sources: Sequence[str | None], what: str, allowe
                          "machine, or, if you have the right to send them there, say so with --allow_sending_reports")
 
 
-def rewrite_all(endpoint: Endpoint, texts: Sequence[str], cache: Path, workers: int = 8) -> list[str | None]:
-    """A rewritten text for each, in order, None where there is no answer. Each distinct text is asked once; `cache` gains a line with
-    every answer."""
+def rewrite_all(endpoint: Endpoint, texts: Sequence[str], cache: Path,
+                workers: int = 8) -> list[str | None]:
+    """A rewritten text for each, in order, None where there is no answer. Each distinct text is
+    asked once; `cache` gains a line with every answer."""
     keys = [key_of(endpoint.model, PROMPT, text) for text in texts]
     return ask_all(endpoint.rewrite, texts, keys, cache, workers, "rewrite", is_text)
 
@@ -227,10 +247,11 @@ def key_of(*parts) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def ask_all(ask: Callable, questions: Sequence, keys: Sequence[str], cache: Path, workers: int, what: str,
-            fits: Callable[[object], bool]) -> list:
-    """`ask(question)` for each, in order, a JSON value that `fits`, None where it raised NoAnswer. Each key is asked once; `cache` gains
-    a line with every answer, as soon as it comes. ValueError where MOST_FAILURES questions in a row, or all, get no answer."""
+def ask_all(ask: Callable, questions: Sequence, keys: Sequence[str], cache: Path, workers: int,
+            what: str, fits: Callable[[object], bool]) -> list:
+    """`ask(question)` for each, in order, a JSON value that `fits`, None where it raised NoAnswer.
+    Each key is asked once; `cache` gains a line with every answer, as soon as it comes. ValueError
+    where MOST_FAILURES questions in a row, or all, get no answer."""
     known = read_cache(cache, fits)
     new = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
     failures: Counter[str] = Counter()
@@ -249,8 +270,10 @@ def ask_all(ask: Callable, questions: Sequence, keys: Sequence[str], cache: Path
                     in_a_row += 1
                     bar.set_postfix(failed=failures.total())
                     if in_a_row == MOST_FAILURES or failures.total() == len(new):
-                        raise ValueError(f"{error}. {in_a_row} questions in a row got no answer, so no more are asked; what came before is kept in "
-                                         f"{cache}, and the same command goes on from there") from None
+                        raise ValueError(
+                            f"{error}. {in_a_row} questions in a row got no answer, so no more are "
+                            f"asked; what came before is kept in {cache}, and the same command "
+                            "goes on from there") from None
                     continue
                 known[key] = answer
                 file.write(json.dumps({"key": key, "answer": answer}, ensure_ascii=False) + "\n")
@@ -260,8 +283,8 @@ def ask_all(ask: Callable, questions: Sequence, keys: Sequence[str], cache: Path
             raise
     if failures:
         reasons = "; ".join(f"{n:,} times: {reason}" for reason, n in failures.most_common(3))
-        print(f"note: {failures.total():,} of {len(new):,} questions got no answer ({reasons}). To ask these again: --cache {cache}, and another "
-              "--output_file")
+        print(f"note: {failures.total():,} of {len(new):,} questions got no answer ({reasons}). To "
+              f"ask these again: --cache {cache}, and another --output_file")
     return [known.get(key) for key in keys]
 
 
@@ -274,12 +297,14 @@ def is_text(answer: object) -> bool:
 
 
 def is_reply(answer: object) -> bool:
-    """Whether it is what `Endpoint.chat` gives, as JSON keeps it: [text, whether it came to its end]."""
-    return isinstance(answer, list | tuple) and len(answer) == 2 and is_text(answer[0]) and isinstance(answer[1], bool)
+    """Whether it is what `Endpoint.chat` gives: a text, and whether it came to its end."""
+    pair = isinstance(answer, list | tuple) and len(answer) == 2
+    return pair and is_text(answer[0]) and isinstance(answer[1], bool)
 
 
 def read_cache(cache: Path, fits: Callable[[object], bool]) -> dict:
-    """Answers of earlier runs; a line that a killed run left half written, or that holds something else, is asked again."""
+    """Answers of earlier runs; a line that a killed run left half written, or that holds something
+    else, is asked again."""
     known = {}
     for line in cache.read_text(encoding="utf-8", errors="replace").split("\n") if cache.is_file() else []:
         try:

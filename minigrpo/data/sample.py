@@ -11,9 +11,10 @@ from typing import Any
 
 from PIL import Image
 
+from ..visible import message
 from .film import load_image
 from .schema import TASKS, image_names, is_text, record_errors
-from .text import message, one_spelling
+from .text import one_spelling
 
 SHOWN = 10  # errors told at once
 LONGEST = 16_000_000  # bytes of a line: a sample with a long conversation has some thousands

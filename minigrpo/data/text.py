@@ -1,9 +1,7 @@
-"""Characters that are not what they look like: one spelling of each, which can be seen, and which
-do nothing to a terminal."""
+"""Characters that are not what they look like: one spelling of each, which can be seen."""
 
 import unicodedata
 
-LONGEST = 2000  # characters of a message
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that are drawn as nothing
 
 
@@ -17,22 +15,3 @@ def can_be_seen(text: str) -> bool:
     """Whether a letter, number, sign or symbol is in it: white space, zero-width and control
     characters are none."""
     return any(unicodedata.category(char)[0] in "LNPS" and char not in BLANK for char in text)
-
-
-def printable(text: str) -> str:
-    """For a terminal: control characters, line ends and what turns the direction of writing are
-    shown as their escapes."""
-    return "".join(char if char == " " or unicodedata.category(char)[0] not in "CZ"
-                   else ascii(char)[1:-1] for char in text)
-
-
-def messages(text: object) -> str:
-    """`message` of each line."""
-    return "\n".join(map(message, str(text).split("\n")))
-
-
-def message(text: str) -> str:
-    """One line of a message: `printable`, and cut in its middle where what it quotes is longer than
-    anyone reads."""
-    return printable(text if len(text) <= LONGEST
-                     else f"{text[:LONGEST - 500]} [...] {text[-400:]}")

@@ -9,9 +9,11 @@ MOST = 40  # rows of one breakdown; metrics.json has them all
 
 
 def markdown_table(metrics: dict, *, published: bool = False) -> str:
-    """The whole page from what metrics.json holds; with `published` also the paper's tables, ours beside theirs. Names and labels are
-    the data's: what a terminal would obey in them is written out."""
-    names = {name: " ".join(str(metrics[name]).split()) for name in ("model", "data", "baseline") if name in metrics}
+    """The whole page from what metrics.json holds; with `published` also the paper's tables, ours
+    beside theirs. Names and labels are the data's: what a terminal would obey in them is written
+    out."""
+    names = {name: " ".join(str(metrics[name]).split()) for name in ("model", "data", "baseline")
+             if name in metrics}
     lines = [f"Model `{names['model']}` on `{names['data']}`, greedy, 95% bootstrap intervals."]
     if "baseline" in metrics:
         lines[0] += f" Gain: paired difference to `{names['baseline']}`."
@@ -20,7 +22,8 @@ def markdown_table(metrics: dict, *, published: bool = False) -> str:
         for field, found in metrics.get("breakdown", {}).get(task, {}).items():
             if len(found) > 1 or figures["n"] not in (group["n"] for group in found.values()):  # else it says the same again
                 lines += breakdown_lines(task, field, found)
-    lines += [line for text in metrics.get("not_computed", []) for line in ("", f"Not computed: {' '.join(text.split())}")]
+    lines += [line for text in metrics.get("not_computed", [])
+              for line in ("", f"Not computed: {' '.join(text.split())}")]
     return visible("\n".join([*lines, *(paper_lines(metrics) if published else [])])) + "\n"
 
 

@@ -4,7 +4,7 @@
     0.9*gleu+0.1*soft_f1                       a weighted sum; each term enters on the tasks it applies to
     report=gleu,grounding=0.5*soft_f1+0.5*dice one sum for each task
     my_module:my_reward                        your own, anywhere a name may stand: callable(answers, samples) -> a list
-                                               of numbers (None or NaN: could not be scored) or a `Scores`
+                                               of numbers (None: not scored) or a `Scores`
 
 A built-in scores answers without their thinking and gives an empty one its floor. What a scorer can't do, by an exception or
 NaN, is marked as not scored, and is no fault of the model. docs/rewards.md has each reward's formula, range, floor and cost.
@@ -28,13 +28,15 @@ from .radcliq import radcliq_v1
 from .spec import REWARDS, Term, parse_spec
 from .text import gleu, length
 
-__all__ = ["REWARDS", "BadReward", "Reward", "Scores", "dice", "gleu", "length", "radcliq_v1", "reward_fn", "soft_f1"]
+__all__ = ["REWARDS", "BadReward", "Reward", "Scores", "dice", "gleu", "length", "radcliq_v1",
+           "reward_fn", "soft_f1"]
 
 LARGEST = 1e15  # of a reward: fp32, which compares them, overflows at the square of 2e19
 
 
 class BadReward(ValueError):
-    """A reward returned what is no score of each answer. The message names the reward and says what to return."""
+    """A reward returned what is no score of each answer. The message names the reward and says what
+    to return."""
 
 
 @dataclass
@@ -75,8 +77,10 @@ class Reward:
                 call = self._bound(name, function, answers, texts, samples)
                 _add(scores, rows, weight, name, scored(call, rows, name, scores.errors))
         if any(valid and abs(value) > LARGEST for value, valid in zip(scores.values, scores.valid)):
-            _note(scores.errors, f"a value beyond {LARGEST:g}, which the comparison within a group cannot hold")
-        scores.valid = [valid and abs(value) <= LARGEST for value, valid in zip(scores.values, scores.valid)]
+            _note(scores.errors, f"a value beyond {LARGEST:g}, which the comparison within a group "
+                  "cannot hold")
+        scores.valid = [valid and abs(value) <= LARGEST
+                        for value, valid in zip(scores.values, scores.valid)]
         scores.values = [value if valid else 0.0 for value, valid in zip(scores.values, scores.valid)]
         return scores
 
@@ -102,9 +106,11 @@ def scored(call: Callable, rows: list[int], name: str, errors: list[str]) -> Sco
             return nothing
         try:
             result = _at_home(call, part, name)
-        except BaseException as error:  # whatever a scorer raises must not end a run of days: --max_unscored decides
-            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+        except KeyboardInterrupt as error:
+            if threading.current_thread() is threading.main_thread():
                 raise  # Ctrl-C
+            _note(errors, f"{name}: {type(error).__name__}: {error}")
+        except BaseException as error:  # must not end a run of days: --max_unscored decides
             _note(errors, f"{name}: {type(error).__name__}: {error}")
         else:
             succeeded += 1
@@ -113,9 +119,10 @@ def scored(call: Callable, rows: list[int], name: str, errors: list[str]) -> Sco
             failed += 1
             return nothing
         a, b = attempt(part[:len(part) // 2]), attempt(part[len(part) // 2:])
-        missing = [math.nan] * len(a.values), [math.nan] * len(b.values)
-        return Scores(a.values + b.values, a.valid + b.valid, {part: a.parts.get(part, missing[0]) + b.parts.get(part, missing[1])
-                                                               for part in a.parts | b.parts}, a.errors + b.errors)
+        no_a, no_b = [math.nan] * len(a.values), [math.nan] * len(b.values)
+        parts = {part: a.parts.get(part, no_a) + b.parts.get(part, no_b)
+                 for part in a.parts | b.parts}
+        return Scores(a.values + b.values, a.valid + b.valid, parts, a.errors + b.errors)
 
     return attempt(rows)
 
@@ -126,7 +133,8 @@ def _note(errors: list[str], text: str) -> None:
 
 
 def _at_home(call: Callable, part: list[int], name: str) -> Any:
-    """call(part), and the working directory as it was before: a reward that leaves it would take the run's files along."""
+    """call(part), and the working directory as it was before: a reward that leaves it would take
+    the run's files along."""
     here = os.getcwd()
     try:
         return call(part)
@@ -137,33 +145,42 @@ def _at_home(call: Callable, part: list[int], name: str) -> Any:
             there = "a folder that is gone"
         if there != here:
             os.chdir(here)
-            warnings.warn(f"reward {name!r} changed the working directory to {there}: it is put back")
+            warnings.warn(f"reward {name!r} changed the working directory to {there}: it is "
+                          "put back")
 
 
 def as_scores(result: Any, count: int, name: str) -> Scores:
-    """What a reward returned for `count` answers. BadReward for anything but a sequence of numbers or None, or a `Scores` of such."""
+    """What a reward returned for `count` answers. BadReward for anything but a sequence of numbers
+    or None, or a `Scores` of such."""
     if not isinstance(result, Scores):
         values = _floats(result, count, name)
         return Scores(values, [math.isfinite(value) for value in values])
     values = _floats(result.values, count, f"{name}.values")
-    valid = [bool(ok) and ok == ok and math.isfinite(value) for ok, value in zip(_floats(result.valid, count, f"{name}.valid"), values)]
-    if not isinstance(result.parts, dict) or not all(isinstance(part, str) for part in result.parts):
-        raise BadReward(f"reward {name!r} gave parts that are no dict with names: return {{name: a number for each answer}}")
+    valid = [bool(ok) and ok == ok and math.isfinite(value)
+             for ok, value in zip(_floats(result.valid, count, f"{name}.valid"), values)]
+    named = isinstance(result.parts, dict) and all(isinstance(part, str) for part in result.parts)
+    if not named:
+        raise BadReward(f"reward {name!r} gave parts that are no dict with names: return "
+                        f"{{name: a number for each answer}}")
     parts = {part: _floats(given, count, f"{name}.{part}") for part, given in result.parts.items()}
     return Scores(values, valid, parts, [str(error) for error in result.errors])
 
 
 def _floats(given: Any, count: int, name: str) -> list[float]:
-    """A list, a tuple, or a vector of NumPy, torch or pandas -> floats, NaN for None and for what is not finite."""
-    flat = given.tolist() if getattr(given, "ndim", None) == 1 and hasattr(given, "tolist") else given
+    """A list, a tuple, or a vector of NumPy, torch or pandas -> floats, NaN for None and for what
+    is not finite."""
+    vector = getattr(given, "ndim", None) == 1 and hasattr(given, "tolist")
+    flat = given.tolist() if vector else given
     wrong = not isinstance(flat, list | tuple)
     # A number of NumPy, or a tensor without dimensions, is its item.
-    plain = [] if wrong else [x.item() if getattr(x, "ndim", None) == 0 and hasattr(x, "item") else x for x in flat]
+    plain = [] if wrong else [x.item() if getattr(x, "ndim", None) == 0 else x for x in flat]
     if wrong or not all(x is None or isinstance(x, Real) for x in plain):
-        raise BadReward(f"reward {name!r} gave {type(given).__name__} {' '.join(repr(given).split())[:60]}: return a list with a number, or None, "
-                        "for each answer")
+        raise BadReward(f"reward {name!r} gave {type(given).__name__} "
+                        f"{' '.join(repr(given).split())[:60]}: return a list with a number, or "
+                        "None, for each answer")
     if len(plain) != count:
-        raise BadReward(f"reward {name!r} gave {len(plain)} values for {count} answers: return one for each")
+        raise BadReward(f"reward {name!r} gave {len(plain)} values for {count} answers: return one "
+                        "for each")
     return [_float(x) for x in plain]
 
 

@@ -31,7 +31,8 @@ class BertScore:
         `layer`: whose output is compared. `baseline`: the F of unrelated sentences for that layer (bert-score's tables).
         """
         def load(source):
-            encoder = AutoModel.from_pretrained(source, trust_remote_code=False, use_safetensors=True)
+            encoder = AutoModel.from_pretrained(source, trust_remote_code=False,
+                                                use_safetensors=True)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             return encoder, tokenizer
         encoder, tokenizer = load_encoder(weights_dir, model, load, SIZES.get(model, "config, tokenizer and weights"))

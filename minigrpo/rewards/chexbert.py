@@ -31,7 +31,8 @@ class CheXbert(nn.Module):
         """The folder holds chexbert.pth (1.31 GB) and bert-base-uncased/ (config.json and tokenizer)."""
         path = find_file(weights_dir, "chexbert.pth")
         config, tokenizer = load_encoder(weights_dir, "bert-base-uncased", lambda source: (
-            BertConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source, trust_remote_code=False)),
+            BertConfig.from_pretrained(source),
+            AutoTokenizer.from_pretrained(source, trust_remote_code=False)),
             "config.json and tokenizer, under 1 MB")
         state = load_tensors(path, "model_state_dict")
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}

@@ -52,13 +52,16 @@ class RadGraph:
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(missing)}: delete it, and it is unpacked anew from {name}.tar.gz")
         archive = read_archive(folder)
-        source, _ = load_encoder(weights_dir, archive.encoder, _source_and_config, "config.json and tokenizer, under 1 MB")
+        source, _ = load_encoder(weights_dir, archive.encoder, _source_and_config,
+                                 "config.json and tokenizer, under 1 MB")
         weights = load_tensors(folder / "weights.th")
         try:
             model = _build(name, archive, source)
             model.model.load_state_dict(weights)
-        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder} fits neither its own config.json nor {source} ({str(error)[:300]}): {MEND}") from error
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError,
+                TypeError, ValueError) as error:
+            raise ValueError(f"{folder} fits neither its own config.json nor {source} "
+                             f"({str(error)[:300]}): {MEND}") from error
         vocabulary = sorted(model.reader._token_indexers["bert"]._tokenizer.get_vocab().items())
         return cls(model, device, fingerprint(folder / "weights.th", (folder / "config.json").read_text(), vocabulary,
                                               metadata.version("radgraph"), name))
@@ -171,14 +174,16 @@ def _source_and_config(source: str) -> tuple[str, PretrainedConfig]:
 
 
 def _build(name: str, archive: Archive, source: str) -> SimpleNamespace:
-    """The package's reader and model, without weights, as its RadGraph class holds them; built of the archive's numbers alone."""
+    """The package's reader and model, without weights, as its RadGraph class holds them; built of
+    the archive's numbers alone."""
     from radgraph.allennlp.common import cached_transformers
     from radgraph.allennlp.data import Vocabulary
     from radgraph.allennlp.data.token_indexers import PretrainedTransformerMismatchedIndexer
     from radgraph.allennlp.modules.text_field_embedders import BasicTextFieldEmbedder
     from radgraph.allennlp.modules.token_embedders import PretrainedTransformerMismatchedEmbedder
     from radgraph.dygie.models.dygie import DyGIE
-    with tempfile.TemporaryDirectory() as scratch:  # the package reads a folder, and leaves a lock in it
+    # the package reads a folder, and leaves a lock in it
+    with tempfile.TemporaryDirectory() as scratch:
         for file, text in archive.vocabulary.items():
             (Path(scratch) / file).write_text(text, encoding="utf-8")
         vocabulary = Vocabulary.from_files(scratch, *archive.special)
@@ -187,7 +192,8 @@ def _build(name: str, archive: Archive, source: str) -> SimpleNamespace:
         raise ValueError(f"vocabulary/ lacks {', '.join(sorted(missing))}")
     indexer = PretrainedTransformerMismatchedIndexer(source, max_length=archive.longest)
     embedder = PretrainedTransformerMismatchedEmbedder(source, max_length=archive.longest)
-    model = DyGIE(vocab=vocabulary, embedder=BasicTextFieldEmbedder({"bert": embedder}), **archive.settings)
+    model = DyGIE(vocab=vocabulary, embedder=BasicTextFieldEmbedder({"bert": embedder}),
+                  **archive.settings)
     cached_transformers._model_cache.clear()  # it keeps a second copy of the encoder
     reader = SimpleNamespace(_token_indexers={"bert": indexer}, _max_span_width=archive.width)
     return SimpleNamespace(model_type=name, model=model, reader=reader)

@@ -32,11 +32,15 @@ T = TypeVar("T")
 
 MOST_UNPACKED = 4 * 10**9  # bytes of an archive's files; RadGraph's have about half a GB
 MOST_MEMBERS = 100  # files and folders of an archive; RadGraph's has about ten
-MOST_AT_ONCE = 2**24  # bytes that an archive's reader asks for at once: a header of a GB would be held in memory
+# bytes that an archive's reader asks for at once: a header of a GB would be held in memory
+MOST_AT_ONCE = 2**24
 ENCODERS = ("bert", "distilbert", "roberta")  # model types
-LARGEST = {"vocab_size": 500_000, "max_position_embeddings": 16_384, "type_vocab_size": 16, "num_hidden_layers": 64, "n_layers": 64,
-           "hidden_size": 4096, "dim": 4096, "num_attention_heads": 64, "n_heads": 64, "intermediate_size": 16_384, "hidden_dim": 16_384}
-PUBLISHED = ["config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt", "model.safetensors"]
+LARGEST = {"vocab_size": 500_000, "max_position_embeddings": 16_384, "type_vocab_size": 16,
+           "num_hidden_layers": 64, "n_layers": 64,
+           "hidden_size": 4096, "dim": 4096, "num_attention_heads": 64, "n_heads": 64,
+           "intermediate_size": 16_384, "hidden_dim": 16_384}
+PUBLISHED = ["config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.txt", "vocab.json",
+             "merges.txt", "model.safetensors"]
 REPO = "StanfordAIMI/RRG_scorers"  # holds the files of SIZES, tagged MIT
 SIZES = {"radgraph-xl.tar.gz": "416 MB", "radgraph.tar.gz": "a BERT, hundreds of MB", "chexbert.pth": "1.31 GB"}
 
@@ -56,7 +60,8 @@ def find_file(weights_dir: str | None, name: str) -> Path:
 
 
 def load_encoder(weights_dir: str | None, name: str, load: Callable[[str], T], size: str) -> T:
-    """`load(folder)` of the encoder `name`, once its settings are known to be harmless. `size` says what it holds."""
+    """`load(folder)` of the encoder `name`, once its settings are known to be harmless. `size` says
+    what it holds."""
     source = name if weights_dir is None else str(Path(weights_dir) / name.split("/")[-1])
     if weights_dir is not None and not os.path.isdir(source):
         raise ValueError(f"{source} is missing: fetch the files of {name} ({size}) from the Hugging Face hub and put them there")
@@ -64,7 +69,8 @@ def load_encoder(weights_dir: str | None, name: str, load: Callable[[str], T], s
         folder = source if weights_dir else snapshot_download(name, allow_patterns=PUBLISHED)
         check_encoder(Path(folder))
         return load(folder)
-    except Exception as error:  # the hub, transformers, tokenizers and safetensors raise dozens of kinds; the mend is one
+    # the hub, transformers, tokenizers and safetensors raise dozens of kinds; the mend is one
+    except Exception as error:
         mend = "fetch its files again" if weights_dir else \
             f"put its files into a folder DIR/{name.split('/')[-1]}, and give --reward_weights DIR"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -72,26 +78,31 @@ def load_encoder(weights_dir: str | None, name: str, load: Callable[[str], T], s
 
 
 def check_encoder(folder: Path) -> None:
-    """ValueError for an encoder's folder whose settings bring code, name files elsewhere, or would fill the memory."""
+    """ValueError for an encoder's folder whose settings bring code, name files elsewhere, or would
+    fill the memory."""
     if adapters := sorted(folder.glob("adapter_*")):
-        raise ValueError(f"{adapters[0].name} names another model: a scorer's encoder has no adapter")
-    settings = {name: parse(folder / name, text) for name in JSON if (text := read_text(folder / name)) is not None}
+        raise ValueError(f"{adapters[0].name} names another model: a scorer's encoder has no "
+                         "adapter")
+    settings = {name: parse(folder / name, text) for name in JSON
+                if (text := read_text(folder / name)) is not None}
     for name, found in settings.items():
         for key, value in entries(found):
             check_entry(folder / name, key, value)
     config = settings.get("config.json", {})
     if config.get("model_type") not in ENCODERS:
-        raise ValueError(f"config.json: model_type {str(config.get('model_type'))[:80]!r} is none of {', '.join(ENCODERS)}")
+        raise ValueError(f"config.json: model_type {str(config.get('model_type'))[:80]!r} is none "
+                         f"of {', '.join(ENCODERS)}")
     for key, most in LARGEST.items():
         if key in config and (type(config[key]) is not int or not 1 <= config[key] <= most):
-            raise ValueError(f"config.json: {key} is {str(config[key])[:80]}, not a number in 1..{most:,}")
+            raise ValueError(f"config.json: {key} is {str(config[key])[:80]}, not a number in "
+                             f"1..{most:,}")
     if (folder / INDEX).exists():
         raise ValueError(f"{INDEX}: an encoder of this size has one model.safetensors")
 
 
 def load_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
-    """The tensors that a .pth or .th file holds (under `key`), and nothing else: a pickle that names any other thing is refused,
-    and so is a file that would unpack to far more than it is."""
+    """The tensors that a .pth or .th file holds (under `key`), and nothing else: a pickle that
+    names any other thing is refused, and so is a file that would unpack to far more than it is."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as packed:
@@ -100,20 +111,25 @@ def load_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
                 raise ValueError(f"it unpacks to {size:,} bytes")
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state[key] if key else state
-        if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(x, Tensor) for name, x in state.items()):
+        if not isinstance(state, dict):
+            raise ValueError("it holds no named tensors")
+        if not all(isinstance(name, str) and isinstance(x, Tensor) for name, x in state.items()):
             raise ValueError("it holds more than named tensors")
     except pickle.UnpicklingError as error:  # whose own message advises to run the code
         named = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {named[1]}, and could run code" if named else "it is damaged, or more than tensors"
-        raise ValueError(f"{path} holds no weights that can be read ({reason}): fetch it again, from its authors") from None
+        reason = f"it asks for {named[1]}, and could run code" if named else "no plain tensors"
+        raise ValueError(f"{path} holds no weights that can be read ({reason}): fetch it again, "
+                         "from its authors") from None
     except Exception as error:  # a damaged or hostile pickle makes torch raise of nearly every kind
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} holds no weights that can be read ({reason[:300]}): fetch it again, from its authors") from error
+        raise ValueError(f"{path} holds no weights that can be read ({reason[:300]}): fetch it "
+                         "again, from its authors") from error
     return dict(state)
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """`folder` with the files that `archive` holds. It appears whole or not at all, and nothing is written outside it."""
+    """`folder` with the files that `archive` holds. It appears whole or not at all, and nothing is
+    written outside it."""
     if not folder.is_dir():
         scratch = None
         try:
@@ -127,13 +143,15 @@ def unpack(archive: Path, folder: Path) -> Path:
             if scratch:
                 shutil.rmtree(scratch, ignore_errors=True)
             if not folder.is_dir():  # else another process was first
-                raise ValueError(f"{archive} cannot be unpacked into {folder} ({str(error)[:300]}): fetch it again, or unpack it by "
+                raise ValueError(f"{archive} cannot be unpacked into {folder} "
+                                 f"({str(error)[:300]}): fetch it again, or unpack it by "
                                  "hand") from error
     return folder
 
 
 class _Bounded(gzip.GzipFile):
-    """What is read of an archive, until it is more than MOST_UNPACKED: a small one can hold a full disk."""
+    """What is read of an archive, until it is more than MOST_UNPACKED: a small one can hold a full
+    disk."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= MOST_AT_ONCE:
@@ -145,7 +163,8 @@ class _Bounded(gzip.GzipFile):
 
 
 def _only_files() -> Callable:
-    """tarfile's `data` filter for MOST_MEMBERS files and folders: no links, no devices, no sparse files, MOST_UNPACKED bytes in all."""
+    """tarfile's `data` filter for MOST_MEMBERS files and folders: no links, no devices, no sparse
+    files, MOST_UNPACKED bytes in all."""
     members = size = 0
 
     def keep(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
@@ -154,7 +173,8 @@ def _only_files() -> Callable:
         if not (member.isreg() or member.isdir()) or member.issparse():
             raise tarfile.TarError(f"{member.name[:80]!r} is neither a file nor a folder")
         if members > MOST_MEMBERS or size > MOST_UNPACKED:
-            raise tarfile.TarError(f"it holds more than {MOST_UNPACKED // 10**9} GB" if size > MOST_UNPACKED else
+            raise tarfile.TarError(f"it holds more than {MOST_UNPACKED // 10**9} GB"
+                                   if size > MOST_UNPACKED else
                                    f"it holds more than {MOST_MEMBERS} files")
         return tarfile.data_filter(member, folder)
     return keep

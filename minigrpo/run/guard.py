@@ -16,9 +16,11 @@ from minigrpo.rewards import BadReward, Scores
 from minigrpo.run.args import out_of_memory
 from minigrpo.run.distributed import PATIENCE, first, gathered, rank, ranks
 from minigrpo.run.files import write_aside
+from minigrpo.run.terminal import fail
 
 T = TypeVar("T")
-LONGEST_TIMEOUT = 3 * PATIENCE.total_seconds() / 8  # seconds; the reward of a step may take twice that, and the rest is for delays
+# Seconds. The reward of a step may take twice that, and the rest is for delays.
+LONGEST_TIMEOUT = 3 * PATIENCE.total_seconds() / 8
 
 
 def halving(args: Any, name: str, work: Callable[[], T], undo: Callable[[], Any] = lambda: None, *, alone: bool = True) -> T:
@@ -35,7 +37,8 @@ def halving(args: Any, name: str, work: Callable[[], T], undo: Callable[[], Any]
                 raise
             size = getattr(args, name)
             if not alone:
-                warn(f"rank {rank()}: out of memory with --{name} {size}; with --shard a rank cannot go back alone: --resume with a "
+                warn(f"rank {rank()}: out of memory with --{name} {size}; with --shard a rank "
+                     "cannot go back alone: --resume with a "
                       f"smaller --{name}, or with --activation_checkpointing")
             if size <= 1 or not alone:
                 raise
@@ -63,7 +66,8 @@ class Skipped:
         path.parent.mkdir(exist_ok=True)
         write_aside(path, json.dumps({"step": step, "update": update, "grad_norm": str(norm), "batch": batch()}, indent=1) + "\n")
         if first():
-            warn(f"step {step}: gradient norm {norm:.3g}, update {update} skipped, {self.count} so far, at {self.most} the run stops; "
+            warn(f"step {step}: gradient norm {norm:.3g}, update {update} skipped, {self.count} so "
+                 f"far, at {self.most} the run stops; "
                   f"its batch: {path}")
         return False
 
@@ -77,26 +81,32 @@ class Skipped:
 def check_timeout(seconds: float) -> None:
     """ValueError for a --reward_timeout for which the other processes would not wait."""
     if ranks() > 1 and seconds > LONGEST_TIMEOUT:
-        raise ValueError(f"--reward_timeout {seconds:g} with {ranks()} processes: while the reward of one hangs the others wait, and after "
-                         f"{PATIENCE.seconds // 60} minutes they take it for dead; give {LONGEST_TIMEOUT:g} seconds at most")
+        raise ValueError(f"--reward_timeout {seconds:g} with {ranks()} processes: while the reward "
+                         f"of one hangs the others wait, and after {PATIENCE.seconds // 60} "
+                         "minutes they take it for dead; give "
+                         f"{LONGEST_TIMEOUT:g} seconds at most")
 
 
 def in_time(reward: Callable, answers: list[str], samples: list, size: int, seconds: float) -> Scores:
-    """reward(answers, samples), and where that takes longer than `seconds`, each group of `size` answers by itself, for as long again
-    in all: a group may take its share of what is left. Those that take longer could not be scored. A call that hangs is left
-    behind in its thread, which gets no lists that anybody else reads."""
+    """reward(answers, samples), and where that takes longer than `seconds`, each group of `size`
+    answers by itself, for as long again in all: a group may take its share of what is left. Those
+    that take longer could not be scored. A call that hangs is left behind in its thread, which gets
+    no lists that anybody else reads."""
     found = _within(seconds, reward, list(answers), list(samples))
     if found is not None:
         return found
-    warn(f"rank {rank()}: the reward took longer than --reward_timeout {seconds:g} s; asking for each group alone")
-    spans, shares, end = [slice(begin, begin + size) for begin in range(0, len(answers), size)], [], time.monotonic() + seconds
+    warn(f"rank {rank()}: the reward took longer than --reward_timeout {seconds:g} s; asking for "
+         "each group alone")
+    spans = [slice(begin, begin + size) for begin in range(0, len(answers), size)]
+    shares, end = [], time.monotonic() + seconds
     for number, span in enumerate(spans):
         left = max(0.0, end - time.monotonic()) / (len(spans) - number)
         shares.append(_within(left, reward, answers[span], samples[span]))
     late = [samples[span][0].id for span, share in zip(spans, shares) if share is None]
     if late:
         more = f" and {len(late) - 5} more" if len(late) > 5 else ""
-        warn(f"rank {rank()}: no reward in time for the answers to {', '.join(late[:5])}{more}: they are masked")
+        warn(f"rank {rank()}: no reward in time for the answers to {', '.join(late[:5])}{more}: "
+             "they are masked")
     names = {name: None for share in shares if share for name in share.parts}  # in their order
     values, valid, parts = [], [], {name: [] for name in names}
     for span, share in zip(spans, shares):
@@ -105,13 +115,15 @@ def in_time(reward: Callable, answers: list[str], samples: list, size: int, seco
         values, valid = values + share.values, valid + share.valid
         for name in names:
             parts[name] += share.parts.get(name, [math.nan] * count)
-    errors = list(dict.fromkeys([error for share in shares if share for error in share.errors] + ["it took too long"] * bool(late)))
+    told = [error for share in shares if share for error in share.errors]
+    errors = list(dict.fromkeys(told + ["it took too long"] * bool(late)))
     return Scores(values, valid, parts, errors)
 
 
 def agreed_scores(work: Callable[[], Scores], most: float, step: int) -> Scores:
-    """This rank's work(). Says which of the step's answers the reward failed on, on whichever rank, and ends the run where they are
-    more than a share `most`, or where the reward returned what is no score: on all ranks alike."""
+    """This rank's work(). Says which of the step's answers the reward failed on, on whichever rank,
+    and ends the run where they are more than a share `most`, or where the reward returned what is
+    no score: on all ranks alike."""
     scores, problem = None, None
     try:
         scores = work()
@@ -122,10 +134,12 @@ def agreed_scores(work: Callable[[], Scores], most: float, step: int) -> Scores:
     valid = [ok for theirs, _, _ in everyone for ok in theirs]
     failed = len(valid) - sum(valid)
     if failed:
-        reasons = "; ".join(dict.fromkeys(error for _, errors, _ in everyone for error in errors)) or "NaN"
+        reasons = "; ".join(dict.fromkeys(error for _, errors, _ in everyone
+                                          for error in errors)) or "NaN"
         text = f"step {step}: the reward could not score {failed} of {len(valid)} answers: {reasons}"
         if failed > most * len(valid):
-            end_for(f"{text}\nThis is more than --max_unscored {most}. Mend the reward, then --resume goes on from the last checkpoint")
+            end_for(f"{text}\nThis is more than --max_unscored {most}. Mend the reward, then "
+                    "--resume goes on from the last checkpoint")
         if first():
             warn(text)
     return scores
@@ -134,7 +148,7 @@ def agreed_scores(work: Callable[[], Scores], most: float, step: int) -> Scores:
 def end_for(problem: str | None) -> None:
     """Ends the program with this message, if there is one; every rank calls it with the same."""
     if problem:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {problem}" if first() else 1)
+        fail(problem) if first() else sys.exit(1)
 
 
 def warn(text: str) -> None:

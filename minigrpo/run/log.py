@@ -141,7 +141,8 @@ def rollout_stats(groups: Groups, opened: bool = False) -> dict[str, float]:
     counted = rewards[valid]
     spread = torch.tensor([row[ok].std().item() if ok.sum() > 1 else 0.0 for row, ok in zip(rewards, valid)])
     stats = {
-        **({"reward": counted.mean().item()} if len(counted) else {}),  # where nothing could be scored, no figure
+        # where nothing could be scored, no figure
+        **({"reward": counted.mean().item()} if len(counted) else {}),
         "reward_std_in_group": spread.mean().item(),
         "groups_without_spread": len(groups.without_spread()) / len(rewards),
         "unscored": 1 - valid.float().mean().item(),
@@ -160,14 +161,15 @@ def rollout_stats(groups: Groups, opened: bool = False) -> dict[str, float]:
 
 
 def group_rows(groups: Groups, advantage: torch.Tensor, count: int | None = None) -> list[dict]:
-    """The first groups of a step (or all) in full, for rollouts.jsonl: where one sees a reward being hacked. advantage [B G]. The
-    reward of an answer that could not be scored is None."""
+    """The first groups of a step (or all) in full, for rollouts.jsonl: where one sees a reward
+    being hacked. advantage [B G]. The reward of an answer that could not be scored is None."""
     size = groups.rewards.shape[1]
     rows = []
     for b, sample in enumerate(groups.samples[:count]):
         span = range(b * size, (b + 1) * size)
         rows.append({"id": sample.id, "question": sample.question, "reference": sample.answer, "answers": [
-            {"text": groups.rollout.texts[r], "reward": groups.rewards[b, r - b * size].item() if groups.valid[b, r - b * size] else None,
+            {"text": groups.rollout.texts[r], "reward": groups.rewards[b, r - b * size].item()
+             if groups.valid[b, r - b * size] else None,
              "advantage": advantage[r].item(),
              **{name: values[r] for name, values in groups.parts.items() if values[r] == values[r]}} for r in span]})
     return rows

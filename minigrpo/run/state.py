@@ -24,14 +24,17 @@ def check_optimizer(checkpoint: Path, args) -> None:
 
 
 def optimizer_state(policy: Policy, optimizers) -> dict[str, torch.Tensor]:
-    """"parameter:figure" -> tensor, by the parameters' names, so that any number of ranks can share it out anew, sharded or not.
+    """"parameter:figure" -> tensor, by the parameters' names, so that any number of ranks can share
+    it out anew, sharded or not.
 
     Sharded parameters come together one by one, and the ranks take turns in keeping them.
     """
-    name_of, keeper = {id(p): name for name, p in policy.model.named_parameters()}, cycle(range(ranks()))
+    name_of = {id(p): name for name, p in policy.model.named_parameters()}
+    keeper = cycle(range(ranks()))
     state = {}
     for p, figures in [item for optimizer in optimizers for item in optimizer.state.items()]:
-        found = {f"{name_of[id(p)]}:{figure}": full(value).contiguous() for figure, value in figures.items()}  # on all ranks
+        found = {f"{name_of[id(p)]}:{figure}": full(value).contiguous()  # on all ranks
+                 for figure, value in figures.items()}
         if not is_sharded(p) or next(keeper) == rank():
             state |= found
     return state
@@ -50,9 +53,11 @@ def load_optimizers(checkpoint: Path, policy: Policy, *optimizers: torch.optim.O
             for p in group["params"]:
                 found = by_name.get(name_of[id(p)], [])
                 if found:
-                    state[number] = {key.rsplit(":", 1)[1]: slice_like(p, _tensor(place[key], key)) for key in found}
+                    state[number] = {key.rsplit(":", 1)[1]: slice_like(p, _tensor(place[key], key))
+                                     for key in found}
                 number += 1
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _files(checkpoint: Path) -> list[Path]:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from minigrpo.visible import visible
+from minigrpo.visible import messages, visible
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,7 +54,6 @@ def path_of(text: str) -> str:
 def fail(text: str | Exception) -> NoReturn:
     """End the program with `NAME: error: TEXT`, NAME as the user typed it, and the code 1. What the
     text quotes of files (names, labels, ids) can't rewrite the terminal."""
-    from minigrpo.data.text import messages  # here, since it brings Pillow and scipy with it
     sys.exit(f"{Path(sys.argv[0]).name}: error: {messages(text)}")
 
 

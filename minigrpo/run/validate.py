@@ -30,9 +30,11 @@ def greedy_answers(policy: Policy, samples: list[Sample], batch_size: int, max_n
 
 
 def mean_reward(policy: Policy, samples: list[Sample], reward, args) -> float | None:
-    """Of greedy answers to the samples, over those that could be scored in time; the first rank scores. None where more than a share
+    """Of greedy answers to the samples, over those that could be scored in time; the first rank
+    scores. None where more than a share
     --max_unscored could not: the mean of a few would pass for that of all, and become the best."""
-    (answers, _), mean, problem = greedy_answers(policy, samples, args.rollout_rows, args.max_new_tokens, show=False), None, None
+    (answers, _), mean, problem = greedy_answers(policy, samples, args.rollout_rows,
+        args.max_new_tokens, show=False), None, None
     if first():
         try:
             scores = in_time(reward, answers, samples, 1, args.reward_timeout)
@@ -42,7 +44,8 @@ def mean_reward(policy: Policy, samples: list[Sample], reward, args) -> float | 
                 mean = sum(values) / len(values)
             if failed:
                 end = "" if mean is not None else ": this validation has no value"
-                warn(f"the reward could not score {failed} of {len(samples)} answers to --eval_data ({'; '.join(scores.errors) or 'NaN'}){end}")
+                warn(f"the reward could not score {failed} of {len(samples)} answers to "
+                     f"--eval_data ({'; '.join(scores.errors) or 'NaN'}){end}")
         except BadReward as error:
             problem = str(error)
     mean, problem = gathered((mean, problem))[0]
