@@ -1,10 +1,9 @@
 PYTHON ?= python3
 SEED ?= 0
-OUT ?= runs/demo
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: install demo demo-real study study-smoke test test-slow test-peers bench
+.PHONY: install quick demo demo-real study study-smoke test test-slow test-peers bench
 
 install: .venv/installed
 
@@ -16,9 +15,15 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch .venv/installed
 
+# The first minute: a reward that climbs while one watches. Leaves quick.png, results.md and results.json in OUT.
+quick: OUT ?= runs/quick
+quick: install
+	$(BIN)/python -m minigrpo.quick --output_dir $(OUT) --seed $(SEED)
+
 # From nothing to a trained model and its pictures in OUT: phantom films, SFT, GRPO for both tasks, evaluation. Stopped and run
 # again, it goes on; FRESH=1 removes what was there and begins anew.
 FRESH_FLAG := $(if $(filter-out 0,$(FRESH)),--fresh)
+demo demo-real: OUT ?= runs/demo
 demo: install
 	$(BIN)/python -m minigrpo.demo --output_dir $(OUT) --seed $(SEED) $(FRESH_FLAG)
 
