@@ -63,7 +63,7 @@ def damage(files: dict[str, bytes], chance: random.Random) -> None:
     if name.endswith(".json") and way < 0.8:
         try:
             content = json.loads(files[name])
-            place = chance.choice([x for x in objects(content) if len(x)])
+            place = chance.choice([x for x in objects(content) if isinstance(x, dict | list) and x])
         except (ValueError, AttributeError, IndexError, TypeError, RecursionError):
             return  # damaged before
         keys = list(place) if isinstance(place, dict) else range(len(place))
