@@ -18,30 +18,28 @@ from dataclasses import dataclass, field
 
 import minigrpo  # noqa: F401  before torch: it says how OpenMP's threads wait
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from minigrpo.data import ask_to_think, batch_at, check_apart, read_jsonl, scale_note
-from minigrpo.generate import Rollout, generate
-from minigrpo.lora import adapters_off, add_adapters
-from minigrpo.loss import (AGGREGATIONS, ESTIMATORS, KINDS, LEVELS, SCALES, denominator_of, group_advantages, grpo_loss,
-                           overlong_filter, soft_overlong_penalty)
-from minigrpo.policy import Policy, Prompts
+from minigrpo.data import ask_to_think, check_apart, read_jsonl, scale_note
+from minigrpo.grpo import grpo_step
+from minigrpo.lora import add_adapters
+from minigrpo.loss import (AGGREGATIONS, ESTIMATORS, KINDS, LEVELS, SCALES, grpo_loss)
+from minigrpo.policy import Policy
 from minigrpo.rewards import reward_fn
 from minigrpo.rewards.weights import cache_dir
 from minigrpo.run.args import RunArguments, at_least_one, check_box_scale, checked_device, input_errors, parse_args
-from minigrpo.run.distributed import (deal, first, in_order, join, owned, rank, ranks, say, share, share_weights,
-                                      sum_gradients, total)
+from minigrpo.run.distributed import (first, in_order, join, owned, rank, ranks, say)
 from minigrpo.run.folder import last_checkpoint, open_run, run_errors, step_of
-from minigrpo.run.groups import Groups, micro_batches, of_all_ranks, padding_share
-from minigrpo.run.guard import Skipped, agreed_scores, check_timeout, halving, in_time
-from minigrpo.run.log import JsonLines, Means, Timer, group_rows, peak_memory_gb, rollout_stats
+from minigrpo.run.groups import padding_share
+from minigrpo.run.guard import Skipped, check_timeout, halving
+from minigrpo.run.log import JsonLines, Means, group_rows, peak_memory_gb, rollout_stats
+from minigrpo.run.node import ArmouredNode
 from minigrpo.run.plan import explain, plan_grpo
 from minigrpo.run.plots import draw_curves, due
 from minigrpo.run.roofline import efficiency, measure_roofline, note_on_bf16
 from minigrpo.run.save import graceful_stop, save_best, save_checkpoint, save_final, stop_early
 from minigrpo.run.schedule import SCHEDULES, learning_rate_at, rise_of, set_learning_rate
-from minigrpo.run.shard import apart, clip_gradients, in_step, shard, whole
+from minigrpo.run.shard import apart, shard, whole
 from minigrpo.run.state import load_optimizers
 from minigrpo.run.track import tracker
 from minigrpo.run.validate import mean_reward
@@ -251,93 +249,27 @@ def main() -> None:
     if limits:
         say(f"roofline: {limits['tflop_per_second']:.3g} TFLOP/s, {limits['gb_per_second']:.3g} GB/s")
 
-    B, G, redraw = args.prompts_per_step, args.group_size, due()
+    node, redraw = ArmouredNode(args, skipped), due()
     memory = "--micro_tokens, --rollout_rows or --max_pixels, or add --activation_checkpointing"
     with lock, run_errors(folder, memory), graceful_stop() as stopping:
         for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="grpo",
                                  disable=not first())):
-            timer, means, skipped_before = Timer(), Means(), skipped.count
-            wanted, replaced = list(range(B)), 0
-            for refill in range(1 + args.dynamic_sampling):  # once, unless groups without spread are to be replaced
-                seed = args.seed + 1_000_000 * refill  # data and sampling depend on (seed, step) alone: a run can resume
-                with timer.phase("rollout"), whole(policy):
-                    mine = share(len(wanted))  # the places of this rank's prompts; all of them where there is one
-                    batch = batch_at(train, step, B, seed)
-                    samples = [batch[place] for place in mine]
-                    prompts = policy.encode(samples).numbered(mine)  # image and prompt once for each group
-                    rollout = halving(args, "rollout_rows", lambda: generate(
-                        policy, prompts, group_size=G, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                        seed=seed * 1_000_003 + step, rows_at_once=args.rollout_rows))  # R = B G answers
-                with timer.phase("reward"):
-                    asked = [sample for sample in samples for _ in range(G)]
-                    scores = agreed_scores(
-                        lambda: in_time(reward, rollout.texts, asked, G, args.reward_timeout),
-                        args.max_unscored, step)
-                    rewards, valid = torch.tensor(scores.values).view(-1, G), torch.tensor(scores.valid).view(-1, G)
-                    if args.soft_overlong:
-                        penalty = soft_overlong_penalty(rollout.mask.sum(1).cpu(), args.max_new_tokens, args.soft_overlong)
-                        rewards, scores.parts["overlong"] = rewards + penalty.view(-1, G), penalty.tolist()
-                fresh = of_all_ranks(mine, Groups(samples, rollout, rewards, valid, scores.parts, prompts.mask.sum(1).tolist()))
-                groups = groups.replace(wanted, fresh) if refill else fresh
-                replaced += len(wanted) if refill else 0
-                wanted = groups.without_spread()
-                if not wanted:
-                    break
-            if step == start and (note := scale_note(groups.rollout.texts,
-                                                     [s for s in groups.samples for _ in range(G)],
-                                                     reward.opened, args.box_scale)):
-                say(f"note: {note}")
-            # From here on a rank has the groups of each update that balance the tokens, in order, and R rows are theirs.
-            mine, updates = deal(groups.tokens(), B // args.updates_per_rollout)
-            own = groups.take(mine)
-            if replaced or ranks() > 1:
-                with timer.phase("rollout"):
-                    prompts = policy.encode(own.samples)
-            rollout = own.rollout
-            # (R,); the others teach nothing: no token, no KL, no count
-            scored = own.valid.view(-1).to(policy.device)
-            mask = rollout.mask.bool() & scored[:, None]  # (R, T)
-            if args.overlong_filter:
-                mask = overlong_filter(mask, rollout.finished)
-            advantage = group_advantages(own.rewards, scale=args.advantage_scale, leave_one_out=args.leave_one_out,
-                                         valid=own.valid).view(-1).to(policy.device)  # (R,)
-            with timer.phase("reference"), torch.no_grad():
-                ref_logprob, old_logprob = None, rollout.logprob
-                if args.kl_coef:
-                    with adapters_off(reference), whole(reference):
-                        ref_logprob = halving(args, "micro_tokens", lambda: score_all(reference, prompts, rollout, args))
-                if args.rollout_cap:
-                    with whole(policy):
-                        old_logprob = halving(args, "micro_tokens", lambda: score_all(policy, prompts, rollout, args))
-            answers = Answers(rollout.tokens, mask, advantage, old_logprob, ref_logprob, rollout.logprob)
+            node.begin(step)
+            means, skipped_before = Means(), skipped.count
             rate = learning_rate_at(step, args.max_steps, args.learning_rate, args.warmup, args.lr_schedule)
             set_learning_rate([optimizer], rate)
-            with timer.phase("update"):
-                parts = []
-                for number, among in enumerate(updates):
-                    span = slice(among.start * G, among.stop * G)
-                    # Of the whole update, or the learning rate would depend on micro_tokens and on the number of ranks.
-                    denominator = total(denominator_of(mask[span][scored[span]], how=args.how,
-                                                       max_tokens=args.max_new_tokens))
-                    update_loss, figures, done = halving(args, "micro_tokens", lambda: accumulate(
-                        policy, prompts, answers, among, denominator, args), undo=policy.model.zero_grad, alone=not policy.sharded)
-                    sum_gradients(policy.parameters())
-                    grad_norm = clip_gradients(policy.parameters(), args.grad_clip)
-                    learned = bool(denominator)  # without a token AdamW would go on by momentum
-                    if learned and skipped.trusts(
-                            grad_norm, step, number,
-                            lambda: group_rows(own.take(list(among)), advantage[span])):
-                        optimizer.step()
-                        share_weights(policy.parameters())
-                        means.add_all(figures)
-                        means.add(1, loss=total(update_loss), grad_norm=grad_norm)
-                    policy.model.zero_grad()
-                    parts += done
+            done = grpo_step(policy, reference, optimizer, lambda: node.collect(policy, train, reward), args, node)
+            for weight, figures in done.figures:
+                means.add(weight, **figures)
+            if step == start and (note := scale_note(node.groups.rollout.texts, [s for s in node.groups.samples for _ in range(args.group_size)],
+                                                     reward.opened, args.box_scale)):
+                say(f"note: {note}")
 
-            row = {"step": step, **rollout_stats(groups, reward.opened), "groups_replaced": replaced, **means.row(),
-                   "learning_rate": rate, "skipped_updates": skipped.count - skipped_before, **timer.row(),
+            row = {"step": step, **rollout_stats(node.groups, reward.opened), "groups_replaced": node.replaced, **means.row(),
+                   "learning_rate": rate, "skipped_updates": skipped.count - skipped_before, **node.timer.row(),
                    "peak_memory_gb": peak_memory_gb(policy.device),
-                   **efficiency(policy, prompts, rollout, timer.seconds, padding_share(prompts, mask, parts), limits)}
+                   **efficiency(policy, done.groups.prompts, done.groups.rollout, node.timer.seconds,
+                                padding_share(done.groups.prompts, done.mask, done.parts), limits)}
             if validation and (step + 1) % args.eval_steps == 0:
                 with whole(policy):
                     value = halving(args, "rollout_rows",
@@ -347,7 +279,7 @@ def main() -> None:
                     best = value
                     save_best(folder, step + 1, policy)
             metrics.write(row)
-            rollouts.write({"step": step, "groups": group_rows(groups, in_order(mine, advantage.view(-1, G)).flatten(), count=2)})
+            rollouts.write({"step": step, "groups": group_rows(node.groups, in_order(node.mine, done.advantage).flatten(), count=2)})
             track(row)
             kl = {"kl": f"{row['kl']:.4f}"} if "kl" in row else {}
             bar.set_postfix(reward=f"{row.get('reward', math.nan):.3f}", **kl,
@@ -366,51 +298,8 @@ def main() -> None:
     say(f"saved {folder / 'final'}")
 
 
-@dataclass
-class Answers:
-    """What the updates of a step learn from: R rows, those of this rank."""
-
-    tokens: Tensor  # [R, T]
-    mask: Tensor  # [R, T] what is trained on
-    advantage: Tensor  # [R]
-    old_logprob: Tensor  # [R, T]
-    ref_logprob: Tensor | None  # [R, T], with --kl_coef
-    rollout_logprob: Tensor  # [R, T] the sampler's own
-
-
-def accumulate(policy: Policy, prompts: Prompts, answers: Answers, among: range, denominator: Tensor,
-               args: GrpoArguments) -> tuple[Tensor, Means, list]:
-    """Gradients of one update over the prompts `among`, a micro-batch at a time: the loss, its figures and the micro-batches."""
-    update_loss, means = torch.zeros((), device=policy.device), Means()
-    parts = micro_batches(prompts, answers.mask, among, args.micro_tokens)
-    # A rank without a prompt in this update goes with its first one, at weight 0.
-    for (part, rows), weight in in_step(policy, parts, lambda: micro_batches(prompts, answers.mask, range(1), args.micro_tokens)):
-        logprob, entropy = policy.score(prompts.select(part), answers.tokens[rows], answers.mask[rows],
-                                        temperature=args.temperature, entropy=True)  # (r, T)
-        loss, stats = grpo_loss(
-            logprob, answers.old_logprob[rows], answers.advantage[rows], answers.mask[rows],
-            ref_logprob=answers.ref_logprob[rows] if args.kl_coef else None,
-            rollout_logprob=answers.rollout_logprob[rows] if args.rollout_cap else None,
-            denominator=denominator, **args.loss_settings())
-        (weight * loss).backward()
-        if not weight:  # only to keep step with ranks that have more
-            continue
-        update_loss += loss.detach()
-        tokens = answers.mask[rows].sum()
-        means.add(tokens, entropy=entropy.detach().sum() / tokens.clamp(min=1), **stats)
-    return update_loss, means, parts
-
-
 def make_optimizers(policy: Policy, args: GrpoArguments) -> list[torch.optim.Optimizer]:
     return [torch.optim.AdamW(apart(owned(policy.parameters())), lr=args.learning_rate, weight_decay=args.weight_decay)]
-
-
-def score_all(policy: Policy, prompts: Prompts, rollout: Rollout, args: GrpoArguments) -> Tensor:
-    """Log-probs [R, T] of all answers of a step, a micro-batch at a time."""
-    logprob = torch.zeros_like(rollout.logprob)
-    for part, rows in micro_batches(prompts, rollout.mask, range(len(prompts.ids)), args.micro_tokens):
-        logprob[rows] = policy.score(prompts.select(part), rollout.tokens[rows], rollout.mask[rows], temperature=args.temperature)
-    return logprob
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ better, whatever comes in. Wrong shapes and settings that contradict each other 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 LEVELS, KINDS, SCALES = ("token", "sequence"), ("clip", "cispo"), ("group", "batch", "none")
@@ -38,11 +38,11 @@ def overlong_filter(mask: Tensor, finished: Tensor) -> Tensor:
 
 
 def group_advantages(rewards: Tensor, *, scale: str = "group", leave_one_out: bool = False, eps: float = 1e-6,
-                     valid: Tensor | None = None) -> Tensor:
+                     valid: Tensor | None = None, total: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
     """A = (r - mean) / (std + eps) within each group (DeepSeekMath 2402.03300, section 4.1.2; std with n - 1).
 
-    rewards [B, G] -> [B, G]. `scale`: "group" divides by the group's std; "batch" by the std of all valid rewards, those of
-    all ranks where torch.distributed is initialised (2508.08221); "none" not at all (Dr. GRPO, 2503.20783). `leave_one_out`
+    rewards [B, G] -> [B, G]. `scale`: "group" divides by the group's std; "batch" by the std of all valid rewards (2508.08221),
+    of this process, or of all whose sums `total` adds up; "none" not at all (Dr. GRPO, 2503.20783). `leave_one_out`
     multiplies by n / (n - 1) before scaling (RLOO, 2402.14740). Answers outside `valid` [B, G] get 0 and enter neither mean
     nor std. Equal rewards give exactly 0, and so does a group with fewer than two valid answers.
     """
@@ -63,9 +63,9 @@ def group_advantages(rewards: Tensor, *, scale: str = "group", leave_one_out: bo
     if scale == "group":
         squares, count = centred.square().sum(1, keepdim=True), n
     else:
-        count = _over_ranks(valid.sum())
-        mean = _over_ranks(r.sum()) / count.clamp(min=1)
-        squares = _over_ranks(torch.where(valid, r - mean, 0.0).square().sum())
+        count = total(valid.sum())
+        mean = total(r.sum()) / count.clamp(min=1)
+        squares = total(torch.where(valid, r - mean, 0.0).square().sum())
     variance = squares / (count - 1).clamp(min=1)
     std = torch.where(variance == 0, 1.0, variance).sqrt()  # where it is 0, so is A, whatever eps
     return advantage / (std + eps)
@@ -231,14 +231,6 @@ def _finite_exp(x: Tensor) -> Tensor:
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """For statistics: without gradient, 0 for an empty mask."""
     return _unmasked(x.detach(), mask).sum() / mask.sum().clamp(min=1)
-
-
-def _over_ranks(x: Tensor) -> Tensor:
-    """The sum of a scalar over all ranks, itself where there is one process."""
-    if dist.is_available() and dist.is_initialized():
-        x = x.detach().clone()
-        dist.all_reduce(x)
-    return x
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import train_grpo
 import train_sft
+from minigrpo import grpo
 from minigrpo.generate import generate
 from minigrpo.lora import (add_adapters, adapters_off, check_checkpoint, fingerprint, merge_adapters,
                            save_adapters)
@@ -176,13 +177,13 @@ def test_a_run_loads_one_model_and_trains_the_adapters_alone(train, base, monkey
 
 
 def test_the_reference_scores_as_a_model_that_is_loaded_apart(train, base, monkeypatch):
-    alone, score, pairs = Policy.from_pretrained(str(base)), train_grpo.score_all, []
+    alone, score, pairs = Policy.from_pretrained(str(base)), grpo.score_all, []
 
     def both(policy, *rest):
         pairs.append((score(policy, *rest), score(alone, *rest)))
         return pairs[-1][0]
 
-    monkeypatch.setattr(train_grpo, "score_all", both)
+    monkeypatch.setattr(grpo, "score_all", both)
     train()
     assert len(pairs) == 2 and all(torch.equal(*pair) for pair in pairs), "in the second step the adapters have moved"
 
@@ -195,7 +196,7 @@ def test_final_holds_the_merged_model_and_the_adapters(trained, base):
 
 
 def test_a_killed_run_resumes_bit_for_bit(train, trained, tmp_path, monkeypatch):
-    folder, advantages, steps = tmp_path / "run", train_grpo.group_advantages, iter(range(4))
+    folder, advantages, steps = tmp_path / "run", grpo.group_advantages, iter(range(4))
 
     def killing(*args, **settings):
         if next(steps) == 2:
@@ -203,7 +204,7 @@ def test_a_killed_run_resumes_bit_for_bit(train, trained, tmp_path, monkeypatch)
         return advantages(*args, **settings)
 
     with pytest.raises(Killed), monkeypatch.context() as patch:
-        patch.setattr(train_grpo, "group_advantages", killing)
+        patch.setattr(grpo, "group_advantages", killing)
         train("--save_steps", 1, folder=folder, steps=4)
     older, checkpoint = sorted((folder / "checkpoints").iterdir())
     assert (older.name, checkpoint.name) == ("step-000001", "step-000002")

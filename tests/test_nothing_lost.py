@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import evaluate
 import train_grpo
 import train_sft
+from minigrpo import grpo
 from minigrpo.data import read_jsonl
 from minigrpo.run import files, folder, log, save, starts, track
 from minigrpo.run.args import parse_args
@@ -706,7 +707,7 @@ def test_a_bad_gradient_skips_its_update(place, monkeypatch):
 
 def test_too_many_bad_gradients_stop_the_run(place, monkeypatch):
     """Counted over restarts, too."""
-    monkeypatch.setattr(train_grpo, "grpo_loss", lambda *args, loss=train_grpo.grpo_loss, **more: (
+    monkeypatch.setattr(grpo, "grpo_loss", lambda *args, loss=grpo.grpo_loss, **more: (
         (found := loss(*args, **more))[0] * float("nan"), found[1]))
     words = place("train_grpo", "too-many", "--max_skipped", 3)
     said = stop(train_grpo, words)
@@ -721,7 +722,7 @@ def test_too_many_bad_gradients_stop_the_run(place, monkeypatch):
 def test_out_of_memory_halves_and_goes_on(place, monkeypatch, capsys):
     """The same run as with the smaller sizes from the start, up to rounding; half-done gradients are thrown away."""
     main(train_grpo, place("train_grpo", "small", "--micro_tokens", 64, "--rollout_rows", 4, steps=1))
-    generate, score = train_grpo.generate, train_grpo.Policy.score
+    generate, score = grpo.generate, train_grpo.Policy.score
 
     def little(*args, rows_at_once, **more):
         if rows_at_once > 4:
@@ -735,15 +736,14 @@ def test_out_of_memory_halves_and_goes_on(place, monkeypatch, capsys):
             raise torch.OutOfMemoryError("pretended")
         return found
 
-    accumulate, settings = train_grpo.accumulate, SimpleNamespace(micro_tokens=0)
+    micro_batches, settings = grpo.micro_batches, SimpleNamespace(micro_tokens=0)
 
     def noting(*args):
-        nonlocal settings
-        settings = args[-1]
-        return accumulate(*args)
+        settings.micro_tokens = args[-1]
+        return micro_batches(*args)
 
-    monkeypatch.setattr(train_grpo, "accumulate", noting)
-    monkeypatch.setattr(train_grpo, "generate", little)
+    monkeypatch.setattr(grpo, "micro_batches", noting)
+    monkeypatch.setattr(grpo, "generate", little)
     monkeypatch.setattr(train_grpo.Policy, "score", fails_late)
     main(train_grpo, place("train_grpo", "large", "--micro_tokens", 256, "--rollout_rows", 16, steps=1))
     said = capsys.readouterr().err

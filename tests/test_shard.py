@@ -11,6 +11,7 @@ import torch
 
 import train_grpo
 import train_sft
+from minigrpo.run import node
 from minigrpo.data import read_jsonl
 from minigrpo.policy import Policy
 from minigrpo.run.distributed import join, rank
@@ -88,7 +89,7 @@ def sharded(rank, gradients=None, stop=False, die=False):
     exactly(rank)
     if stop:
         train_sft.save_final = train_grpo.save_final = lambda *given: None
-    clip, seen, filled = train_grpo.clip_gradients, [], []
+    clip, seen, filled = node.clip_gradients, [], []
 
     def filling(*given):
         found = in_step(*given)
@@ -106,8 +107,8 @@ def sharded(rank, gradients=None, stop=False, die=False):
             torch.save(seen, gradients)
         return clip(parameters, largest)
 
-    train_sft.clip_gradients = train_grpo.clip_gradients = keeping
-    train_sft.in_step = train_grpo.in_step = filling
+    train_sft.clip_gradients = node.clip_gradients = keeping
+    train_sft.in_step = node.in_step = filling
 
 
 SMALL = {"train_grpo": ["--micro_tokens", 100, "--prompts_per_step", 6], "train_sft": [*ADAM, "--micro_batch", 1, "--questions_per_image", 3]}

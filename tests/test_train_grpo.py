@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_grpo
+from minigrpo import grpo
 from minigrpo.loss import denominator_of
 from minigrpo.run.args import parse_args
 from minigrpo.run.plots import draw_curves
@@ -70,8 +71,8 @@ def calls(monkeypatch):
         seen.append((args, settings))
         return loss(*args, **settings)
 
-    loss = train_grpo.grpo_loss
-    monkeypatch.setattr(train_grpo, "grpo_loss", spy)
+    loss = grpo.grpo_loss
+    monkeypatch.setattr(grpo, "grpo_loss", spy)
     return seen
 
 
@@ -150,9 +151,9 @@ def test_off_is_off(train, calls):
 
 def test_without_a_kl_there_is_no_reference(train, calls, monkeypatch, capsys):
     """Bug: --kl_coef 0 still loaded a reference and scored every answer under it, for a KL that was only logged."""
-    loaded, scored, load, score_all = [], [], train_grpo.Policy.from_pretrained, train_grpo.score_all
+    loaded, scored, load, score_all = [], [], train_grpo.Policy.from_pretrained, grpo.score_all
     monkeypatch.setattr(train_grpo.Policy, "from_pretrained", lambda *args, **more: loaded.append(1) or load(*args, **more))
-    monkeypatch.setattr(train_grpo, "score_all", lambda *args: scored.append(1) or score_all(*args))
+    monkeypatch.setattr(grpo, "score_all", lambda *args: scored.append(1) or score_all(*args))
     row = rows(train("--kl_coef", 0, steps=1))[0]
     assert len(loaded) == 1 and not scored and "kl" not in row
     assert "kl=" not in capsys.readouterr().err
@@ -270,8 +271,8 @@ def test_a_resumed_run_replaces_the_same_groups(train, tmp_path):
 
 
 def test_an_update_whose_answers_were_all_cut_off_does_no_harm(train, calls, monkeypatch):
-    sample = train_grpo.generate
-    monkeypatch.setattr(train_grpo, "generate", lambda *args, **settings: replace(
+    sample = grpo.generate
+    monkeypatch.setattr(grpo, "generate", lambda *args, **settings: replace(
         rollout := sample(*args, **settings), finished=torch.zeros_like(rollout.finished)))
     folder = train("--overlong_filter", steps=1)  # the weights stay, and no figure of an update is logged
     assert not any(args[3].any() for args, _ in calls[1:])
@@ -282,12 +283,12 @@ def test_an_update_whose_answers_were_all_cut_off_does_no_harm(train, calls, mon
 def test_boxes_at_another_scale_are_said(train, monkeypatch, capsys):
     """Bug: an untuned Qwen3-VL writes boxes in 0..1000; all of them scored 0, and nothing said
     so."""
-    real = train_grpo.generate
+    real = grpo.generate
 
     def thousands(*args, **settings):
         rollout = real(*args, **settings)
         return replace(rollout, texts=["At [120, 200, 300, 400]."] * len(rollout.texts))
-    monkeypatch.setattr(train_grpo, "generate", thousands)
+    monkeypatch.setattr(grpo, "generate", thousands)
     train("--task", "grounding", reward="letters", steps=1)
     said = capsys.readouterr().out
     assert "note: 12 of 12 boxes that the model wrote leave 0..1" in said

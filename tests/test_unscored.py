@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 import train_grpo
+from minigrpo import grpo
+from minigrpo.generate import Rollout
+from minigrpo.run import node
 from minigrpo.rewards import BadReward, Scores
 from minigrpo.run import guard
 from minigrpo.run.distributed import PATIENCE
@@ -73,7 +76,7 @@ def test_the_gradient_is_that_of_a_batch_without_them(train, monkeypatch, settin
     """Bug: they stayed in the count of tokens and in the KL, which pulled every token of them back
     to the reference. k1 with the ratio, since k3 has no gradient where policy and reference are
     one."""
-    generate, clip, sampled, gradients = train_grpo.generate, train_grpo.clip_gradients, [], []
+    generate, clip, sampled, gradients = grpo.generate, node.clip_gradients, [], []
 
     def sampling(*args, **more):
         sampled.append(generate(*args, **more))
@@ -82,7 +85,7 @@ def test_the_gradient_is_that_of_a_batch_without_them(train, monkeypatch, settin
     def without(policy, prompts, **more):
         r = sampled[0]
         kept = torch.tensor([n % 4 != 1 for n in range(len(r.texts))])
-        return train_grpo.Rollout(r.tokens[kept], r.mask[kept], r.logprob[kept], r.finished[kept],
+        return Rollout(r.tokens[kept], r.mask[kept], r.logprob[kept], r.finished[kept],
                                   [text for n, text in enumerate(r.texts) if n % 4 != 1],
                                   r.row_steps, r.bytes_read)
 
@@ -90,11 +93,11 @@ def test_the_gradient_is_that_of_a_batch_without_them(train, monkeypatch, settin
         gradients.append([p.grad.clone() for p in parameters if p.grad is not None])
         return clip(parameters, *rest)
 
-    monkeypatch.setattr(train_grpo, "clip_gradients", keeping)
+    monkeypatch.setattr(node, "clip_gradients", keeping)
     settings = ["--kl_coef", 0.5, "--kl_estimator", "k1", "--kl_ratio", "true", *settings]
-    monkeypatch.setattr(train_grpo, "generate", sampling)
+    monkeypatch.setattr(grpo, "generate", sampling)
     (row,) = rows(train("every_fourth_missing", *settings))
-    monkeypatch.setattr(train_grpo, "generate", without)
+    monkeypatch.setattr(grpo, "generate", without)
     (other,) = rows(train("letters", *settings, "--group_size", 3))
     assert row["unscored"] == 0.25 and other["unscored"] == 0 and row["grad_norm"] > 1e-3
     for a, b in zip(*gradients, strict=True):

@@ -23,6 +23,13 @@ class Groups:
     valid: Tensor  # [B, G] bool, False where the answer could not be scored
     parts: dict[str, list[float]]  # R values of each part of the reward, NaN where it gave nothing
     prompt_tokens: list[int]  # B
+    prompts: Prompts | None = None  # encoded
+    spans: list[range] | None = None  # of each update; None: as many groups in each
+
+    def updates(self, count: int) -> list[range]:
+        """The groups of each of `count` updates, among these."""
+        size = len(self.samples) // count
+        return self.spans or [range(k * size, (k + 1) * size) for k in range(count)]
 
     def tokens(self) -> list[int]:
         """What each group costs to score: its prompt once, and its answers. [B]"""

@@ -1,0 +1,84 @@
+"""What a step of GRPO asks of the machine, on a node of many ranks where memory runs out, rewards hang
+and gradients explode: `minigrpo.grpo.Node`, armoured."""
+
+from contextlib import ExitStack, contextmanager
+
+from minigrpo import grpo
+from minigrpo.data import batch_at
+from minigrpo.run.distributed import deal, ranks, share, share_weights, sum_gradients, total
+from minigrpo.run.groups import Groups, of_all_ranks
+from minigrpo.run.guard import Skipped, agreed_scores, halving, in_time
+from minigrpo.run.log import Timer, group_rows
+from minigrpo.run.shard import clip_gradients, in_step, whole
+
+
+class ArmouredNode(grpo.Node):
+    """`begin` before each step; afterwards `timer`, `groups` (of all ranks), `mine` (the places of this
+    rank's among them) and `replaced` (groups without spread that were asked anew) say how it went."""
+
+    def __init__(self, args, skipped: Skipped):
+        self.args, self.skipped, self.sharded = args, skipped, args.shard and ranks() > 1
+
+    def begin(self, number: int) -> None:
+        self.number, self.update, self.timer, self.replaced = number, 0, Timer(), 0
+
+    @contextmanager
+    def phase(self, name, *models):
+        with ExitStack() as inside:
+            inside.enter_context(self.timer.phase(name))
+            for model in models:
+                inside.enter_context(whole(model))
+            yield
+
+    def fit(self, size, work, undo=None):
+        alone = undo is None or not self.sharded  # ranks go through sharded layers together
+        return halving(self.args, size, work, undo or (lambda: None), alone=alone)
+
+    def total(self, x):
+        return total(x)
+
+    def passes(self, policy, parts, spare):
+        return in_step(policy, parts, spare)
+
+    def step(self, policy, optimizer, batch):
+        sum_gradients(policy.parameters())
+        norm = clip_gradients(policy.parameters(), self.args.grad_clip)
+        self.update += 1
+        if not self.skipped.trusts(norm, self.number, self.update - 1,
+                                   lambda: group_rows(*batch())):
+            return None
+        optimizer.step()
+        share_weights(policy.parameters())
+        return norm
+
+    def collect(self, policy, samples, reward) -> Groups:
+        """The step's groups of this rank, in the order of the updates: `grpo.collect` on each rank,
+        and again for groups without spread (--dynamic_sampling)."""
+        args, count = self.args, self.args.prompts_per_step
+
+        def judge(answers, asked):
+            return agreed_scores(
+                lambda: in_time(reward, answers, asked, args.group_size, args.reward_timeout),
+                args.max_unscored, self.number)
+
+        wanted, groups = list(range(count)), None
+        for refill in range(1 + args.dynamic_sampling):
+            seed = args.seed + 1_000_000 * refill  # (seed, step) alone decide: a run can resume
+            batch, mine = batch_at(samples, self.number, count, seed), share(len(wanted))
+            fresh = of_all_ranks(mine, grpo.collect(
+                policy, [batch[place] for place in mine], judge, args,
+                seed * 1_000_003 + self.number, self, mine))
+            groups = groups.replace(wanted, fresh) if refill else fresh
+            self.replaced += len(wanted) if refill else 0
+            wanted = groups.without_spread()
+            if not wanted:
+                break
+        # From here on a rank has the groups of each update that balance the tokens, in order.
+        self.groups, prompts = groups, groups.prompts
+        self.mine, spans = deal(groups.tokens(), count // args.updates_per_rollout)
+        own = groups.take(self.mine)
+        if self.replaced or ranks() > 1:
+            with self.phase("rollout"):
+                prompts = policy.encode(own.samples)
+        own.prompts, own.spans = prompts, spans
+        return own

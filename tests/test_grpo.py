@@ -1,0 +1,54 @@
+"""The step is what it says: short, and by hand with the plain node the very weights of the program."""
+
+import ast
+from pathlib import Path
+
+import torch
+import train_grpo
+from minigrpo import grpo
+from minigrpo.data import batch_at, read_jsonl
+from minigrpo.policy import Policy
+from minigrpo.rewards import reward_fn
+from minigrpo.run.args import parse_args
+from safetensors.torch import load_file
+from tests import processes
+
+ROOT = Path(__file__).parent.parent
+
+
+def lines_of(path, name):
+    """Lines of a function, without blank ones and its docstring."""
+    text = (ROOT / path).read_text()
+    (node,) = [n for n in ast.walk(ast.parse(text)) if getattr(n, "name", None) == name]
+    return sum(bool(line.strip()) for line in text.splitlines()[node.lineno - 1 : node.end_lineno])
+
+
+def test_the_step_fits_on_a_screen():
+    assert lines_of("minigrpo/grpo.py", "grpo_step") <= 70
+    assert max(map(len, (ROOT / "minigrpo/grpo.py").read_text().splitlines())) <= 100
+    assert max(map(len, (ROOT / "minigrpo/run/node.py").read_text().splitlines())) <= 100
+
+
+def test_by_hand_it_is_the_program(model, phantom, tmp_path):
+    """Two steps of two updates with KL, bit for bit."""
+    words = ["--model", model, "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run",
+             "--max_steps", 2, "--prompts_per_step", 4, "--group_size", 4, "--updates_per_rollout", 2,
+             "--max_new_tokens", 8, "--learning_rate", 1e-3, "--kl_coef", 0.1, "--reward", "dice",
+             "--task", "grounding"]
+    processes.python("train_grpo.py", *words)
+    args = parse_args(train_grpo.GrpoArguments, "", [str(word) for word in words])
+    torch.manual_seed(0)
+    policy = Policy.from_pretrained(args.model)
+    reference = Policy.from_pretrained(args.model).freeze()
+    reward = reward_fn(args.reward, box_scale=args.box_scale)
+    train = read_jsonl(args.train_data, task=args.task)
+    (optimizer,) = train_grpo.make_optimizers(policy, args)
+    for step in range(2):
+        samples = batch_at(train, step, args.prompts_per_step, args.seed)
+        seed = args.seed * 1_000_003 + step
+        grpo.grpo_step(policy, reference, optimizer,
+                       lambda: grpo.collect(policy, samples, reward, args, seed), args)
+    ours, theirs = policy.model.state_dict(), load_file(tmp_path / "run/final/model.safetensors")
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    start = load_file(Path(model) / "model.safetensors")
+    assert any(not torch.equal(start[name], value) for name, value in theirs.items())
