@@ -53,8 +53,8 @@ class Node:
         return x
 
     def passes(self, policy, parts, spare):
-        """The micro-batches of this rank, each with its weight; `spare()` has some at weight 0 for a
-        rank that must keep step with others."""
+        """The micro-batches of this rank, each with its weight; `spare()` has some at weight 0 for
+        a rank that must keep step with others."""
         return [(part, 1.0) for part in parts]
 
     def step(self, policy, optimizer, batch=None):
@@ -76,8 +76,8 @@ class Step:
 
 
 def collect(policy, samples, reward, args, seed, node=Node(), places=None) -> Groups:
-    """G answers to each of the B samples, and what they are worth. `places` are those of the samples
-    in the whole batch, by which their answers are drawn."""
+    """G answers to each of the B samples, and what they are worth. `places` are those of the
+    samples in the whole batch, by which their answers are drawn."""
     with node.phase("rollout", policy):
         prompts = policy.encode(samples)  # image and prompt once for each group
         prompts = prompts if places is None else prompts.numbered(places)
@@ -97,7 +97,8 @@ def collect(policy, samples, reward, args, seed, node=Node(), places=None) -> Gr
     return Groups(samples, rollout, rewards, valid, scores.parts, lengths, prompts)
 
 
-def grpo_step(policy, reference, optimizer, collect: Callable[[], Groups], args, node=Node()) -> Step:
+def grpo_step(policy, reference, optimizer, collect: Callable[[], Groups], args,
+              node=Node()) -> Step:
     """Collect the groups, and update the policy `args.updates_per_rollout` times on them."""
     groups = collect()
     prompts, rollout = groups.prompts, groups.rollout
@@ -169,7 +170,8 @@ def grpo_step(policy, reference, optimizer, collect: Callable[[], Groups], args,
 def score_all(policy, prompts, rollout, args) -> Tensor:
     """Log-probs [R, T] of all answers of a step, a micro-batch at a time."""
     logprob = torch.zeros_like(rollout.logprob)
-    for part, rows in micro_batches(prompts, rollout.mask, range(len(prompts.ids)), args.micro_tokens):
+    everything = range(len(prompts.ids))
+    for part, rows in micro_batches(prompts, rollout.mask, everything, args.micro_tokens):
         logprob[rows] = policy.score(prompts.select(part), rollout.tokens[rows], rollout.mask[rows],
                                      temperature=args.temperature)
     return logprob

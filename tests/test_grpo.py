@@ -29,8 +29,9 @@ def test_the_step_fits_on_a_screen():
     assert max(map(len, (ROOT / "minigrpo/run/node.py").read_text().splitlines())) <= 100
 
 
-def test_by_hand_it_is_the_program(model, phantom, tmp_path):
+def test_by_hand_it_is_the_program(trained, phantom, tmp_path):
     """Two steps of two updates with KL, bit for bit."""
+    model = trained / "sft/final"
     words = ["--model", model, "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run",
              "--max_steps", 2, "--prompts_per_step", 4, "--group_size", 4, "--updates_per_rollout", 2,
              "--max_new_tokens", 8, "--learning_rate", 1e-3, "--kl_coef", 0.1, "--reward", "dice",

@@ -1,5 +1,5 @@
-"""What a step of GRPO asks of the machine, on a node of many ranks where memory runs out, rewards hang
-and gradients explode: `minigrpo.grpo.Node`, armoured."""
+"""What a step of GRPO asks of the machine, on a node of many ranks where memory runs out, rewards
+hang and gradients explode: `minigrpo.grpo.Node`, armoured."""
 
 from contextlib import ExitStack, contextmanager
 
@@ -13,8 +13,9 @@ from minigrpo.run.shard import clip_gradients, in_step, whole
 
 
 class ArmouredNode(grpo.Node):
-    """`begin` before each step; afterwards `timer`, `groups` (of all ranks), `mine` (the places of this
-    rank's among them) and `replaced` (groups without spread that were asked anew) say how it went."""
+    """`begin` before each step; afterwards `timer`, `groups` (of all ranks), `mine` (the places of
+    this rank's among them) and `replaced` (groups without spread that were asked anew) say how it
+    went."""
 
     def __init__(self, args, skipped: Skipped):
         self.args, self.skipped, self.sharded = args, skipped, args.shard and ranks() > 1
