@@ -2,10 +2,7 @@
 
     python train_grpo.py --model runs/sft/final --train_data data/phantom/train.jsonl --task report --output_dir runs/report
 
-The loop in `main` is the whole algorithm: sample a group of answers to each question, reward them, compare each with its
-group, and raise the log-probs of the better ones, held by the clip and by the KL to the frozen reference.
-Where this departs from the paper: means use the count of the whole update (theirs are per micro-batch), the images have
-one pixel budget throughout, and the sampler's own log-probs serve as the old ones.
+One step, the algorithm, is `grpo_step` in minigrpo/grpo.py; the loop in `main` takes the steps, logs, validates and saves.
 
 The defaults are the paper's. Other papers' settings are files: configs/dapo.yaml, dr_grpo.yaml, gspo.yaml, cispo.yaml:
 

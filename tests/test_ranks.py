@@ -26,11 +26,19 @@ def shared_batch():
     return rewards, valid, logprob, old, ref, torch.arange(TOKENS) < lengths[:, None]
 
 
+def summed(x):
+    """Over all ranks."""
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
+
+
 def share_of(rank, ranks):
     """Loss and gradient of one rank's groups, for each variant: what the ranks add up to is the loss of the whole batch."""
     rewards, valid, *tensors = shared_batch()
     groups = slice(rank * GROUPS // ranks, (rank + 1) * GROUPS // ranks)
-    advantage = group_advantages(rewards[groups], scale="batch", valid=valid[groups]).view(-1)
+    advantage = group_advantages(rewards[groups], scale="batch", valid=valid[groups],
+                                 total=summed if ranks > 1 else lambda x: x).view(-1)
     logprob, old, ref, mask = (x[groups.start * SIZE:groups.stop * SIZE] for x in tensors)
     out = {}
     for name, settings in VARIANTS.items():

@@ -72,7 +72,8 @@ def calls(monkeypatch):
         return loss(*args, **settings)
 
     loss = grpo.grpo_loss
-    monkeypatch.setattr(grpo, "grpo_loss", spy)
+    for module in (train_grpo, grpo):  # the check of the arguments, and the step
+        monkeypatch.setattr(module, "grpo_loss", spy)
     return seen
 
 
