@@ -162,7 +162,9 @@ def begun_with(args: DemoArguments, runs: list[Run]) -> dict:
     arguments = {name: value if name == "seed" or value in (None, "tiny") else os.path.realpath(value)
                  for name, value in asdict(args).items() if name in ("seed", "data", "model")}
     return {"arguments": arguments, "inputs": {os.path.realpath(path): checksum(path) for path in inputs}, "programs": programs_sum(),
-            "commands": [[run.name, *map(str, run.command)] for run in runs], "threads": torch.get_num_threads(),
+            "commands": [[run.name, *map(str, run.command)] for run in runs],
+            # One core stays free: beside a neighbour, threads as many as cores wait for one another.
+            "threads": max(1, torch.get_num_threads() - 1),
             "jobs": min(2, os.cpu_count() or 1)}
 
 
