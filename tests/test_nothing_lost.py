@@ -469,6 +469,33 @@ def test_other_weights_of_the_reward_are_named_on_resume(place, tmp_path):
     assert len(set(told)) == 4
 
 
+@pytest.mark.parametrize("name", [".lock", "args.json", "starts.jsonl", "metrics.jsonl"])
+def test_a_pipe_in_a_run_s_folder_is_not_waited_for(name, place, capsys):
+    """Bug: --resume hung as it opened the pipe."""
+    words = place("train_sft", f"pipe{name}")
+    opened(capsys, words)
+    path = place.folder / f"pipe{name}" / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # without the mend: no hang of the tests
+    try:
+        with pytest.raises(ValueError, match="no plain file"):
+            folder._check_folder(path.parent, parse_args(train_sft.SftArguments, "",
+                                                         [*map(str, words), "--resume"]))
+    finally:
+        os.close(reader)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "checksums.json"])
+def test_a_pipe_in_a_checkpoint_is_damage(name, tmp_path):
+    with files.aside(tmp_path / "step") as part:
+        part.mkdir()
+        (part / "a.safetensors").write_bytes(b"a")
+    (tmp_path / "step" / name).unlink()
+    os.mkfifo(tmp_path / "step" / name)
+    assert files.damage(tmp_path / "step") == f"{name} is no plain file"
+
+
 def test_other_versions_are_named_on_resume(place, capsys, monkeypatch):
     words = place("train_grpo", "versions")
     opened(capsys, words, program=train_grpo)
