@@ -117,7 +117,8 @@ def main() -> None:
         make_folder(folder)  # before hours of sampling, and after all that can be wrong with the input
         held = lock(folder / ".lock") if first() else True  # until the program ends
         if held is None:
-            raise ValueError(f"{folder} is in use: another evaluation is writing there. Give another --output_dir")
+            raise ValueError(f"{folder} is in use: another evaluation is writing there. Give "
+                             "another --output_dir")
         if any(path.name != ".lock" for path in folder.iterdir()):  # it has ended since we looked
             raise ValueError(f"{folder} is not empty: give another --output_dir")
         gathered(None)

@@ -148,7 +148,8 @@ def test_bad_answers_are_errors_and_never_kept(serve, tmp_path, monkeypatch, rep
 
 
 @pytest.mark.parametrize("text, reason", [
-    ("Clear <image> lungs.", {}), ("Clear.<|im_end|>", {}), ("The <answer>lungs</answer> clear.", {}),
+    ("Clear <image> lungs.", {}), ("Clear.<|im_end|>", {}),
+    ("The <answer>lungs</answer> clear.", {}),
     ("<think>Hm", {}), ("\u200b\u2060", {}), ("Half a rep", {"finish_reason": "content_filter"})])
 def test_what_no_report_may_hold_is_no_answer(serve, tmp_path, text, reason):
     """Bug: one such answer made a file that every program refuses as a whole; what a filter had

@@ -302,7 +302,7 @@ def is_text(answer: object) -> bool:
 
 
 def unusable(answer: str, thinking: str | None = None) -> str | None:
-    """Why a file with this answer in a line would be refused as a whole; None where it would not."""
+    """Why a file with this answer in a line would be refused as a whole, if it would."""
     line = {"id": "asked", "image": None, "task": "report", "question": "asked", "answer": answer,
             "thinking": thinking}
     return next(record_errors(line), None)
