@@ -25,7 +25,7 @@ from minigrpo.policy import Policy
 from minigrpo.run.args import (at_least_one, check_box_scale, check_pixels, checked_device,
                                input_errors, parse_args, run_errors)
 from minigrpo.run.distributed import first, gathered, join, rank, ranks, say
-from minigrpo.run.files import make_folder, write_aside, writes
+from minigrpo.run.files import lock, make_folder, write_aside, writes
 from minigrpo.run.plots import draw_samples
 from minigrpo.run.report import write_report
 from minigrpo.run.roofline import note_on_bf16
@@ -94,7 +94,7 @@ def main() -> None:
         if args.bf16 and (note := note_on_bf16(args.device)):
             say(note)
         folder = Path(args.output_dir)
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
             raise ValueError(f"{folder} is not empty: give another --output_dir")
         gathered(None)  # all have looked before one writes
         samples = read_jsonl(args.data, task=args.task, part=(rank(), ranks()))
@@ -115,6 +115,13 @@ def main() -> None:
         else:
             policy = Policy.from_pretrained(args.model, device=args.device, autocast=args.bf16, max_pixels=args.max_pixels)
         make_folder(folder)  # before hours of sampling, and after all that can be wrong with the input
+        held = lock(folder / ".lock") if first() else True  # until the program ends
+        if held is None:
+            raise ValueError(f"{folder} is in use: another evaluation is writing there. Give "
+                             "another --output_dir")
+        if any(path.name != ".lock" for path in folder.iterdir()):  # it has ended since we looked
+            raise ValueError(f"{folder} is not empty: give another --output_dir")
+        gathered(None)
     for line in missing:
         print(line)
     if args.model not in (None, "constant"):
@@ -146,6 +153,7 @@ def main() -> None:
         write_report(folder / "report.html", samples, answers, items, title=f"{metrics['model']} on {args.data}",
                      count=args.report_items, **reading)
     print(table)
+    (folder / ".lock").unlink(missing_ok=True)  # who waits for it finds the folder full
 
 
 def constant_answers(train: list[Sample], samples: list[Sample]) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from minigrpo.data import clean, read_jsonl
 from minigrpo.data.clean import COMPARES, clean_report
-from minigrpo.data.rewrite import PROMPT, Endpoint, is_loopback, rewrite_all
+from minigrpo.data.rewrite import PROMPT, Endpoint, is_loopback, key_of, rewrite_all
 
 CASES = [
     ("Unchanged small left pleural effusion. Heart normal.", "Small left pleural effusion. Heart normal."),
@@ -145,6 +145,23 @@ def test_bad_answers_are_errors_and_never_kept(serve, tmp_path, monkeypatch, rep
     with pytest.raises(ValueError, match=message):
         rewrite_all(Endpoint(server.address, "m"), ["x"], tmp_path / "cache.jsonl")
     assert (tmp_path / "cache.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("Clear <image> lungs.", {}), ("Clear.<|im_end|>", {}),
+    ("The <answer>lungs</answer> clear.", {}),
+    ("<think>Hm", {}), ("\u200b\u2060", {}), ("Half a rep", {"finish_reason": "content_filter"})])
+def test_what_no_report_may_hold_is_no_answer(serve, tmp_path, text, reason):
+    """Bug: one such answer made a file that every program refuses as a whole; what a filter had
+    cut was kept as a report."""
+    server = serve(lambda body: said(text, **reason) if question(body) == "odd" else said("Clear."))
+    endpoint, cache = Endpoint(server.address, "m"), tmp_path / "cache.jsonl"
+    assert rewrite_all(endpoint, ["odd", "even"], cache) == [None, "Clear."]
+    rows = [json.loads(line) for line in cache.read_text().splitlines()]
+    odd = {"key": key_of("m", PROMPT, "odd"), "answer": text}  # as an older version kept it
+    if not reason:
+        cache.write_text("".join(json.dumps(row) + "\n" for row in [*rows, odd]))
+        assert rewrite_all(endpoint, ["odd", "third"], cache) == [None, "Clear."]
 
 
 def test_a_redirect_is_not_followed(serve, tmp_path):

@@ -33,6 +33,9 @@ REFUSED = [
     ("answer changed", reply(answer="Answer: " + GOLD.answer), True),
     ("too short", reply(trace="Enlarged heart"), True),
     ("too long", reply(trace="dense " * 601), True),
+    ("holds a mark", reply(trace=f"{TRACE} <|im_end|>"), True),
+    ("holds a mark", reply(trace=f"{TRACE} <image>"), True),
+    ("holds a mark", reply(trace=f"{TRACE} <answer>"), True),
     ("copies the answer", reply(trace=f"I see it: {GOLD.answer} So it is."), True),
     *(("leaks the answer", reply(trace=f"{TRACE}, {leak}"), True) for leak in (
         "as the given answer says", "which fits the reference report", "Consistent with the report.", "The ground truth names it",

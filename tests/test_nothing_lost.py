@@ -431,15 +431,20 @@ def changed(what, data):
         (data / "test.jsonl").write_text((data / "train.jsonl").read_text())
     elif what == "the model":
         flip_a_bit(data / "model/config.json")
+    elif what == "weights of the same size":
+        path = data / "model/model.safetensors"
+        path.write_bytes(bytes(255 - byte for byte in path.read_bytes()))
 
 
 @pytest.mark.parametrize("what, said", [
     ("order", "--train_data"), ("half", "--train_data"), ("a word", "--train_data"), ("a film", "films"),
-    ("validation", "--eval_data"), ("the model", "--model"), ("nothing", None)])
+    ("validation", "--eval_data"), ("the model", "--model"),
+    ("weights of the same size", "--model"), ("nothing", None)])
 def test_changed_data_are_named_on_resume(what, said, place, phantom, tmp_path, capsys):
     """Bug: a run went on with a file that had been reordered, edited or halved, to other weights, without a word."""
     data = shutil.copytree(phantom, tmp_path / "data")
     shutil.copytree(place.folder / "model", data / "model")
+    (data / "model/checksums.json").unlink(missing_ok=True)  # a model from elsewhere has none
     words = ["--model", data / "model", "--train_data", data / "train.jsonl", "--eval_data", data / "test.jsonl", "--eval_steps", 1,
              "--output_dir", tmp_path / "run"]
     samples = lambda: read_jsonl(data / "train.jsonl", verify_images=False)
@@ -449,6 +454,47 @@ def test_changed_data_are_named_on_resume(what, said, place, phantom, tmp_path, 
     assert f"the content of {said}" in notes.replace("the content of the films", "the content of films") if said else not notes
     again = opened(capsys, [*words, "--resume"], samples())
     assert again == notes.replace(" now; ", " since step 0; "), "it is still not what the run began with"
+
+
+def test_other_weights_of_the_reward_are_named_on_resume(place, tmp_path):
+    """Bug: with another file in --reward_weights the reward was another one, without a word."""
+    (tmp_path / "encoder").mkdir()
+    words = map(str, place("train_grpo", "weights"))
+    args = parse_args(train_grpo.GrpoArguments, "", [*words])
+    args.reward_weights = str(tmp_path)
+    told = []
+    for name in ("chexbert.pth", "encoder/model.safetensors"):
+        for byte in b"ab":
+            (tmp_path / name).write_bytes(bytes([byte]) * 2_000_000)
+            told.append(starts.content(args, [])["--reward_weights"])
+    assert len(set(told)) == 4
+
+
+@pytest.mark.parametrize("name", [".lock", "args.json", "starts.jsonl", "metrics.jsonl"])
+def test_a_pipe_in_a_run_s_folder_is_not_waited_for(name, place, capsys):
+    """Bug: --resume hung as it opened the pipe."""
+    words = place("train_sft", f"pipe{name}")
+    opened(capsys, words)
+    path = place.folder / f"pipe{name}" / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # without the mend: no hang of the tests
+    try:
+        with pytest.raises(ValueError, match="no plain file"):
+            folder._check_folder(path.parent, parse_args(train_sft.SftArguments, "",
+                                                         [*map(str, words), "--resume"]))
+    finally:
+        os.close(reader)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "checksums.json"])
+def test_a_pipe_in_a_checkpoint_is_damage(name, tmp_path):
+    with files.aside(tmp_path / "step") as part:
+        part.mkdir()
+        (part / "a.safetensors").write_bytes(b"a")
+    (tmp_path / "step" / name).unlink()
+    os.mkfifo(tmp_path / "step" / name)
+    assert files.damage(tmp_path / "step") == f"{name} is no plain file"
 
 
 def test_other_versions_are_named_on_resume(place, capsys, monkeypatch):

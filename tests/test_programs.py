@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from minigrpo.data import Sample
+from minigrpo.run.files import lock
 from minigrpo.tiny import tiny_policy
 from tests.processes import finish, grpo, python as run, sft, start
 from train_sft import SftArguments, make_optimizers
@@ -210,6 +211,19 @@ def test_a_run_is_never_overwritten(trained, phantom, tmp_path):
     assert "not empty" in run(*sft(phantom, tmp_path / "mine"), code=1)
     assert "not empty" in run("evaluate.py", "--model", trained / "sft/final", "--data", phantom / "test.jsonl", "--output_dir",
                               trained / "sft", code=1)
+
+
+def test_two_evaluations_do_not_share_a_folder(trained, phantom, tmp_path):
+    """Bug: both found it empty, and the second to end wrote over the first one's answers."""
+    (tmp_path / "both").mkdir()
+    held = lock(tmp_path / "both/.lock")
+    words = ("evaluate.py", "--model", "constant", "--train_data", phantom / "train.jsonl",
+             "--data", phantom / "test.jsonl", "--output_dir", tmp_path / "both")
+    said = run(*words, code=1)
+    assert "in use" in said and [path.name for path in (tmp_path / "both").iterdir()] == [".lock"]
+    held.close()  # as a kill would leave it
+    run(*words)
+    assert not (tmp_path / "both/.lock").exists()
 
 
 @pytest.mark.parametrize("program", ["train_sft.py", "train_grpo.py", "evaluate.py"])

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from ..visible import visible
+from .schema import record_errors
 
 # Sets that anyone may download, and the drawn one. Reports of all others, also of files that name no source, stay on this machine.
 OPEN_SETS = ("openi", "nih", "jsrt", "phantom", "scenes")
@@ -40,6 +41,7 @@ NOTHING = "NONE"
 TRIES = 5  # of a question: a busy server answers 429 or 5xx, a broken one half an answer
 AGAIN = (408, 425, 429)  # and all from 500 on: worth another try
 MOST_BYTES = 4 * 2**20  # of an answer; one of 2,048 tokens has some 10 kB
+HALF = ("length", "content_filter", "abort")  # finish_reason of an answer that lacks a part
 MOST_FAILURES = 20  # questions in a row without an answer: the server is gone, or was never one
 LEAST_KEY = 4  # characters of a key that is blanked: "x" would blank half of a message
 
@@ -120,10 +122,13 @@ class Endpoint:
         """The model's version of one report, "" where it found nothing to keep."""
         said, whole = self.chat([{"role": "system", "content": PROMPT}, {"role": "user", "content": text}])
         if not whole:
-            raise NoAnswer(f"{self.model} was cut off at its longest answer: raise the server's "
-                           "limit, or half reports would be kept")
+            raise NoAnswer(f"{self.model} was cut off, at its longest answer or by a filter: raise "
+                           "the server's limit, or half reports would be kept")
         said = said.rpartition("</think>")[2].strip()
-        return "" if said.rstrip(".") == NOTHING else " ".join(said.split())
+        report = "" if said.rstrip(".") == NOTHING else " ".join(said.split())
+        if wrong := report and unusable(report):
+            raise NoAnswer(f"{self.model} wrote what no report may hold ({self._blank(wrong)})")
+        return report
 
     def chat(self, messages: list[dict], **settings) -> tuple[str, bool]:
         """(what the model says, whether it came to its end). NoAnswer where it says nothing that
@@ -192,7 +197,7 @@ class Endpoint:
         try:
             choice = json.loads(data)["choices"][0]
             said = choice["message"]["content"].strip()
-            whole = choice.get("finish_reason") != "length"
+            whole = choice.get("finish_reason") not in HALF
             said.encode()
         except (KeyError, IndexError, TypeError, AttributeError):
             raise NoAnswer("answered without choices[0].message.content: is it an "
@@ -239,7 +244,7 @@ def rewrite_all(endpoint: Endpoint, texts: Sequence[str], cache: Path,
     """A rewritten text for each, in order, None where there is no answer. Each distinct text is
     asked once; `cache` gains a line with every answer."""
     keys = [key_of(endpoint.model, PROMPT, text) for text in texts]
-    return ask_all(endpoint.rewrite, texts, keys, cache, workers, "rewrite", is_text)
+    return ask_all(endpoint.rewrite, texts, keys, cache, workers, "rewrite", is_report)
 
 
 def key_of(*parts) -> str:
@@ -294,6 +299,18 @@ def is_text(answer: object) -> bool:
         return isinstance(answer, str) and bool(answer.encode() or True)
     except UnicodeEncodeError:
         return False
+
+
+def unusable(answer: str, thinking: str | None = None) -> str | None:
+    """Why a file with this answer in a line would be refused as a whole, if it would."""
+    line = {"id": "asked", "image": None, "task": "report", "question": "asked", "answer": answer,
+            "thinking": thinking}
+    return next(record_errors(line), None)
+
+
+def is_report(answer: object) -> bool:
+    """Whether it is what `Endpoint.rewrite` gives: "", or a text that a report may be."""
+    return is_text(answer) and not (answer and unusable(answer))
 
 
 def is_reply(answer: object) -> bool:

@@ -7,13 +7,15 @@ from pathlib import Path
 import yaml
 
 from .boxes import split_thinking
+from .rewrite import unusable
 from .sample import Sample
 from .scenes import named, where
 
 TEMPLATES = Path(__file__).with_name("reasoning.yaml")
 NEEDED = ("search", "pin_down", "system", "user", "leaks", "words", "drawn")
 # Why a reply is refused, in the order in which it is looked at.
-REASONS = ("cut off", "no block", "not one closed block", "answer changed", "too short", "too long", "leaks the answer", "copies the answer")
+REASONS = ("cut off", "no block", "not one closed block", "answer changed", "too short", "too long",
+           "leaks the answer", "copies the answer", "holds a mark")
 
 
 def read_templates(path: Path = TEMPLATES) -> dict:
@@ -47,7 +49,9 @@ def check_reply(reply: str, whole: bool, sample: Sample, templates: dict) -> tup
     plain = lambda text: " ".join(text.split())
     words, bounds = len(thinking.split()), templates["words"]
     refused = (not whole, not thinking, not ok, plain(answer) != plain(sample.answer), words < bounds["least"], words > bounds["most"],
-               any(leak.search(thinking) for leak in templates["leaks"]), plain(sample.answer) in plain(thinking))
+               any(leak.search(thinking) for leak in templates["leaks"]),
+               plain(sample.answer) in plain(thinking),
+               unusable(sample.answer, thinking) is not None)
     reason = next((reason for reason, holds in zip(REASONS, refused, strict=True) if holds), "")
     return ("" if reason else thinking, reason)
 

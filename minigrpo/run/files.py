@@ -144,6 +144,10 @@ def seal(part: Path, path: Path, *, durable: bool = True) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a sealed folder: a file that is missing, or not as it was written; None
     where all is well."""
+    odd = [path for path in folder.rglob("*") if path.exists() and not path.is_dir()
+           and not path.is_file()]
+    if odd:  # reading a pipe would wait for ever
+        return f"{odd[0].relative_to(folder)} is no plain file"
     try:
         sums = json.loads((folder / CHECKSUMS).read_text())
     except (OSError, ValueError, RecursionError):

@@ -26,6 +26,8 @@ from minigrpo.run.plots import draw_curves
 from minigrpo.run.starts import add_start, differences, past_starts, this_start
 from minigrpo.run.state import check_optimizer
 
+OWN = (".lock", "args.json", "starts.jsonl", "metrics.jsonl", "metrics.jsonl.damaged",
+       "rollouts.jsonl", "rollouts.jsonl.damaged")  # files that are read or opened at a start
 STEP = re.compile(r"step-([0-9]{6,})")
 
 
@@ -61,6 +63,10 @@ def open_run(args, checkpoint: Path | None = None, samples: Sequence[Sample] = (
 def _check_folder(folder: Path, args) -> dict | None:
     """The arguments that the run in this folder began with; None where there is none yet."""
     path = folder / "args.json"
+    for name in OWN:  # opening a pipe would wait for ever
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is no plain file: remove it, or give another "
+                             "--output_dir")
     if not path.exists():
         ours = (".lock", "args.json.part")
         if folder.is_dir() and any(inside.name not in ours for inside in folder.iterdir()):

@@ -24,6 +24,7 @@ from minigrpo.run.log import read_rows
 
 FILE = "starts.jsonl"
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "peft")
+PIECE = 4096  # bytes of a large file that are read at each of 64 places
 FREE = {"resume", "save_steps", "output_dir", "device", "keep_checkpoints", "track",
         "reward_timeout", "shard", "plan"}  # arguments whose change is nobody's concern
 
@@ -105,6 +106,8 @@ def content(args, samples: Sequence[Sample]) -> dict[str, str]:
                           + _hash(sorted(films)))
     if Path(args.model).is_dir():
         found["--model"] = of_folder(Path(args.model))
+    if path := getattr(args, "reward_weights", None):
+        found["--reward_weights"] = of_folder(Path(path), "*", "*/model.safetensors")
     for name in re.findall(r"([\w.]+):\w+", getattr(args, "reward", "")):
         if file := getattr(sys.modules.get(name), "__file__", None):
             found[name] = of_file(Path(file))
@@ -115,13 +118,25 @@ def of_file(path: Path) -> str:
     return f"{path.stat().st_size:,} bytes, {checksum(path)[:16]}"
 
 
-def of_folder(folder: Path) -> str:
-    """Names and sizes of all files, and the bytes of small ones, among them the checksums of all
-    in a checkpoint of ours."""
-    files = sorted((path.name, path.stat().st_size, path) for path in folder.iterdir()
+def of_folder(folder: Path, *patterns: str) -> str:
+    """Names and sizes of all files, the bytes of small ones, among them the checksums of all in a
+    checkpoint of ours, and a sample of large ones: other weights of one model are as large."""
+    paths = {path for pattern in patterns or ("*",) for path in folder.glob(pattern)}
+    files = sorted((str(path.relative_to(folder)), path.stat().st_size, path) for path in paths
                    if path.is_file())
-    known = [(name, size, checksum(path) if size < 1e6 else "") for name, size, path in files]
+    known = [(name, size, checksum(path) if size < 1e6 else sampled(path, size))
+             for name, size, path in files]
     return f"{len(files)} files, {sum(size for _, size, _ in files):,} bytes, {_hash(known)}"
+
+
+def sampled(path: Path, size: int) -> str:
+    """A hash of 64 pieces of the file, evenly spread: training changes nearly all numbers."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        for place in range(64):
+            file.seek((size - PIECE) * place // 63)
+            found.update(file.read(PIECE))
+    return found.hexdigest()
 
 
 def _hash(things: list) -> str:
