@@ -38,7 +38,7 @@ from minigrpo.run.plots import COLORS, draw_line  # noqa: E402
 from minigrpo.run.validate import greedy_answers  # noqa: E402
 
 QUESTION = "What is here?"
-KINDS = [f"{colour} {shape}" for colour in ("red", "green", "blue", "yellow") for shape in ("ball", "star", "fish", "tree", "house")]
+KINDS = [f"{colour} {shape}" for colour in ("red", "green", "blue", "yellow") for shape in ("ball", "star", "fish", "house")]
 GROUNDS = ((200, 215, 235), (205, 225, 195), (235, 225, 205), (215, 215, 220))
 COLUMNS, ROWS, CELL = 3, 2, 32  # a picture has 96 x 64 pixels, and a thing lies anywhere in its cell
 FEWEST, MOST = 2, 4  # things in a picture
