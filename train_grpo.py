@@ -11,13 +11,15 @@ The defaults are the paper's. Other papers' settings are files: configs/dapo.yam
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import minigrpo  # noqa: F401  before torch: it says how OpenMP's threads wait
 import torch
 from tqdm import tqdm
 
-from minigrpo.data import ask_to_think, check_apart, read_jsonl, scale_note
+from minigrpo.data import Sample, ask_to_think, check_apart, read_jsonl, scale_note
 from minigrpo.grpo import grpo_step
 from minigrpo.lora import add_adapters
 from minigrpo.loss import (AGGREGATIONS, ESTIMATORS, KINDS, LEVELS, SCALES, grpo_loss)
@@ -27,13 +29,12 @@ from minigrpo.rewards.weights import cache_dir
 from minigrpo.run.args import RunArguments, at_least_one, check_box_scale, checked_device, input_errors, parse_args
 from minigrpo.run.distributed import (first, in_order, join, owned, rank, ranks, say)
 from minigrpo.run.folder import last_checkpoint, open_run, run_errors, step_of
-from minigrpo.run.groups import padding_share
 from minigrpo.run.guard import Skipped, check_timeout, halving
-from minigrpo.run.log import JsonLines, Means, group_rows, peak_memory_gb, rollout_stats
+from minigrpo.run.log import JsonLines, group_rows
 from minigrpo.run.node import ArmouredNode
 from minigrpo.run.plan import explain, plan_grpo
 from minigrpo.run.plots import draw_curves, due
-from minigrpo.run.roofline import efficiency, measure_roofline, note_on_bf16
+from minigrpo.run.roofline import measure_roofline, note_on_bf16
 from minigrpo.run.save import graceful_stop, save_best, save_checkpoint, save_final, stop_early
 from minigrpo.run.schedule import SCHEDULES, learning_rate_at, rise_of, set_learning_rate
 from minigrpo.run.shard import apart, shard, whole
@@ -190,38 +191,13 @@ def main() -> None:
         checkpoint = last_checkpoint(args)
         reward = reward_fn(args.reward, box_scale=args.box_scale, weights_dir=args.reward_weights,
                            device=args.reward_device or args.device, cache=cache_dir() / "references.sqlite")
-        # Absolute, so that films are found whatever a reward of the user's own does to the working
-        # directory.
-        found = read_jsonl(os.path.abspath(args.train_data), task=args.task, part=(rank(), ranks()))
-        validation = []
-        if args.eval_data:
-            validation = read_jsonl(os.path.abspath(args.eval_data), task=args.task,
-                                    part=(rank(), ranks()))
-        names = "--train_data", f"--eval_data {args.eval_data}"
-        if shared := check_apart(found, validation, names):
-            say(f"note: {shared}")
-        validation = [sample for sample in validation if sample.task in reward.tasks]
-        train = [sample for sample in found if sample.task in reward.tasks]
-        if not train:
-            raise ValueError(f"--reward {args.reward} covers {', '.join(sorted(reward.tasks))}: no sample of "
-                             f"{args.train_data} is left (--task {args.task})")
-        if args.eval_data and not validation:
-            raise ValueError(f"--reward {args.reward} covers no sample of --eval_data {args.eval_data} (--task {args.task})")
+        train, validation, left_out = load_data(args, reward)
         if args.plan is not None:
             return print(explain(args, lambda args: plan_grpo(args, train, make_optimizers), f"every answer of {args.max_new_tokens} tokens"))
 
-        def load(model: str) -> Policy:
-            policy = Policy.from_pretrained(model, device=args.device, autocast=args.bf16, max_pixels=args.max_pixels)
-            return shard(policy) if args.shard else policy
-
-        train, validation = (ask_to_think(found) if args.think else found for found in (train, validation))
-        if args.lora_rank:
-            policy = reference = add_adapters(load(args.model), args, checkpoint)
-        else:
-            policy, reference = load(checkpoint or args.model), load(args.model).freeze() if args.kl_coef else None
-            if reference and [p.shape for p in policy.model.parameters()] != [p.shape for p in reference.model.parameters()]:
-                raise ValueError(f"--model {args.model} has other layers or tokens than {checkpoint}, so it can't be its reference: resume "
-                                 "with the --model that the run began with")
+        if args.think:
+            train, validation = ask_to_think(train), ask_to_think(validation)
+        policy, reference = load_models(args, checkpoint)
         reward.opened = policy.opened  # Thinking's chat template writes the first <think> itself
         start = step_of(checkpoint)
         folder, lock = open_run(args, checkpoint, train + validation)
@@ -237,7 +213,7 @@ def main() -> None:
         load_optimizers(checkpoint, policy, optimizer)
     skipped, track = Skipped(folder, args, int(sum(metrics.past("skipped_updates")))), tracker(args, folder, start)
     best = max(metrics.past("eval_reward"), default=-math.inf)
-    say(f"GRPO: {len(train)} samples ({len(found) - len(train)} left out: --reward covers "
+    say(f"GRPO: {len(train)} samples ({left_out} left out: --reward covers "
         f"{', '.join(sorted(reward.tasks))}), {args.prompts_per_step} prompts x {args.group_size} answers a step, "
         f"{ranks()} x {args.device}")
     for note in args.inert():
@@ -252,21 +228,14 @@ def main() -> None:
         for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="grpo",
                                  disable=not first())):
             node.begin(step)
-            means, skipped_before = Means(), skipped.count
             rate = learning_rate_at(step, args.max_steps, args.learning_rate, args.warmup, args.lr_schedule)
             set_learning_rate([optimizer], rate)
             done = grpo_step(policy, reference, optimizer, lambda: node.collect(policy, train, reward), args, node)
-            for weight, figures in done.figures:
-                means.add(weight, **figures)
             if step == start and (note := scale_note(node.groups.rollout.texts, [s for s in node.groups.samples for _ in range(args.group_size)],
                                                      reward.opened, args.box_scale)):
                 say(f"note: {note}")
 
-            row = {"step": step, **rollout_stats(node.groups, reward.opened), "groups_replaced": node.replaced, **means.row(),
-                   "learning_rate": rate, "skipped_updates": skipped.count - skipped_before, **node.timer.row(),
-                   "peak_memory_gb": peak_memory_gb(policy.device),
-                   **efficiency(policy, done.groups.prompts, done.groups.rollout, node.timer.seconds,
-                                padding_share(done.groups.prompts, done.mask, done.parts), limits)}
+            row = {"step": step, **node.row(policy, done, reward.opened, limits), "learning_rate": rate}
             if validation and (step + 1) % args.eval_steps == 0:
                 with whole(policy):
                     value = halving(args, "rollout_rows",
@@ -293,6 +262,44 @@ def main() -> None:
             draw_curves(folder)
         save_final(folder, args.max_steps, policy, optimizer)
     say(f"saved {folder / 'final'}")
+
+
+def load_data(args: GrpoArguments, reward: Callable) -> tuple[list[Sample], list[Sample], int]:
+    """The samples that the reward covers, for training and for validation, and how many for training it does not."""
+    # Absolute, so that films are found whatever a reward of the user's own does to the working
+    # directory.
+    found = read_jsonl(os.path.abspath(args.train_data), task=args.task, part=(rank(), ranks()))
+    validation = []
+    if args.eval_data:
+        validation = read_jsonl(os.path.abspath(args.eval_data), task=args.task,
+                                part=(rank(), ranks()))
+    names = "--train_data", f"--eval_data {args.eval_data}"
+    if shared := check_apart(found, validation, names):
+        say(f"note: {shared}")
+    validation = [sample for sample in validation if sample.task in reward.tasks]
+    train = [sample for sample in found if sample.task in reward.tasks]
+    if not train:
+        raise ValueError(f"--reward {args.reward} covers {', '.join(sorted(reward.tasks))}: no sample of "
+                         f"{args.train_data} is left (--task {args.task})")
+    if args.eval_data and not validation:
+        raise ValueError(f"--reward {args.reward} covers no sample of --eval_data {args.eval_data} (--task {args.task})")
+    return train, validation, len(found) - len(train)
+
+
+def load_models(args: GrpoArguments, checkpoint: Path | None) -> tuple[Policy, Policy | None]:
+    """The policy and its frozen reference, None without KL; with adapters they are one model."""
+    def load(model: str) -> Policy:
+        policy = Policy.from_pretrained(model, device=args.device, autocast=args.bf16, max_pixels=args.max_pixels)
+        return shard(policy) if args.shard else policy
+
+    if args.lora_rank:
+        policy = reference = add_adapters(load(args.model), args, checkpoint)
+    else:
+        policy, reference = load(checkpoint or args.model), load(args.model).freeze() if args.kl_coef else None
+        if reference and [p.shape for p in policy.model.parameters()] != [p.shape for p in reference.model.parameters()]:
+            raise ValueError(f"--model {args.model} has other layers or tokens than {checkpoint}, so it can't be its reference: resume "
+                             "with the --model that the run began with")
+    return policy, reference
 
 
 def make_optimizers(policy: Policy, args: GrpoArguments) -> list[torch.optim.Optimizer]:

@@ -6,9 +6,10 @@ from contextlib import ExitStack, contextmanager
 from minigrpo import grpo
 from minigrpo.data import batch_at
 from minigrpo.run.distributed import deal, ranks, share, share_weights, sum_gradients, total
-from minigrpo.run.groups import Groups, of_all_ranks
+from minigrpo.run.groups import Groups, of_all_ranks, padding_share
 from minigrpo.run.guard import Skipped, agreed_scores, halving, in_time
-from minigrpo.run.log import Timer, group_rows
+from minigrpo.run.log import Means, Timer, group_rows, peak_memory_gb, rollout_stats
+from minigrpo.run.roofline import efficiency
 from minigrpo.run.shard import clip_gradients, in_step, whole
 
 
@@ -22,6 +23,7 @@ class ArmouredNode(grpo.Node):
 
     def begin(self, number: int) -> None:
         self.number, self.update, self.timer, self.replaced = number, 0, Timer(), 0
+        self.skipped_before = self.skipped.count
 
     @contextmanager
     def phase(self, name, *models):
@@ -83,3 +85,15 @@ class ArmouredNode(grpo.Node):
                 prompts = policy.encode(own.samples)
         own.prompts, own.spans = prompts, spans
         return own
+
+    def row(self, policy, done: grpo.Step, opened: bool, limits: dict | None) -> dict:
+        """The figures of the step, for metrics.jsonl."""
+        means = Means()
+        for weight, figures in done.figures:
+            means.add(weight, **figures)
+        prompts, rollout = done.groups.prompts, done.groups.rollout
+        padding = padding_share(prompts, done.mask, done.parts)
+        return {**rollout_stats(self.groups, opened), "groups_replaced": self.replaced,
+                **means.row(), "skipped_updates": self.skipped.count - self.skipped_before,
+                **self.timer.row(), "peak_memory_gb": peak_memory_gb(policy.device),
+                **efficiency(policy, prompts, rollout, self.timer.seconds, padding, limits)}
