@@ -84,6 +84,8 @@ def main() -> None:
         where = {"films": Path(args.data)} if args.data is not None else {}
         where |= {name: out / folder for name, folder in FOLDERS.items() if name not in where}
         held, begun = begin(out, args, runs)  # `held` as long as this process lives
+        for run in runs:  # two processes share the films of a step: two threads in one gain nothing
+            run.ranks = begun["jobs"] if run.command[0] == "train_sft.py" else 1
         if not all(is_done(where[run.name]) for run in runs):
             (out / "results.json").unlink(missing_ok=True)  # a stage was removed by hand, to do it again
 

@@ -118,7 +118,7 @@ class QuickArguments:
     train: int = field(default=1600, metadata={"help": "pictures to learn from"})
     test: int = field(default=256, metadata={"help": "held-out pictures, on which everything is measured"})
     sft_steps: int = field(default=140, metadata={"help": "steps of SFT, 16 pictures each"})
-    grpo_steps: int = field(default=85, metadata={"help": "steps of GRPO, 16 pictures with 8 answers each"})
+    grpo_steps: int = field(default=70, metadata={"help": "steps of GRPO, 16 pictures with 8 answers each"})
 
     def check(self) -> None:
         for name in ("train", "sft_steps", "grpo_steps"):

@@ -14,6 +14,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -45,6 +46,7 @@ class Run:
     name: str
     command: list  # what follows `python`; {out} is its own folder, {NAME} that of another run
     alone: bool = False  # has all threads, and nothing runs beside it
+    ranks: int = 1  # processes that share its work, as under torchrun
 
     @property
     def needs(self) -> list[str]:
@@ -80,9 +82,10 @@ def run_all(runs: list[Run], where: dict[str, Path], root: Path, *, jobs: int, t
                     line, folder = run.line(where), where[run.name]
                     if not folder.exists():
                         spent.forget(folder)
-                    screen.say(f"\n[{runs.index(run) + 1} of {len(runs)}] {announce(run)}\n$ {typed(line)}")
+                    screen.say(f"\n[{runs.index(run) + 1} of {len(runs)}] {announce(run)}\n$ {typed_for(run, line)}")
                     screen.follow(run.name, log_of(folder))
-                    process = start(line, folder, threads if run.alone else max(1, threads // jobs))
+                    share = threads if run.alone else max(1, threads // jobs)
+                    process = start(line, folder, max(1, share // run.ranks), run.ranks)
                     going[process.sentinel] = process, run
                 ended = wait(list(going), timeout=0.5)
                 spent.add([where[run.name] for _, run in going.values()], save=bool(ended))
@@ -147,15 +150,25 @@ def startable(waiting: list[Run], done: set[str], going: list[Run], jobs: int) -
     return chosen
 
 
-def start(line: list[str], folder: Path, threads: int) -> multiprocessing.Process:
+def typed_for(run: Run, line: list[str]) -> str:
+    """What one would type for it."""
+    text = typed(line)
+    if run.ranks == 1:
+        return text
+    program = text.removeprefix("python ") if text.startswith("python ") else f"-m {text}"
+    return f"torchrun --nproc-per-node {run.ranks} {program}"
+
+
+def start(line: list[str], folder: Path, threads: int, ranks: int = 1) -> multiprocessing.Process:
     """The program as a process: training goes on from its checkpoint, all else begins anew."""
     if line[0].startswith("train_"):
         line = [*line, "--resume"]
     elif folder.exists():
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    fork = multiprocessing.get_context("fork").Process
 
-    def child() -> None:
+    def program(rank: int, port: int) -> None:
         for number in STOP_CODES:
             signal.signal(number, signal.SIG_DFL)  # which just ends what has no checkpoint to leave, and its own children
         threading.Thread(target=end_with_parent, daemon=True).start()
@@ -165,10 +178,49 @@ def start(line: list[str], folder: Path, threads: int) -> multiprocessing.Proces
         sys.stdout = sys.stderr = os.fdopen(handle, "w", buffering=1, errors="replace")
         steady_output()
         torch.set_num_threads(threads)
+        if ranks > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         python(line)
-    process = multiprocessing.get_context("fork").Process(target=child, name=folder.name)
+
+    def all_ranks() -> None:
+        """Starts the ranks and ends as they do: where one fails, or SIGTERM comes, all get SIGTERM."""
+        processes = [fork(target=program, args=(rank, port)) for rank in range(ranks)]
+
+        def end_all(*_) -> None:
+            for process in processes:
+                if process.pid and process.exitcode is None:
+                    os.kill(process.pid, signal.SIGTERM)
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the ranks have it from the terminal, too
+        signal.signal(signal.SIGTERM, end_all)
+        for process in processes:
+            process.start()
+        threading.Thread(target=end_with_parent, daemon=True).start()
+        going = {process.sentinel: process for process in processes}
+        while going:
+            for sentinel in wait(list(going)):
+                process = going.pop(sentinel)
+                process.join()
+                if process.exitcode:
+                    end_all()
+        # A rank that lost another ends with 1: what ended the other is what happened.
+        code = next(iter(sorted((p.exitcode for p in processes if p.exitcode), key=lambda c: c == 1)), 0)
+        if code < 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), -code)
+        os._exit(code)
+
+    port = free_port() if ranks > 1 else 0
+    process = fork(target=all_ranks) if ranks > 1 else fork(target=program, args=(0, 0), name=folder.name)
     process.start()
     return process
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def end_with_parent() -> None:
