@@ -22,7 +22,7 @@ from tqdm import tqdm
 from minigrpo.data import Sample, ask_to_think, check_apart, read_jsonl, scale_note
 from minigrpo.grpo import grpo_step
 from minigrpo.lora import add_adapters
-from minigrpo.loss import (AGGREGATIONS, ESTIMATORS, KINDS, LEVELS, SCALES, grpo_loss)
+from minigrpo.loss import (AGGREGATIONS, ESTIMATORS, SURROGATES, RATIO_LEVELS, SCALES, grpo_loss)
 from minigrpo.policy import Policy
 from minigrpo.rewards import reward_fn
 from minigrpo.rewards.weights import cache_dir
@@ -81,17 +81,17 @@ class GrpoArguments(RunArguments):
     leave_one_out: bool = field(default=False, metadata={
         "help": "compare each answer with the mean of the others, which is n / (n - 1) times the advantage (RLOO); with "
                 "--advantage_scale none an unbiased policy gradient"})
-    level: str = field(default="token", metadata={
+    ratio_level: str = field(default="token", metadata={
         "help": "one ratio a token, or the geometric mean over the answer (sequence: GSPO, which clips at --clip_low 3e-4 "
-                "--clip_high 4e-4, for a mean over hundreds of tokens hardly moves, and uses --how sequence-mean)",
-        "choices": list(LEVELS)})
-    kind: str = field(default="clip", metadata={
+                "--clip_high 4e-4, for a mean over hundreds of tokens hardly moves, and uses --aggregation sequence-mean)",
+        "choices": list(RATIO_LEVELS)})
+    surrogate: str = field(default="clip", metadata={
         "help": "clip: beyond the clip a token has no gradient (PPO); cispo: all keep theirs, with the ratio as a bounded weight "
-                "(MiniMax-M1)", "choices": list(KINDS)})
+                "(MiniMax-M1)", "choices": list(SURROGATES)})
     clip_low: float = field(default=0.2, metadata={"help": "the ratio may fall to 1 - clip_low"})
     clip_high: float = field(default=0.28, metadata={"help": "the ratio may rise to 1 + clip_high (DAPO's clip-higher)"})
     dual_clip: float = field(default=3.0, metadata={"help": "bound of the ratio where the advantage is negative; 0: none"})
-    cispo_cap: float = field(default=5.0, metadata={"help": "largest weight with --kind cispo; its own, not the clip's"})
+    cispo_cap: float = field(default=5.0, metadata={"help": "largest weight with --surrogate cispo; its own, not the clip's"})
     rollout_cap: float = field(default=0.0, metadata={
         "help": "for a sampler whose probabilities are not exactly the trainer's (bf16, another engine): score the answers once "
                 "more before the updates and weigh each token by min(pi_old / pi_sampler, rollout_cap), usually 2 (truncated "
@@ -101,7 +101,7 @@ class GrpoArguments(RunArguments):
     kl_estimator: str = field(default="k3", metadata={"help": "per-token estimate of the KL", "choices": list(ESTIMATORS)})
     kl_ratio: bool = field(default=False, metadata={
         "help": "multiply the estimate by the ratio, which makes the gradient that of KL(policy || reference) (DeepSeek-V3.2)"})
-    how: str = field(default="token-mean", metadata={
+    aggregation: str = field(default="token-mean", metadata={
         "help": "mean over the update's tokens (DAPO, the paper), over answers of their own means (DeepSeekMath: tokens of long "
                 "answers count less), or the sum over answers x --max_new_tokens, a constant (Dr. GRPO)",
         "choices": list(AGGREGATIONS)})
@@ -151,27 +151,27 @@ class GrpoArguments(RunArguments):
     def loss_settings(self) -> dict:
         """What `grpo_loss` is told at every update."""
         return dict(kl_coef=self.kl_coef, kl_estimator=self.kl_estimator, kl_ratio=self.kl_ratio, clip_low=self.clip_low,
-                    clip_high=self.clip_high, dual_clip=self.dual_clip or None, level=self.level, kind=self.kind,
-                    cispo_cap=self.cispo_cap, rollout_cap=self.rollout_cap, how=self.how, max_tokens=self.max_new_tokens)
+                    clip_high=self.clip_high, dual_clip=self.dual_clip or None, ratio_level=self.ratio_level, surrogate=self.surrogate,
+                    cispo_cap=self.cispo_cap, rollout_cap=self.rollout_cap, aggregation=self.aggregation, max_tokens=self.max_new_tokens)
 
     def inert(self) -> list[str]:
-        clip, rise = self.kind == "clip", rise_of(self.max_steps, self.warmup)
+        clip, rise = self.surrogate == "clip", rise_of(self.max_steps, self.warmup)
         notes = [
-            (self.updates_per_rollout == 1, "--updates_per_rollout 1: the ratio is 1 by construction, so --level, --kind, the "
+            (self.updates_per_rollout == 1, "--updates_per_rollout 1: the ratio is 1 by construction, so --ratio_level, --surrogate, the "
              "clips and --cispo_cap change nothing"),
             (self.kl_coef == 0 and (self.kl_ratio or self.kl_estimator != GrpoArguments.kl_estimator),
              "--kl_coef 0: no KL is computed, so --kl_estimator and --kl_ratio are not used"),
             (self.kl_coef > 0 and self.kl_estimator == "k1" and not self.kl_ratio,
              "--kl_estimator k1 without --kl_ratio: its expected gradient on-policy is 0, so it holds nothing"),
-            (not clip, "--kind cispo: --clip_low, --clip_high and --dual_clip are not used"),
-            (clip and self.cispo_cap != GrpoArguments.cispo_cap, f"--kind clip: --cispo_cap {self.cispo_cap} is not used"),
+            (not clip, "--surrogate cispo: --clip_low, --clip_high and --dual_clip are not used"),
+            (clip and self.cispo_cap != GrpoArguments.cispo_cap, f"--surrogate clip: --cispo_cap {self.cispo_cap} is not used"),
             (clip and not self.dual_clip, "--dual_clip 0: nothing bounds the ratio where the advantage is negative"),
             (self.warmup > 0 and rise == 1, f"--warmup {self.warmup} of --max_steps {self.max_steps} is one step at most, so the first step "
              "is at the peak already"),
             (self.lr_schedule != "constant" and self.max_steps - rise <= 1, f"--lr_schedule {self.lr_schedule}: no step is left behind "
              "the warm-up and the peak, so the learning rate never falls"),
-            (self.level == "sequence" and min(self.clip_low, self.clip_high) > 0.01,
-             f"--level sequence: a mean over the answer hardly moves and will not meet --clip_low {self.clip_low} or "
+            (self.ratio_level == "sequence" and min(self.clip_low, self.clip_high) > 0.01,
+             f"--ratio_level sequence: a mean over the answer hardly moves and will not meet --clip_low {self.clip_low} or "
              f"--clip_high {self.clip_high}; GSPO has 3e-4 and 4e-4"),
             ((prompts := self.prompts_per_step // self.updates_per_rollout) < ranks(), f"{prompts} prompts an update for {ranks()} "
              "processes: some wait for the others; raise --prompts_per_step or lower --updates_per_rollout"),

@@ -128,7 +128,7 @@ def grpo_step(policy, reference, optimizer, collect: Callable[[], Groups], args,
         span = slice(among.start * args.group_size, among.stop * args.group_size)
         # Tokens of the whole update, on all ranks: the loss does not depend on the micro-batches.
         denominator = node.total(denominator_of(
-            mask[span][valid[span]], how=args.how, max_tokens=args.max_new_tokens))
+            mask[span][valid[span]], aggregation=args.aggregation, max_tokens=args.max_new_tokens))
 
         def spare():
             return micro_batches(prompts, mask, range(1), args.micro_tokens)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-LEVELS, KINDS, SCALES = ("token", "sequence"), ("clip", "cispo"), ("group", "batch", "none")
+RATIO_LEVELS, SURROGATES, SCALES = ("token", "sequence"), ("clip", "cispo"), ("group", "batch", "none")
 ESTIMATORS, AGGREGATIONS = ("k1", "k2", "k3"), ("token-mean", "sequence-mean", "constant")
 
 
@@ -91,23 +91,23 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, estimator: str = "k3", rati
 
 
 def policy_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, *, clip_low: float = 0.2,
-                clip_high: float = 0.28, dual_clip: float | None = None, level: str = "token", kind: str = "clip",
+                clip_high: float = 0.28, dual_clip: float | None = None, ratio_level: str = "token", surrogate: str = "clip",
                 cispo_cap: float = 5.0) -> tuple[Tensor, dict[str, Tensor]]:
     """Per-token loss [R, T], 0 where masked, and its statistics; logprob, old_logprob, mask [R, T], advantage [R].
 
     clip (PPO 1707.06347, eq. 7; clip_high from DAPO 2503.14476): max(-A rho, -A clip(rho, 1 - low, 1 + high)), and with
-    `dual_clip` c, where A < 0, at most -c A (1912.09729). level "sequence" (GSPO 2507.18071): rho is the geometric mean
-    of the answer's ratios, at every token of it. kind "cispo" (MiniMax-M1 2506.13585): -sg(min(rho, cispo_cap)) A logp,
+    `dual_clip` c, where A < 0, at most -c A (1912.09729). ratio_level "sequence" (GSPO 2507.18071): rho is the geometric mean
+    of the answer's ratios, at every token of it. surrogate "cispo" (MiniMax-M1 2506.13585): -sg(min(rho, cispo_cap)) A logp,
     and the clips are not used. The gradient reaches logprob alone.
 
     Statistics, scalars without gradient over the tokens of the mask: "clip_high", "clip_low", "clip_dual", the shares whose
     gradient each clip took ("clip_high" with cispo: whose weight the cap cut; the others are then absent, as is "clip_dual"
     without dual_clip), and "ratio_deviation", the mean of |rho - 1|.
     """
-    _one_of("level", level, LEVELS)
-    _one_of("kind", kind, KINDS)
-    if level == "sequence" and kind == "cispo":
-        raise ValueError('level="sequence" and kind="cispo" contradict each other: CISPO weighs single tokens')
+    _one_of("ratio_level", ratio_level, RATIO_LEVELS)
+    _one_of("surrogate", surrogate, SURROGATES)
+    if ratio_level == "sequence" and surrogate == "cispo":
+        raise ValueError('ratio_level="sequence" and surrogate="cispo" contradict each other: CISPO weighs single tokens')
     if min(clip_low, clip_high) < 0:
         raise ValueError(f"clip_low and clip_high must be 0 or more, got {clip_low} and {clip_high}")
     if dual_clip is not None and dual_clip <= 1 + clip_high:
@@ -118,11 +118,11 @@ def policy_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: T
     mask = mask.bool()
     logp = _unmasked(logprob, mask)
     log_ratio = logp - _unmasked(old_logprob.detach(), mask)
-    if level == "sequence":
+    if ratio_level == "sequence":
         log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(logp)
     ratio = _finite_exp(log_ratio)  # rho
     a = _unmasked(advantage.detach()[:, None].expand_as(logp), mask)
-    if kind == "cispo":
+    if surrogate == "cispo":
         loss = -ratio.clamp(max=cispo_cap).detach() * a * logp
         stats = {"clip_high": _masked_mean(ratio > cispo_cap, mask)}
     else:
@@ -136,24 +136,24 @@ def policy_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: T
     return torch.where(mask, loss, 0.0), stats
 
 
-def denominator_of(mask: Tensor, *, how: str = "token-mean", max_tokens: int | None = None) -> Tensor:
+def denominator_of(mask: Tensor, *, aggregation: str = "token-mean", max_tokens: int | None = None) -> Tensor:
     """What `aggregate` divides by for mask [R, T], a scalar: tokens; rows that have a token; or R max_tokens.
 
     It adds up: over the micro-batches of an update, and over ranks.
     """
-    _one_of("how", how, AGGREGATIONS)
+    _one_of("aggregation", aggregation, AGGREGATIONS)
     if mask.dim() != 2:
         raise ValueError(f"mask must be [R, T], got {tuple(mask.shape)}")
-    if how == "token-mean":
+    if aggregation == "token-mean":
         return mask.bool().sum()
-    if how == "sequence-mean":
+    if aggregation == "sequence-mean":
         return mask.bool().any(1).sum()
     if max_tokens is None or max_tokens < 1:
-        raise ValueError(f'how="constant" needs max_tokens of 1 or more, got {max_tokens}')
+        raise ValueError(f'aggregation="constant" needs max_tokens of 1 or more, got {max_tokens}')
     return torch.tensor(len(mask) * max_tokens, device=mask.device)
 
 
-def aggregate(per_token: Tensor, mask: Tensor, *, how: str = "token-mean", denominator: float | Tensor | None = None,
+def aggregate(per_token: Tensor, mask: Tensor, *, aggregation: str = "token-mean", denominator: float | Tensor | None = None,
               max_tokens: int | None = None) -> Tensor:
     """Per-token loss [R, T] -> scalar.
 
@@ -161,31 +161,31 @@ def aggregate(per_token: Tensor, mask: Tensor, *, how: str = "token-mean", denom
     sum m l / |o|. "constant" (Dr. GRPO 2503.20783): sum m l / (R max_tokens). `denominator` replaces the count that is
     divided by (`denominator_of`), so that micro-batches and ranks can share the global one. An all-empty mask gives 0.
     """
-    _one_of("how", how, AGGREGATIONS)
+    _one_of("aggregation", aggregation, AGGREGATIONS)
     _same_shape(per_token=per_token, mask=mask)
     if denominator is None:
-        denominator = denominator_of(mask, how=how, max_tokens=max_tokens)
+        denominator = denominator_of(mask, aggregation=aggregation, max_tokens=max_tokens)
     mask, per_token = mask.bool(), _exact(per_token)
     count = torch.as_tensor(denominator, dtype=per_token.dtype)
     if per_token.dim() != 2 or count.dim():
         raise ValueError("per_token must be [R, T] and denominator one number, "
                          f"got {tuple(per_token.shape)} and {tuple(count.shape)}")
     summed = _unmasked(per_token, mask).sum(1)  # (R,)
-    total = (summed / mask.sum(1).clamp(min=1) if how == "sequence-mean" else summed).sum()
+    total = (summed / mask.sum(1).clamp(min=1) if aggregation == "sequence-mean" else summed).sum()
     return total / count.clamp(min=torch.finfo(count.dtype).tiny)
 
 
 def grpo_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, *, ref_logprob: Tensor | None = None,
               kl_coef: float = 0.0, kl_estimator: str = "k3", clip_low: float = 0.2, clip_high: float = 0.28,
-              dual_clip: float | None = None, level: str = "token", kind: str = "clip", cispo_cap: float = 5.0,
+              dual_clip: float | None = None, ratio_level: str = "token", surrogate: str = "clip", cispo_cap: float = 5.0,
               kl_ratio: bool = False, rollout_logprob: Tensor | None = None, rollout_cap: float = 2.0,
-              how: str = "token-mean", denominator: float | Tensor | None = None, max_tokens: int | None = None,
+              aggregation: str = "token-mean", denominator: float | Tensor | None = None, max_tokens: int | None = None,
               ) -> tuple[Tensor, dict[str, Tensor]]:
     """aggregate(policy_loss + kl_coef * kl_penalty): (scalar, statistics as scalars without gradient).
 
     RadVLM-GRPO (2512.10691) sets clip 0.2 / 0.28, dual_clip 3, k3 with kl_coef 0.01, token-mean. All log-probs are [R, T].
     `kl_ratio` multiplies each token's KL by that token's own ratio, exp(logp - logp_old), as
-    DeepSeek-V3.2 writes it (2512.02556). It is the token's also at level "sequence", where the
+    DeepSeek-V3.2 writes it (2512.02556). It is the token's also at ratio_level "sequence", where the
     policy term has the answer's; TRL and Liger take the answer's for both. `rollout_logprob`, the
     sampler's own where it differs from the scorer that gave old_logprob, weighs the policy term by
     sg(min(exp(old - rollout), rollout_cap)), as V-trace does (1802.01561). Statistics: those of
@@ -199,7 +199,7 @@ def grpo_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Ten
     mask = mask.bool()
     logp, old = _unmasked(logprob, mask), _unmasked(old_logprob.detach(), mask)
     loss, stats = policy_loss(logp, old, advantage, mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
-                              level=level, kind=kind, cispo_cap=cispo_cap)
+                              ratio_level=ratio_level, surrogate=surrogate, cispo_cap=cispo_cap)
     if rollout_logprob is not None:
         weight = (old - _unmasked(rollout_logprob.detach(), mask)).exp().clamp(max=rollout_cap)
         loss = weight * loss
@@ -210,7 +210,7 @@ def grpo_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Ten
         stats["kl"] = _masked_mean(kl, mask)
         if kl_coef:
             loss = loss + kl_coef * kl
-    return aggregate(loss, mask, how=how, denominator=denominator, max_tokens=max_tokens), stats
+    return aggregate(loss, mask, aggregation=aggregation, denominator=denominator, max_tokens=max_tokens), stats
 
 
 def _exact(x: Tensor) -> Tensor:

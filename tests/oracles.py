@@ -111,29 +111,29 @@ def clipped(rho, a, low, high, dual):
     return -max(objective, dual * a) if dual is not None and a < 0 else -objective
 
 
-def ratios(logprob, old, mask, level):
+def ratios(logprob, old, mask, ratio_level):
     """rho at each token: its own, or (GSPO) the answer's (prod rho)^(1 / |o|)."""
     out = []
     for lp, lo, m in zip(logprob, old, mask):
         logs = [a - b if on else None for a, b, on in zip(lp, lo, m)]
         own = [x for x in logs if x is not None]
-        if level == "sequence" and own:
+        if ratio_level == "sequence" and own:
             mean = sum(own) / len(own)
             logs = [x if x is None else mean for x in logs]
         out.append([None if x is None else exp(x) for x in logs])
     return out
 
 
-def policy_terms(logprob, old, advantage, mask, *, clip_low=0.2, clip_high=0.28, dual_clip=None, level="token", kind="clip",
+def policy_terms(logprob, old, advantage, mask, *, clip_low=0.2, clip_high=0.28, dual_clip=None, ratio_level="token", surrogate="clip",
                  cispo_cap=5.0):
     """The loss of each token, None where masked."""
     out = []
-    for lp, row, a in zip(logprob, ratios(logprob, old, mask, level), advantage):
+    for lp, row, a in zip(logprob, ratios(logprob, old, mask, ratio_level), advantage):
         terms = []
         for t, rho in enumerate(row):
             if rho is None:
                 terms.append(None)
-            elif kind == "cispo":  # MiniMax-M1, without a lower bound
+            elif surrogate == "cispo":  # MiniMax-M1, without a lower bound
                 terms.append(lp[t] * (-min(sg(rho), cispo_cap) * a))
             else:
                 terms.append(clipped(rho, a, clip_low, clip_high, dual_clip))
@@ -141,20 +141,20 @@ def policy_terms(logprob, old, advantage, mask, *, clip_low=0.2, clip_high=0.28,
     return out
 
 
-def mean(terms, how, max_tokens=None, denominator=None):
+def mean(terms, aggregation, max_tokens=None, denominator=None):
     """DAPO, eq. 8; DeepSeekMath, eq. 3; Dr. GRPO: over tokens, over answers of their means, by a constant."""
     rows = [[x for x in row if x is not None] for row in terms]
-    if how == "sequence-mean":
+    if aggregation == "sequence-mean":
         rows, count = [sum(row) / len(row) for row in rows if row], sum(bool(row) for row in rows)
     else:
-        count = sum(map(len, rows)) if how == "token-mean" else len(rows) * max_tokens
+        count = sum(map(len, rows)) if aggregation == "token-mean" else len(rows) * max_tokens
         rows = [sum(row, 0.0) for row in rows]
     count = count if denominator is None else denominator
     return sum(rows, 0.0) / count if count else 0.0
 
 
 def grpo(logprob, old, advantage, mask, *, ref=None, kl_coef=0.0, kl_estimator="k3", kl_ratio=False, rollout=None,
-         rollout_cap=2.0, how="token-mean", denominator=None, max_tokens=None, **clip):
+         rollout_cap=2.0, aggregation="token-mean", denominator=None, max_tokens=None, **clip):
     """The whole loss of Duals or floats logprob [R][T]; what lies behind the mask is never touched."""
     terms = policy_terms(logprob, old, advantage, mask, **clip)
     rho = ratios(logprob, old, mask, "token")
@@ -168,4 +168,4 @@ def grpo(logprob, old, advantage, mask, *, ref=None, kl_coef=0.0, kl_estimator="
                 k = kl(logprob[i][t], ref[i][t], kl_estimator)
                 term = term + (rho[i][t] * k if kl_ratio else k) * kl_coef
             row[t] = term
-    return mean(terms, how, max_tokens, denominator)
+    return mean(terms, aggregation, max_tokens, denominator)

@@ -3,10 +3,11 @@
 import gzip
 import json
 import os
+import re
 import runpy
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from minigrpo.data import check, clean, join, openi, phantom as phantom_films, s
 from minigrpo.data.convert import adapter_main
 from minigrpo.rewards import Scores
 from minigrpo.run import files
+from minigrpo.run.names import ELSEWHERE, RENAMED
 from minigrpo.run.args import parse_args
 from minigrpo.run.guard import in_time
 from tests import fake_sets
@@ -709,3 +711,33 @@ def test_a_name_that_is_too_long_for_a_file(fails, phantom, tmp_path, program, m
     if module is ask:
         assert "File name too long" in fails(module.main, *words, "--model", "x", "--output",
                                              "x" * 300 + ".png")
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--how", "constant"], "--how is called --aggregation since 0.2.0"),
+    (["--num_generations", 8], "for --num_generations there is --group_size"),
+    (["--beta=0.1"], "for --beta there is --kl_coef"), (["--top_p", 0.9], "from the whole distribution"),
+    (["--learning_rte", 3], "did you mean --learning_rate?")])
+def test_an_argument_of_another_name(words, said, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(train_grpo.GrpoArguments, "", ["--model", "m", "--train_data", "t", "--output_dir", "o", *map(str, words)])
+    assert said in capsys.readouterr().err
+
+
+def test_no_argument_by_its_beginning(capsys):
+    """Bug: train_sft.py --beta 0.1, which elsewhere is the weight of the KL, set --beta2."""
+    with pytest.raises(SystemExit):
+        parse_args(train_sft.SftArguments, "", ["--model", "m", "--train_data", "t", "--output_dir", "o", "--beta", "0.1"])
+    assert "--beta" in capsys.readouterr().err
+
+
+def test_what_is_said_of_other_names_is_true():
+    names = {field.name for kind in (train_grpo.GrpoArguments, train_sft.SftArguments) for field in fields(kind)}
+    assert not set(ELSEWHERE) & names and not set(RENAMED) & names and set(RENAMED.values()) <= names
+    assert {word for text in ELSEWHERE.values() for word in re.findall(r"--(\w+)", text)} <= names
+
+
+def test_an_old_setting_is_answered_with_its_new_name(tmp_path):
+    (tmp_path / "run.yaml").write_text("level: sequence\n")
+    with pytest.raises(ValueError, match="--level is called --ratio_level since 0.2.0"):
+        parse_args(train_grpo.GrpoArguments, "", [str(tmp_path / "run.yaml")])

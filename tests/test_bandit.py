@@ -30,7 +30,7 @@ def train(steps, learning_rate, *, size, scale, updates=1, leave_one_out=False, 
     return logits.detach().softmax(0)
 
 
-@pytest.mark.parametrize("settings", [dict(dual_clip=3.0), dict(kind="cispo"), dict(level="sequence", how="sequence-mean")])
+@pytest.mark.parametrize("settings", [dict(dual_clip=3.0), dict(surrogate="cispo"), dict(ratio_level="sequence", aggregation="sequence-mean")])
 def test_without_a_reference_the_best_arm_wins(settings):
     policy = train(150, 1.0, size=3, scale="group", updates=2, **settings)
     assert policy.argmax() == 3 and policy[3] > 0.97

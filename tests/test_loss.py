@@ -20,11 +20,11 @@ from tests import oracles
 PAPER = dict(clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coef=0.01)
 VARIANTS = {
     "RadVLM-GRPO": PAPER,
-    "GRPO": dict(clip_high=0.2, kl_coef=0.04, how="sequence-mean"),
+    "GRPO": dict(clip_high=0.2, kl_coef=0.04, aggregation="sequence-mean"),
     "DAPO": dict(clip_high=0.28),
-    "Dr. GRPO": dict(clip_high=0.2, how="constant", max_tokens=9),
-    "GSPO": dict(level="sequence", clip_low=3e-4, clip_high=4e-4, how="sequence-mean"),
-    "CISPO": dict(kind="cispo", cispo_cap=2.0, kl_coef=0.1, kl_estimator="k2"),
+    "Dr. GRPO": dict(clip_high=0.2, aggregation="constant", max_tokens=9),
+    "GSPO": dict(ratio_level="sequence", clip_low=3e-4, clip_high=4e-4, aggregation="sequence-mean"),
+    "CISPO": dict(surrogate="cispo", cispo_cap=2.0, kl_coef=0.1, kl_estimator="k2"),
     "V3.2": dict(PAPER, kl_ratio=True, rollout_cap=1.5),
 }
 calm = pytest.mark.filterwarnings("ignore:Anomaly Detection")
@@ -53,7 +53,7 @@ SETTINGS = st.fixed_dictionaries({
     "clip_low": st.floats(0.01, 0.9), "clip_high": st.floats(0.01, 0.9), "dual_clip": st.none() | st.floats(2, 4),
     "cispo_cap": st.floats(0.5, 3), "kl_coef": st.sampled_from([0.0, 0.3]), "kl_estimator": st.sampled_from(["k1", "k2", "k3"]),
     "kl_ratio": st.booleans(), "rollout_cap": st.floats(0.5, 3),
-    "how": st.sampled_from(["token-mean", "sequence-mean", "constant"]), "max_tokens": st.integers(1, 9), "denominator": st.none() | st.floats(0.5, 9)})
+    "aggregation": st.sampled_from(["token-mean", "sequence-mean", "constant"]), "max_tokens": st.integers(1, 9), "denominator": st.none() | st.floats(0.5, 9)})
 KINDS = st.sampled_from([("token", "clip"), ("sequence", "clip"), ("token", "cispo")])
 
 
@@ -69,16 +69,16 @@ def tensors(draw):
 
 @given(tensors(), SETTINGS, KINDS, st.booleans(), st.sampled_from([torch.bool, torch.float32, torch.long]))
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_loss_and_gradient_are_the_oracles(numbers, chosen, level_kind, corrected, mask_dtype):
+def test_loss_and_gradient_are_the_oracles(numbers, chosen, level_surrogate, corrected, mask_dtype):
     old, (logprob, ref, rollout), advantage, mask = numbers
-    level, kind = level_kind
+    ratio_level, surrogate = level_surrogate
     rollout = rollout if corrected else None
     logprob.requires_grad_()
-    loss, _ = grpo_loss(logprob, old, advantage, mask.to(mask_dtype), ref_logprob=ref, rollout_logprob=rollout, level=level,
-                        kind=kind, **chosen)
+    loss, _ = grpo_loss(logprob, old, advantage, mask.to(mask_dtype), ref_logprob=ref, rollout_logprob=rollout, ratio_level=ratio_level,
+                        surrogate=surrogate, **chosen)
     grad = torch.autograd.grad(loss, logprob)[0]
     expected = oracles.grpo(oracles.variables(logprob.tolist()), old.tolist(), advantage.tolist(), mask.tolist(),
-                            ref=ref.tolist(), rollout=rollout.tolist() if corrected else None, level=level, kind=kind, **chosen)
+                            ref=ref.tolist(), rollout=rollout.tolist() if corrected else None, ratio_level=ratio_level, surrogate=surrogate, **chosen)
     assert loss.item() == pytest.approx(oracles.sg(expected), rel=1e-10, abs=1e-10)
     slope = getattr(expected, "slope", {})
     for (i, t), found in zip(itertools.product(*map(range, grad.shape)), grad.flatten().tolist()):
@@ -144,7 +144,7 @@ def test_edges_are_inside():
         assert torch.autograd.grad(per_token.sum(), logprob)[0].item() == -a
     logprob = torch.tensor([[1.3]])
     for a, settings, name in ((-1.0, "dual_clip", "clip_dual"), (1.0, "cispo_cap", "clip_high")):
-        settings = {settings: logprob.exp().item(), "kind": "clip" if a < 0 else "cispo"}
+        settings = {settings: logprob.exp().item(), "surrogate": "clip" if a < 0 else "cispo"}
         assert policy_loss(logprob, torch.zeros(1, 1), torch.tensor([a]), torch.ones(1, 1), **settings)[1][name] == 0
 
 
@@ -158,7 +158,7 @@ def test_cispo_by_hand():
     """-sg(min(rho, 5)) A logp: beyond the cap the weight stops growing and the gradient stays."""
     logprob = torch.tensor([[-1.0, -0.5, -2.0]], dtype=torch.float64, requires_grad=True)
     old = torch.tensor([[-1.0, -0.5 - math.log(4.0), -2 - math.log(8)]], dtype=torch.float64)
-    per_token, stats = policy_loss(logprob, old, torch.tensor([2.0]), torch.ones(1, 3), kind="cispo")
+    per_token, stats = policy_loss(logprob, old, torch.tensor([2.0]), torch.ones(1, 3), surrogate="cispo")
     assert per_token.tolist()[0] == pytest.approx([2.0, 4.0, 20.0])
     assert torch.autograd.grad(per_token.sum(), logprob)[0].tolist()[0] == pytest.approx([-2.0, -8.0, -10.0])
     assert {k: v.item() for k, v in stats.items()} == pytest.approx({"clip_high": 1 / 3, "ratio_deviation": (0 + 3 + 7) / 3})
@@ -167,7 +167,7 @@ def test_cispo_by_hand():
 def test_gspo_by_hand():
     """rho of the answer is the geometric mean of 1 and 4, and moves with either token by half."""
     logprob = torch.tensor([[0.0, math.log(4.0), 9.0]], dtype=torch.float64, requires_grad=True)
-    per_token, stats = policy_loss(logprob, torch.zeros(1, 3), torch.tensor([-1.0]), torch.tensor([[1, 1, 0]]), level="sequence")
+    per_token, stats = policy_loss(logprob, torch.zeros(1, 3), torch.tensor([-1.0]), torch.tensor([[1, 1, 0]]), ratio_level="sequence")
     assert per_token.tolist()[0] == pytest.approx([2.0, 2.0, 0.0]) and stats["ratio_deviation"].item() == pytest.approx(1.0)
     assert torch.autograd.grad(per_token.sum(), logprob)[0].tolist()[0] == pytest.approx([2.0, 2.0, 0.0])
 
@@ -182,7 +182,7 @@ def test_defaults():
         whole, stats = grpo_loss(logprob, none, torch.tensor([float(a)]), on, ref_logprob=none - 9)
         assert whole.item() == pytest.approx(sum(loss) / 2) and "rollout_weight" not in stats
     logprob, ref = torch.full((1, 2), 3.0), torch.full((1, 2), 2.0)
-    for settings in ({}, {"kind": "cispo"}):
+    for settings in ({}, {"surrogate": "cispo"}):
         per_token, _ = policy_loss(logprob, none, -on[0, :1], on, **settings)
         whole, stats = grpo_loss(logprob, none, -on[0, :1], on, ref_logprob=ref, **settings)
         assert whole.item() == pytest.approx(per_token.mean().item()) and stats["kl"].item() == pytest.approx(math.exp(-1))
@@ -209,14 +209,14 @@ def test_advantages_by_hand():
 
 def test_aggregations_by_hand():
     loss, mask = torch.tensor([[1.0, 2.0], [4.0, 9.0], [7.0, 7.0]]), torch.tensor([[1, 1], [1, 0], [0, 0]])
-    for how, total, count in (("token-mean", 7, 3), ("sequence-mean", 1.5 + 4, 2), ("constant", 7, 30)):
-        assert aggregate(loss, mask, how=how, max_tokens=10).item() == pytest.approx(total / count)
-        assert aggregate(loss, mask, how=how, denominator=5).item() == pytest.approx(total / 5)
-        assert aggregate(loss, mask, how=how, denominator=torch.tensor(4)).item() == pytest.approx(total / 4)
-        assert denominator_of(mask, how=how, max_tokens=10).item() == count
-    assert denominator_of(mask.to("meta"), how="constant", max_tokens=2).is_meta, "beside its mask, so that NCCL can sum it"
+    for aggregation, total, count in (("token-mean", 7, 3), ("sequence-mean", 1.5 + 4, 2), ("constant", 7, 30)):
+        assert aggregate(loss, mask, aggregation=aggregation, max_tokens=10).item() == pytest.approx(total / count)
+        assert aggregate(loss, mask, aggregation=aggregation, denominator=5).item() == pytest.approx(total / 5)
+        assert aggregate(loss, mask, aggregation=aggregation, denominator=torch.tensor(4)).item() == pytest.approx(total / 4)
+        assert denominator_of(mask, aggregation=aggregation, max_tokens=10).item() == count
+    assert denominator_of(mask.to("meta"), aggregation="constant", max_tokens=2).is_meta, "beside its mask, so that NCCL can sum it"
     assert denominator_of(mask).item() == 3 and denominator_of(mask.float()).item() == 3
-    assert aggregate(loss, mask, how="constant", max_tokens=1).item() == pytest.approx(7 / 3)
+    assert aggregate(loss, mask, aggregation="constant", max_tokens=1).item() == pytest.approx(7 / 3)
 
 
 def test_overlong_filter_takes_whole_answers_out():
@@ -248,7 +248,7 @@ def test_the_gradient_reaches_logprob_alone():
     others = [x.detach().requires_grad_() for x in (old, advantage, ref, rollout)]
     loss, _ = grpo_loss(logprob, others[0], others[1], mask, ref_logprob=others[2], rollout_logprob=others[3], **PAPER)
     assert torch.autograd.grad(loss, others, allow_unused=True) == (None,) * 4
-    for settings in ({}, {"level": "sequence"}, {"kind": "cispo"}):
+    for settings in ({}, {"ratio_level": "sequence"}, {"surrogate": "cispo"}):
         loss, _ = grpo_loss(logprob, logprob, advantage, mask, ref_logprob=logprob, kl_coef=0.1, kl_estimator="k2", **settings)
         expected = torch.where(mask, -advantage[:, None] / mask.sum(), 0.0)
         torch.testing.assert_close(torch.autograd.grad(loss, logprob)[0], expected)
@@ -326,14 +326,14 @@ def test_empty_masks_are_zero(variant):
 
 @calm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_a_ratio_out_of_range_stays_finite(dtype, level):
+@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
+def test_a_ratio_out_of_range_stays_finite(dtype, ratio_level):
     """exp overflows at 89 nats in fp32; inf times an advantage of 0, or times the slope 0 of the clip, was NaN."""
     logprob = torch.zeros(3, 2, dtype=dtype, requires_grad=True)
     ref, old = torch.zeros(3, 2, dtype=dtype), torch.full((3, 2), -1000.0, dtype=dtype)
     with torch.autograd.detect_anomaly(check_nan=True):
         loss, _ = grpo_loss(logprob, old, torch.tensor([0.0, 2.0, -2.0]), torch.ones(3, 2), ref_logprob=ref, kl_coef=0.1,
-                            kl_ratio=True, rollout_logprob=old - 1000, dual_clip=3.0, level=level)
+                            kl_ratio=True, rollout_logprob=old - 1000, dual_clip=3.0, ratio_level=ratio_level)
         grad = torch.autograd.grad(loss, logprob)[0]
     assert loss.item() == pytest.approx(2 * (0 - 2 * 1.28 + 3 * 2) / 3) and (grad == 0).all()
 
@@ -348,7 +348,7 @@ def test_micro_batches_of_any_size(variant, size):
     mask = everything[3]
     loss, grad = loss_of(*everything, **variant)
     parts = [slice(first, first + size) for first in range(0, 9, size)]
-    wanted = {key: variant[key] for key in ("how", "max_tokens") if key in variant}
+    wanted = {key: variant[key] for key in ("aggregation", "max_tokens") if key in variant}
     count = denominator_of(mask, **wanted)
     assert count == sum(denominator_of(mask[rows], **wanted) for rows in parts)
     found = [loss_of(*(x.detach()[rows].requires_grad_(x.requires_grad) for x in everything), denominator=count, **variant)
@@ -435,14 +435,14 @@ def test_batch_std_of_one_rank_is_that_of_its_rewards(tmp_path):
     (lambda x: aggregate(x, torch.zeros(2, 5)), r"per_token \(2, 4\), mask \(2, 5\)"),
     (lambda x: aggregate(x[0], x[0], denominator=1), r"per_token must be \[R, T\] and denominator one number, got \(4,\) and \(\)"),
     (lambda x: aggregate(x, x, denominator=x[0]), r"denominator one number, got \(2, 4\) and \(4,\)"),
-    (lambda x: aggregate(x, x, how="mean"), "how must be one of token-mean, sequence-mean, constant, got 'mean'"),
-    (lambda x: aggregate(x, x, how="mean", denominator=1), "how must be one of"),
-    (lambda x: aggregate(x, x, how="constant"), 'how="constant" needs max_tokens of 1 or more, got None'),
-    (lambda x: aggregate(x, x, how="constant", max_tokens=0), "needs max_tokens of 1 or more, got 0"),
-    (lambda x: denominator_of(x, how="constant"), "needs max_tokens of 1 or more, got None"),
-    (lambda x: grpo_loss(x, x, x[:, 0], x, how="constant"), "needs max_tokens of 1 or more, got None"),
+    (lambda x: aggregate(x, x, aggregation="mean"), "aggregation must be one of token-mean, sequence-mean, constant, got 'mean'"),
+    (lambda x: aggregate(x, x, aggregation="mean", denominator=1), "aggregation must be one of"),
+    (lambda x: aggregate(x, x, aggregation="constant"), 'aggregation="constant" needs max_tokens of 1 or more, got None'),
+    (lambda x: aggregate(x, x, aggregation="constant", max_tokens=0), "needs max_tokens of 1 or more, got 0"),
+    (lambda x: denominator_of(x, aggregation="constant"), "needs max_tokens of 1 or more, got None"),
+    (lambda x: grpo_loss(x, x, x[:, 0], x, aggregation="constant"), "needs max_tokens of 1 or more, got None"),
     (lambda x: denominator_of(x[0]), r"mask must be \[R, T\], got \(4,\)"),
-    (lambda x: denominator_of(x, how="mean"), "how must be one of"),
+    (lambda x: denominator_of(x, aggregation="mean"), "aggregation must be one of"),
     (lambda x: overlong_filter(x, torch.ones(4)), r"finished must be \[R\] for mask \[R, T\], got \(4,\) and \(2, 4\)"),
     (lambda x: overlong_filter(x[0], torch.ones(4)), r"got \(4,\) and \(4,\)"),
     (lambda x: soft_overlong_penalty(x, 4, 0), r"buffer must lie in 1..max_tokens = 4, got 0"),
@@ -455,10 +455,10 @@ def test_batch_std_of_one_rank_is_that_of_its_rewards(tmp_path):
     (lambda x: grpo_loss(x, x[:1], torch.zeros(2), x), r"logprob \(2, 4\), old_logprob \(1, 4\), mask \(2, 4\)"),
     (lambda x: grpo_loss(x, x, torch.zeros(2), x[:1]), r"logprob \(2, 4\), old_logprob \(2, 4\), mask \(1, 4\)"),
     (lambda x: grpo_loss(x, x, torch.zeros(2), x, kl_coef=0.1), "kl_coef=0.1 needs ref_logprob"),
-    (lambda x: policy_loss(x, x, torch.zeros(2), x, level="group"), "level must be one of token, sequence, got 'group'"),
-    (lambda x: policy_loss(x, x, torch.zeros(2), x, kind="ppo"), "kind must be one of clip, cispo, got 'ppo'"),
-    (lambda x: policy_loss(x, x, torch.zeros(2), x, level="sequence", kind="cispo"),
-     '^level="sequence" and kind="cispo" contradict each other: CISPO weighs single tokens$'),
+    (lambda x: policy_loss(x, x, torch.zeros(2), x, ratio_level="group"), "ratio_level must be one of token, sequence, got 'group'"),
+    (lambda x: policy_loss(x, x, torch.zeros(2), x, surrogate="ppo"), "surrogate must be one of clip, cispo, got 'ppo'"),
+    (lambda x: policy_loss(x, x, torch.zeros(2), x, ratio_level="sequence", surrogate="cispo"),
+     '^ratio_level="sequence" and surrogate="cispo" contradict each other: CISPO weighs single tokens$'),
     (lambda x: policy_loss(x, x, torch.zeros(2), x, clip_low=-0.1), "clip_low and clip_high must be 0 or more, got -0.1 and 0.28"),
     (lambda x: policy_loss(x, x, torch.zeros(2), x, clip_high=-0.1), "got 0.2 and -0.1"),
     (lambda x: policy_loss(x, x, torch.zeros(2), x, clip_high=0.5, dual_clip=1.5),

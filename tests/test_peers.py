@@ -89,11 +89,11 @@ def same(batch, ours, theirs, atol=1e-6):
 
 K3 = dict(beta=0.1, use_bias_correction_kl=False)
 VARIANTS = {  # name: (TRL's settings, ours)
-    "grpo": (dict(loss_type="grpo"), dict(how="sequence-mean", clip_high=0.2)),
+    "grpo": (dict(loss_type="grpo"), dict(aggregation="sequence-mean", clip_high=0.2)),
     "token mean (dapo)": (dict(loss_type="dapo"), dict(clip_high=0.2)),
     "token mean (bnpo)": (dict(loss_type="bnpo"), dict(clip_high=0.2)),
     "dr_grpo": (dict(loss_type="dr_grpo", scale_rewards="none"),
-                dict(how="constant", max_tokens=LIMIT, scale="none", clip_high=0.2)),
+                dict(aggregation="constant", max_tokens=LIMIT, scale="none", clip_high=0.2)),
     "clip-higher": (dict(loss_type="dapo", **CLIP), PAPER),
     "dual clip": (dict(loss_type="dapo", delta=3.0, **CLIP), dict(dual_clip=3.0, **PAPER)),
     "k3": (dict(loss_type="dapo", **CLIP, **K3), dict(kl_coef=0.1, **PAPER)),
@@ -102,10 +102,10 @@ VARIANTS = {  # name: (TRL's settings, ours)
     "the paper's": (dict(loss_type="dapo", delta=3.0, beta=0.01, use_bias_correction_kl=False, **CLIP),
                     dict(dual_clip=3.0, kl_coef=0.01, **PAPER)),
     "gspo": (dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4),
-             dict(level="sequence", how="sequence-mean", clip_low=3e-4, clip_high=4e-4)),
+             dict(ratio_level="sequence", aggregation="sequence-mean", clip_low=3e-4, clip_high=4e-4)),
     "gspo, wide clip": (dict(loss_type="grpo", importance_sampling_level="sequence", **CLIP, **K3),
-                        dict(level="sequence", how="sequence-mean", kl_coef=0.1, **PAPER)),
-    "cispo": (dict(loss_type="cispo", epsilon_high=5.0), dict(kind="cispo", cispo_cap=5.0)),
+                        dict(ratio_level="sequence", aggregation="sequence-mean", kl_coef=0.1, **PAPER)),
+    "cispo": (dict(loss_type="cispo", epsilon_high=5.0), dict(surrogate="cispo", cispo_cap=5.0)),
     "batch std": (dict(loss_type="dapo", scale_rewards="batch", **CLIP), dict(scale="batch", **PAPER)),
     "no std": (dict(loss_type="dapo", scale_rewards="none", **CLIP), dict(scale="none", **PAPER)),
     "truncated importance weight": (dict(loss_type="dapo", use_vllm=True, vllm_importance_sampling_mode="token_truncate",
@@ -183,7 +183,7 @@ def test_empty_answers(batch, tmp_path):
     """TRL's grpo counts answers without a token (an overlong filter leaves such) in the mean, our sequence-mean does not."""
     trainer, inputs = trl_trainer(batch, tmp_path, loss_type="grpo", **CLIP)
     batch.mask[3] = inputs["completion_mask"][3] = 0
-    theirs, ours = trainer._compute_loss(batch.logprob, inputs), our_loss(batch, how="sequence-mean", **PAPER)
+    theirs, ours = trainer._compute_loss(batch.logprob, inputs), our_loss(batch, aggregation="sequence-mean", **PAPER)
     assert theirs.item() * B * G == pytest.approx(ours.item() * (B * G - 1))
 
 
@@ -210,5 +210,5 @@ def test_default_cap_of_cispo(batch, tmp_path):
 def test_kl_ratio_at_sequence_level(batch, tmp_path):
     """With GSPO, TRL weighs the KL by the sequence's ratio; ours stays per token, as the samples' weight is."""
     theirs = trl_loss(batch, tmp_path, loss_type="grpo", importance_sampling_level="sequence", beta=0.1, **CLIP)
-    ours = our_loss(batch, level="sequence", how="sequence-mean", kl_coef=0.1, kl_ratio=True, **PAPER)
+    ours = our_loss(batch, ratio_level="sequence", aggregation="sequence-mean", kl_coef=0.1, kl_ratio=True, **PAPER)
     assert relative(theirs, ours) > 0.01

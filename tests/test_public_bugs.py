@@ -140,7 +140,7 @@ def test_cispo_has_a_cap_of_its_own():
     """TRL's default took PPO's 0.2 as CISPO's cap, so that the weight of nearly every token was the same constant."""
     ratio = torch.tensor([[0.5, 1.0, 2.0, 4.5, 9.0]])
     logprob = torch.full((1, 5), -1.0, requires_grad=True)
-    loss, _ = grpo_loss(logprob, -1 - ratio.log(), torch.ones(1), torch.ones(1, 5), kind="cispo", denominator=1)
+    loss, _ = grpo_loss(logprob, -1 - ratio.log(), torch.ones(1), torch.ones(1, 5), surrogate="cispo", denominator=1)
     weights = -torch.autograd.grad(loss, logprob)[0]
     torch.testing.assert_close(weights, torch.tensor([[0.5, 1.0, 2.0, 4.5, 5.0]]))
 

@@ -10,9 +10,9 @@ from tests.processes import CONTEXT, finish
 GROUPS, SIZE, TOKENS = 4, 3, 5
 VARIANTS = {
     "RadVLM-GRPO": dict(clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coef=0.01),
-    "GRPO": dict(how="sequence-mean", kl_coef=0.04),
-    "Dr. GRPO": dict(how="constant", max_tokens=TOKENS),
-    "GSPO": dict(level="sequence", how="sequence-mean"),
+    "GRPO": dict(aggregation="sequence-mean", kl_coef=0.04),
+    "Dr. GRPO": dict(aggregation="constant", max_tokens=TOKENS),
+    "GSPO": dict(ratio_level="sequence", aggregation="sequence-mean"),
 }
 
 
@@ -42,7 +42,7 @@ def share_of(rank, ranks):
     logprob, old, ref, mask = (x[groups.start * SIZE:groups.stop * SIZE] for x in tensors)
     out = {}
     for name, settings in VARIANTS.items():
-        count = denominator_of(mask, **{key: settings[key] for key in ("how", "max_tokens") if key in settings})
+        count = denominator_of(mask, **{key: settings[key] for key in ("aggregation", "max_tokens") if key in settings})
         if ranks > 1:
             dist.all_reduce(count)
         leaf = logprob.clone().requires_grad_()

@@ -91,10 +91,10 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(level="sequence", kind="cispo"), "contradict"), (dict(dual_clip=1.2), r"must lie above 1 \+ clip_high = 1.28"),
+    (dict(ratio_level="sequence", surrogate="cispo"), "contradict"), (dict(dual_clip=1.2), r"must lie above 1 \+ clip_high = 1.28"),
     (dict(clip_low=-0.1), "0 or more"), (dict(dual_clip=-1), "--dual_clip must be 0 or more"), (dict(kl_coef=-1), "--kl_coef"),
     (dict(rollout_cap=-1), "--rollout_cap"), (dict(dynamic_sampling=-1), "--dynamic_sampling"),
-    (dict(soft_overlong=-1), "--soft_overlong"), (dict(how="mean"), "how must be one of"),
+    (dict(soft_overlong=-1), "--soft_overlong"), (dict(aggregation="mean"), "aggregation must be one of"),
     (dict(cispo_cap=0), "--cispo_cap must be above 0"), (dict(cispo_cap=-1), "--cispo_cap"),
     (dict(soft_overlong=300), "--soft_overlong 300 is longer than the longest answer")])
 def test_contradictions_stop_before_training(settings, message):
@@ -106,8 +106,8 @@ def test_contradictions_stop_before_training(settings, message):
     (dict(updates_per_rollout=1), "the ratio is 1 by construction"), (dict(kl_coef=0, kl_ratio=True), "no KL is computed"),
     (dict(kl_coef=0, kl_estimator="k1"), "--kl_estimator and --kl_ratio are not used"),
     (dict(kl_estimator="k1"), "is 0"),
-    (dict(kind="cispo"), "--dual_clip are not used"), (dict(cispo_cap=3.0), "--cispo_cap 3.0 is not used"),
-    (dict(dual_clip=0), "nothing bounds the ratio"), (dict(level="sequence"), "GSPO has 3e-4"),
+    (dict(surrogate="cispo"), "--dual_clip are not used"), (dict(cispo_cap=3.0), "--cispo_cap 3.0 is not used"),
+    (dict(dual_clip=0), "nothing bounds the ratio"), (dict(ratio_level="sequence"), "GSPO has 3e-4"),
     (dict(warmup=0.001), "the first step is at the peak already"), (dict(warmup=1, lr_schedule="cosine"), "the learning rate never falls"),
     (dict(max_steps=2, lr_schedule="linear"), "--lr_schedule linear: no step is left")])
 def test_inert_settings_are_said(settings, said):
@@ -116,15 +116,15 @@ def test_inert_settings_are_said(settings, said):
 
 
 def test_the_papers_settings_say_nothing():
-    for settings in ({}, dict(kl_coef=0), dict(kl_estimator="k1", kl_ratio=True), dict(level="sequence", clip_low=3e-4, clip_high=4e-4),
+    for settings in ({}, dict(kl_coef=0), dict(kl_estimator="k1", kl_ratio=True), dict(ratio_level="sequence", clip_low=3e-4, clip_high=4e-4),
                      dict(warmup=0.1, lr_schedule="linear"), dict(warmup=1)):
         assert GrpoArguments(**NEEDED, **settings).inert() == []
 
 
 @pytest.mark.parametrize("name, settings", [
-    ("dapo", dict(how="token-mean", clip_high=0.28, kl_coef=0, dual_clip=0, dynamic_sampling=4)),
-    ("dr_grpo", dict(how="constant", advantage_scale="none", kl_coef=0)), ("cispo", dict(kind="cispo", cispo_cap=5.0)),
-    ("gspo", dict(level="sequence", how="sequence-mean", clip_low=3e-4, clip_high=4e-4))])
+    ("dapo", dict(aggregation="token-mean", clip_high=0.28, kl_coef=0, dual_clip=0, dynamic_sampling=4)),
+    ("dr_grpo", dict(aggregation="constant", advantage_scale="none", kl_coef=0)), ("cispo", dict(surrogate="cispo", cispo_cap=5.0)),
+    ("gspo", dict(ratio_level="sequence", aggregation="sequence-mean", clip_low=3e-4, clip_high=4e-4))])
 def test_configs_of_other_papers(name, settings):
     needed = [word for key, value in NEEDED.items() for word in (f"--{key}", value)]
     args = parse_args(GrpoArguments, "", [str(ROOT / f"configs/{name}.yaml"), *needed])
@@ -132,13 +132,13 @@ def test_configs_of_other_papers(name, settings):
 
 
 def test_every_switch_reaches_the_loss(train, calls):
-    train("--level", "sequence", "--how", "constant", "--clip_low", 0.1, "--clip_high", 0.4, "--dual_clip", 2, "--kl_coef", 0.3,
+    train("--ratio_level", "sequence", "--aggregation", "constant", "--clip_low", 0.1, "--clip_high", 0.4, "--dual_clip", 2, "--kl_coef", 0.3,
           "--kl_estimator", "k2", "--kl_ratio", "--cispo_cap", 4, "--rollout_cap", 1.5, "--updates_per_rollout", 2,
           "--micro_tokens", 1, steps=1)
     assert len(calls) == 1 + 4, "the check of the arguments, and a call for every prompt"
     for _, settings in calls[1:]:
         assert settings.pop("rollout_logprob").shape == settings.pop("ref_logprob").shape == (3, 12)
-        assert settings == dict(level="sequence", kind="clip", how="constant", clip_low=0.1, clip_high=0.4, dual_clip=2.0,
+        assert settings == dict(ratio_level="sequence", surrogate="clip", aggregation="constant", clip_low=0.1, clip_high=0.4, dual_clip=2.0,
                                 kl_coef=0.3, kl_estimator="k2", kl_ratio=True, cispo_cap=4.0, rollout_cap=1.5, max_tokens=12,
                                 denominator=torch.tensor(2 * 3 * 12))
 
@@ -162,15 +162,15 @@ def test_without_a_kl_there_is_no_reference(train, calls, monkeypatch, capsys):
     assert "kl" in rows(train(steps=1))[0] and len(loaded) == 3 and len(scored) == 1
 
 
-@pytest.mark.parametrize("how", ["sequence-mean", "constant"])
-def test_the_denominator_is_the_whole_updates(how, train, calls):
+@pytest.mark.parametrize("aggregation", ["sequence-mean", "constant"])
+def test_the_denominator_is_the_whole_updates(aggregation, train, calls):
     """Bug of verl, TRL: a mean per micro-batch. Here the parts of an update share one count, and add up to its loss."""
-    whole = train("--how", how, "--updates_per_rollout", 2, "--overlong_filter", steps=1)
+    whole = train("--aggregation", aggregation, "--updates_per_rollout", 2, "--overlong_filter", steps=1)
     first = len(calls)
-    parts = train("--how", how, "--updates_per_rollout", 2, "--overlong_filter", "--micro_tokens", 1, steps=1)
+    parts = train("--aggregation", aggregation, "--updates_per_rollout", 2, "--overlong_filter", "--micro_tokens", 1, steps=1)
     for update in range(2):
         pair = calls[first + 1 + 2 * update:first + 3 + 2 * update]
-        expected = denominator_of(torch.cat([args[3] for args, _ in pair]), how=how, max_tokens=12)
+        expected = denominator_of(torch.cat([args[3] for args, _ in pair]), aggregation=aggregation, max_tokens=12)
         assert [settings["denominator"] for _, settings in pair] == [expected] * 2
     for name in ("loss", "grad_norm"):
         assert rows(whole)[0][name] == pytest.approx(rows(parts)[0][name], rel=1e-3, abs=1e-6)
@@ -299,6 +299,6 @@ def test_boxes_at_another_scale_are_said(train, monkeypatch, capsys):
 
 
 def test_curves_of_a_cispo_run(train):
-    """A run with --kind cispo logs no clip_low: drawing its curves failed after the last step."""
-    draw_curves(folder := train("--kind", "cispo", steps=1))
+    """A run with --surrogate cispo logs no clip_low: drawing its curves failed after the last step."""
+    draw_curves(folder := train("--surrogate", "cispo", steps=1))
     assert (folder / "curves.png").stat().st_size > 1000

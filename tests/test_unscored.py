@@ -68,10 +68,10 @@ def nothing(answers, samples):
 
 
 @pytest.mark.parametrize("settings", [
-    ["--how", "token-mean"], ["--how", "constant", "--advantage_scale", "none"],
-    pytest.param(["--how", "sequence-mean"], marks=pytest.mark.slow),
+    ["--aggregation", "token-mean"], ["--aggregation", "constant", "--advantage_scale", "none"],
+    pytest.param(["--aggregation", "sequence-mean"], marks=pytest.mark.slow),
     pytest.param(["--advantage_scale", "batch", "--leave_one_out", "true"], marks=pytest.mark.slow),
-    pytest.param(["--level", "sequence", "--how", "sequence-mean"], marks=pytest.mark.slow)])
+    pytest.param(["--ratio_level", "sequence", "--aggregation", "sequence-mean"], marks=pytest.mark.slow)])
 def test_the_gradient_is_that_of_a_batch_without_them(train, monkeypatch, settings):
     """Bug: they stayed in the count of tokens and in the KL, which pulled every token of them back
     to the reference. k1 with the ratio, since k3 has no gradient where policy and reference are

@@ -21,6 +21,7 @@ from minigrpo.data import TASKS, DataError
 from minigrpo.packages import need
 from minigrpo.run.distributed import is_lost, ranks, speak_in_turn
 from minigrpo.run.files import WriteError
+from minigrpo.run.names import hint
 from minigrpo.run.terminal import fail, path_of, steady_output
 
 T = TypeVar("T")
@@ -177,7 +178,7 @@ def parse_args(kind: type[T], description: str, argv: list[str] | None = None) -
     steady_output()
     argv = list(sys.argv[1:] if argv is None else argv)
     usage = "%(prog)s [settings.yaml] --name value ... (--help lists them all)"
-    parser = HfArgumentParser(kind, description=description, usage=usage)
+    parser = HfArgumentParser(kind, description=description, usage=usage, allow_abbrev=False)
     if argv and argv[0].lower().endswith(SETTINGS):
         path = Path(path_of(argv.pop(0)))
         argv = words_of(read_settings(path), parser, path) + argv
@@ -187,7 +188,9 @@ def parse_args(kind: type[T], description: str, argv: list[str] | None = None) -
             raise ValueError(f"{word}: a settings file comes first, and alone: {parser.prog} "
                              f"{word} --name value ...")
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        names = [action.dest for action in parser._actions]
+        hints = [text for word in unknown if word.startswith("-") and (text := hint(word, names))]
+        parser.error("\n".join([f"unrecognized arguments: {' '.join(unknown)}", *hints]))
     args = kind(**vars(parsed))
     for name in set(PATHS) & set(vars(args)):
         if getattr(args, name):
@@ -201,7 +204,8 @@ def words_of(settings: dict, parser: HfArgumentParser, path: Path) -> list[str]:
     """Settings as the words of a command line, so that types and choices are checked as there. ValueError names file and setting."""
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     if unknown := [str(name) for name in settings if name not in actions]:
-        raise ValueError(f"{path}: unknown settings: {', '.join(unknown)}")
+        hints = [text for name in unknown if (text := hint(name, list(actions)))]
+        raise ValueError("\n".join([f"{path}: unknown settings: {', '.join(unknown)}", *hints]))
     words = []
     for name, value in settings.items():
         takes_list = actions[name].nargs == "+"
