@@ -16,6 +16,18 @@ RATIO_LEVELS, SURROGATES, SCALES = ("token", "sequence"), ("clip", "cispo"), ("g
 ESTIMATORS, AGGREGATIONS = ("k1", "k2", "k3"), ("token-mean", "sequence-mean", "constant")
 
 
+# What each paper sets of `grpo_loss`, as in grpo_loss(..., **PRESETS["dapo"]). Dr. GRPO and RLOO want max_tokens as
+# well, and other advantages: group_advantages(rewards, scale="none"), and with leave_one_out=True for RLOO.
+PRESETS: dict[str, dict] = {
+    "radvlm": dict(clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coef=0.01),  # 2512.10691
+    "grpo": dict(clip_low=0.2, clip_high=0.2, kl_coef=0.04, aggregation="sequence-mean"),  # 2402.03300
+    "dapo": dict(clip_low=0.2, clip_high=0.28),  # 2503.14476
+    "dr_grpo": dict(clip_low=0.2, clip_high=0.2, aggregation="constant"),  # 2503.20783
+    "gspo": dict(clip_low=3e-4, clip_high=4e-4, ratio_level="sequence", aggregation="sequence-mean"),  # 2507.18071
+    "cispo": dict(surrogate="cispo", cispo_cap=5.0),  # MiniMax-M1, 2506.13585
+    "rloo": dict(clip_low=0.2, clip_high=0.2, aggregation="constant"),  # 2402.14740
+}
+
 def soft_overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int) -> Tensor:
     """What is added to the reward of a long answer (DAPO 2503.14476, eq. 13): 0 up to max_tokens - buffer tokens, from there
     linear to -1 at max_tokens.
