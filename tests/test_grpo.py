@@ -54,3 +54,13 @@ def test_by_hand_it_is_the_program(trained, phantom, tmp_path):
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
     start = load_file(Path(model) / "model.safetensors")
     assert any(not torch.equal(start[name], value) for name, value in theirs.items())
+
+
+def test_the_ten_lines_of_the_readme():
+    text = (ROOT / "README.md").read_text().split("## In ten lines")[1]
+    names = {}
+    exec(text.split("```python")[1].split("```")[0], names)
+    weights = [p for p in names["policy"].parameters() if p.grad is not None]
+    assert any(p.grad.abs().sum() > 0 for p in weights) or not names["advantage"].any()
+    assert names["advantage"].abs().sum() > 0, "some answer has an a"
+    assert abs(names["loss"].item()) < 1e-5 and names["logprob"].shape == names["rollout"].mask.shape
