@@ -53,7 +53,7 @@ class EvaluateArguments:
     box_scale: float | None = field(default=None, metadata={
         "help": "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL; default 1, or as --predictions had it"})
     think: bool = field(default=False, metadata={"help": "put /think behind every question: thinking before the answer"})
-    opened: bool = field(default=False, metadata={
+    template_opens_think: bool = field(default=False, metadata={
         "help": "the chat template writes the first <think> itself, as Qwen3-VL-Thinking's does: only for --predictions that don't "
                 "say so, since a --model does"})
     max_pixels: int = field(default=0, metadata={
@@ -81,8 +81,8 @@ class EvaluateArguments:
             raise ValueError("--train_data is where --model constant takes its answers from: leave it out with other models")
         if self.train_data and os.path.realpath(self.train_data) == os.path.realpath(self.data):
             raise ValueError(f"--train_data {self.train_data} is the --data to be answered: the constant answers would be chosen on it")
-        if self.model == "constant" and (self.opened or self.box_scale not in (None, 1)):
-            raise ValueError("--model constant writes boxes in 0..1 and never thinks: leave out --opened and --box_scale")
+        if self.model == "constant" and (self.template_opens_think or self.box_scale not in (None, 1)):
+            raise ValueError("--model constant writes boxes in 0..1 and never thinks: leave out --template_opens_think and --box_scale")
         self.device = checked_device(self.device)
 
 
@@ -126,14 +126,14 @@ def main() -> None:
         print(line)
     if args.model not in (None, "constant"):
         answers, cut_off = greedy_answers(policy, samples, args.batch_size, args.max_new_tokens)
-        stored = {"opened": policy.opened}
+        stored = {"template_opens_think": policy.template_opens_think}
     if not first():
         return
 
     with writes(folder):
         folder.mkdir(parents=True, exist_ok=True)  # should somebody have removed it meanwhile
     write_predictions(folder / "predictions.jsonl", samples, answers, cut_off)  # hours of sampling outlive a scorer that fails
-    reading = {"opened": args.opened or stored.get("opened", False), "box_scale": args.box_scale or stored.get("box_scale", 1.0)}
+    reading = {"template_opens_think": args.template_opens_think or stored.get("template_opens_think", stored.get("opened", False)), "box_scale": args.box_scale or stored.get("box_scale", 1.0)}
     if note := scale_note(answers, samples, **reading):
         print(f"note: {note}")
     results = evaluate_answers(samples, answers, **reading, clinical=clinical, cut_off=cut_off)
@@ -141,7 +141,7 @@ def main() -> None:
     metrics = {"model": args.model or stored.get("model", args.predictions), "data": args.data, **reading, "tasks": results,
                "breakdown": breakdown(samples, items), "not_computed": missing}
     if baseline:
-        read_before = {name: before.get(name, default) for name, default in (("opened", False), ("box_scale", 1.0))}
+        read_before = {name: before.get(name, default) for name, default in (("template_opens_think", False), ("box_scale", 1.0))}
         others = evaluate_answers(samples, baseline, **read_before, clinical=clinical)["items"]
         metrics["baseline"] = args.baseline
         metrics["difference"] = compare(items, others)
@@ -229,13 +229,13 @@ def read_about(path: Path) -> dict:
     try:
         about = json.loads(path.read_bytes()) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({str(error)[:200]}): remove it, and name --opened "
+        raise ValueError(f"{path} is not JSON ({str(error)[:200]}): remove it, and name --template_opens_think "
                          "and --box_scale if they were used") from None
     if not isinstance(about, dict):
         raise ValueError(f"{path} holds no object, so it is no evaluation's: remove it")
-    scale, opened = about.get("box_scale", 1.0), about.get("opened", False)
-    if type(scale) not in (int, float) or not 0 < scale < math.inf or type(opened) is not bool:
-        raise ValueError(f"{path}: box_scale {scale!r} must be a number above 0, and opened {opened!r} true or false: "
+    scale, template_opens_think = about.get("box_scale", 1.0), about.get("template_opens_think", about.get("opened", False))
+    if type(scale) not in (int, float) or not 0 < scale < math.inf or type(template_opens_think) is not bool:
+        raise ValueError(f"{path}: box_scale {scale!r} must be a number above 0, and template_opens_think {template_opens_think!r} true or false: "
                          "write what the answers were made with")
     return about
 

@@ -27,9 +27,9 @@ from minigrpo.policy import Policy
 from minigrpo.rewards import reward_fn
 from minigrpo.rewards.weights import cache_dir
 from minigrpo.run.args import RunArguments, at_least_one, check_box_scale, checked_device, input_errors, parse_args
-from minigrpo.run.distributed import (first, in_order, join, owned, rank, ranks, say)
+from minigrpo.run.distributed import (first, in_order, join, parameters_of_this_rank, rank, ranks, say)
 from minigrpo.run.folder import last_checkpoint, open_run, run_errors, step_of
-from minigrpo.run.guard import Skipped, check_timeout, halving
+from minigrpo.run.guard import Skipped, check_timeout, retry_smaller_on_oom
 from minigrpo.run.log import JsonLines, group_rows
 from minigrpo.run.node import ArmouredNode
 from minigrpo.run.plan import explain, plan_grpo
@@ -37,7 +37,7 @@ from minigrpo.run.plots import draw_curves, due
 from minigrpo.run.roofline import measure_roofline, note_on_bf16
 from minigrpo.run.save import graceful_stop, save_best, save_checkpoint, save_final, stop_early
 from minigrpo.run.schedule import SCHEDULES, learning_rate_at, rise_of, set_learning_rate
-from minigrpo.run.shard import apart, shard, whole
+from minigrpo.run.shard import optimizer_param_groups, shard, gathered_layers
 from minigrpo.run.state import load_optimizers
 from minigrpo.run.track import tracker
 from minigrpo.run.validate import mean_reward
@@ -198,7 +198,7 @@ def main() -> None:
         if args.think:
             train, validation = ask_to_think(train), ask_to_think(validation)
         policy, reference = load_models(args, checkpoint)
-        reward.opened = policy.opened  # Thinking's chat template writes the first <think> itself
+        reward.template_opens_think = policy.template_opens_think  # Thinking's chat template writes the first <think> itself
         start = step_of(checkpoint)
         folder, lock = open_run(args, checkpoint, train + validation)
         folder = folder.absolute()
@@ -232,13 +232,13 @@ def main() -> None:
             set_learning_rate([optimizer], rate)
             done = grpo_step(policy, reference, optimizer, lambda: node.collect(policy, train, reward), args, node)
             if step == start and (note := scale_note(node.groups.rollout.texts, [s for s in node.groups.samples for _ in range(args.group_size)],
-                                                     reward.opened, args.box_scale)):
+                                                     reward.template_opens_think, args.box_scale)):
                 say(f"note: {note}")
 
-            row = {"step": step, **node.row(policy, done, reward.opened, limits), "learning_rate": rate}
+            row = {"step": step, **node.row(policy, done, reward.template_opens_think, limits), "learning_rate": rate}
             if validation and (step + 1) % args.eval_steps == 0:
-                with whole(policy):
-                    value = halving(args, "rollout_rows",
+                with gathered_layers(policy):
+                    value = retry_smaller_on_oom(args, "rollout_rows",
                                     lambda: mean_reward(policy, validation, reward, args))
                 row |= {} if value is None else {"eval_reward": value}
                 if value is not None and value > best:
@@ -303,7 +303,7 @@ def load_models(args: GrpoArguments, checkpoint: Path | None) -> tuple[Policy, P
 
 
 def make_optimizers(policy: Policy, args: GrpoArguments) -> list[torch.optim.Optimizer]:
-    return [torch.optim.AdamW(apart(owned(policy.parameters())), lr=args.learning_rate, weight_decay=args.weight_decay)]
+    return [torch.optim.AdamW(optimizer_param_groups(parameters_of_this_rank(policy.parameters())), lr=args.learning_rate, weight_decay=args.weight_decay)]
 
 
 if __name__ == "__main__":

@@ -22,16 +22,16 @@ from minigrpo.loss import aggregate
 from minigrpo.muon import Muon
 from minigrpo.policy import Policy
 from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
-from minigrpo.run.distributed import deal, first, join, owned, rank, ranks, say, share_weights, sum_gradients, total
+from minigrpo.run.distributed import balance_over_ranks, first, join, parameters_of_this_rank, rank, ranks, say, share_weights, sum_gradients, total
 from minigrpo.run.folder import last_checkpoint, open_run, run_errors, step_of
-from minigrpo.run.guard import Skipped, halving
+from minigrpo.run.guard import Skipped, retry_smaller_on_oom
 from minigrpo.run.log import JsonLines, peak_memory_gb
 from minigrpo.run.plan import explain, plan_sft
 from minigrpo.run.plots import draw_curves, due
 from minigrpo.run.roofline import note_on_bf16
 from minigrpo.run.save import graceful_stop, save_best, save_checkpoint, save_final, stop_early
 from minigrpo.run.schedule import learning_rate_at, set_learning_rate
-from minigrpo.run.shard import apart, clip_gradients, in_step, shard, whole
+from minigrpo.run.shard import optimizer_param_groups, clip_gradients, same_passes_on_every_rank, shard, gathered_layers
 from minigrpo.run.state import load_optimizers
 from minigrpo.run.track import tracker
 from minigrpo.run.validate import mean_loss
@@ -85,10 +85,10 @@ def parse_weights(text: str) -> dict[str, float]:
 def make_optimizers(policy: Policy, args: SftArguments) -> list[torch.optim.Optimizer]:
     """AdamW for everything; or Muon (Jordan et al. 2024) for the matrices of the layers, at AdamW's learning rates. Of the
     parameters that this rank owns."""
-    parameters = owned(policy.parameters())
+    parameters = parameters_of_this_rank(policy.parameters())
     adam = dict(lr=args.learning_rate, betas=(0.9, args.beta2), weight_decay=args.weight_decay)
     if args.optimizer == "adamw":
-        return [torch.optim.AdamW(apart(parameters), **adam)]
+        return [torch.optim.AdamW(optimizer_param_groups(parameters), **adam)]
     matrices = {id(p) for name, p in policy.model.named_parameters() if p.dim() == 2 and "embed" not in name}
     muon = [p for p in parameters if id(p) in matrices]
     # A patch filter adds up 1536 pixels that are bright or dark together: a step that suits the other parameters, taken by
@@ -104,7 +104,7 @@ def passes(images: list[list[Sample]], questions: int, most: int) -> list[list[l
     """The samples of a step as passes of at most `most` groups, each of at most `questions` samples about one image; of several
     ranks, each has groups of its own, about as long in all."""
     groups = [samples[k : k + questions] for samples in images for k in range(0, len(samples), questions)]
-    mine, _ = deal([IMAGE + sum(len(s.question) + len(s.answer) for s in group) for group in groups], len(groups))
+    mine, _ = balance_over_ranks([IMAGE + sum(len(s.question) + len(s.answer) for s in group) for group in groups], len(groups))
     groups = [groups[place] for place in mine]
     return [groups[k : k + most] for k in range(0, len(groups), most)]
 
@@ -166,10 +166,10 @@ def main() -> None:
         total_loss, (parts, most) = 0.0, made
         parts = parts if most == args.micro_batch else encoded(step)[0]
         # A rank that has no image in this step goes with the first of all, at weight 0.
-        for (prompts, blocks), weight in in_step(policy, parts, lambda: [policy.encode_turns([images[0][:1]])]):
+        for (prompts, blocks), weight in same_passes_on_every_rank(policy, parts, lambda: [policy.encode_turns([images[0][:1]])]):
             prefix = policy.prefill(prompts)  # the image, and what precedes the questions about it, once for them all
             loss = sum(own * aggregate(-weight_of(rows) * policy.score(prefix, tokens, mask), mask, denominator=count)
-                       for (tokens, mask, rows), own in in_step(policy, blocks))
+                       for (tokens, mask, rows), own in same_passes_on_every_rank(policy, blocks))
             (weight * loss).backward()
             total_loss += weight * loss.item()
         return total_loss
@@ -182,13 +182,13 @@ def main() -> None:
             zero = torch.zeros((), device=policy.device)
             answer_tokens = int(total(sum((mask.sum() for mask, _ in answers), zero)))
             count = total(sum(((mask * weight_of(rows)).sum() for mask, rows in answers), zero))  # of the whole batch
-            loss = halving(args, "micro_batch", lambda: accumulate(step, made, count), undo=policy.model.zero_grad,
+            loss = retry_smaller_on_oom(args, "micro_batch", lambda: accumulate(step, made, count), undo=policy.model.zero_grad,
                            alone=not policy.sharded)
             loss = total(torch.tensor(loss, dtype=torch.float64)).item()
             sum_gradients(policy.parameters())
             grad_norm = clip_gradients(policy.parameters(), args.grad_clip)
             rate = learning_rate_at(step, args.max_steps, args.learning_rate, args.warmup, "cosine")
-            taken = skipped.trusts(grad_norm, step, 0, lambda: [vars(row) for _, rows in answers for row in rows if row])
+            taken = skipped.accept_or_record(grad_norm, step, 0, lambda: [vars(row) for _, rows in answers for row in rows if row])
             if taken:
                 set_learning_rate(optimizers, rate)
                 for optimizer in optimizers:
@@ -202,7 +202,7 @@ def main() -> None:
                    "peak_memory_gb": peak_memory_gb(policy.device)}
             if validation and (step + 1) % args.eval_steps == 0:
                 parts = passes(group_by_image(validation), args.questions_per_image, args.micro_batch)
-                with whole(policy):
+                with gathered_layers(policy):
                     row["eval_loss"] = mean_loss(policy, map(policy.encode_turns, parts))
                 if row["eval_loss"] < best:
                     best = row["eval_loss"]

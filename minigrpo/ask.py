@@ -57,7 +57,7 @@ def main() -> None:
     sample = Sample("asked", args.image, "conversation", args.question, "")
     answer = generate(policy, policy.encode([sample]), max_new_tokens=args.max_new_tokens, temperature=args.temperature).texts[0]
     print(answer)
-    if boxes := parse_boxes(split_thinking(answer, policy.opened)[1], args.box_scale):
+    if boxes := parse_boxes(split_thinking(answer, policy.template_opens_think)[1], args.box_scale):
         with aside(drawn) as part:
             draw_boxes(film, boxes).save(part, "PNG" if drawn.suffix.lower() == ".png" else "JPEG")
         print(f"boxes drawn into {drawn}")

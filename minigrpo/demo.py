@@ -24,7 +24,7 @@ from minigrpo import programs  # noqa: E402
 from minigrpo.commands import COMMANDS  # noqa: E402
 from minigrpo.run.args import input_errors, parse_args, run_errors  # noqa: E402
 from minigrpo.run.files import CHECKSUMS, checksum, make_folder, part_of, write_aside  # noqa: E402
-from minigrpo.stages import DONE, LOCK, SPENT, Run, hold, is_done, log_of, read_spent, run_all  # noqa: E402
+from minigrpo.stages import DONE, LOCK, SPENT, Run, hold, is_done, read_spent, run_all  # noqa: E402
 
 TASKS = {"report": "gleu", "grounding": "soft_f1"}
 SHOWN = {"report": ["gleu", "rouge_l", "bleu4", "length"], "grounding": ["soft_f1", "map50", "boxes"]}
@@ -51,7 +51,7 @@ class Size:
 
 
 MEASURED_ON = "two cores of an AMD EPYC, nothing beside it"
-PHANTOM = Size(films=2400, test=300, sft_steps=880, sft_rate=4e-3, grpo_steps={"report": 85, "grounding": 140}, measured={})
+PHANTOM = Size(films=2400, test=300, sft_steps=820, sft_rate=4e-3, grpo_steps={"report": 85, "grounding": 125}, measured={})
 REAL = Size(sft_steps=150, sft_rate=2e-3, grpo_steps={"report": 20, "grounding": 20})
 SMOKE = Size(films=12, test=4, pixels=64, sft_steps=12, sft_rate=4e-3, grpo_steps={"report": 3, "grounding": 4}, batch=4, prompts=4,
              longest=24, save=2)

@@ -43,7 +43,7 @@ def generate(policy: Policy, prompts: Prompts, *, group_size: int = 1, max_new_t
                          f"more, got {group_size}, {max_new_tokens}, {rows_at_once} and {temperature}")
     device, B = policy.device, len(prompts.ids)
     places = B if rows_at_once is None else min(B, max(1, rows_at_once // group_size))
-    uniform = random_streams(secrets.randbits(63) if seed is None else seed, prompts.number.tolist(), group_size, max_new_tokens)
+    uniform = random_streams(secrets.randbits(63) if seed is None else seed, prompts.stream_id.tolist(), group_size, max_new_tokens)
     uniform, ends = uniform.to(device), torch.tensor(policy.end_ids, device=device)
     finished = torch.zeros(B * group_size, dtype=torch.bool, device=device)
     tokens = torch.full((B * group_size, max_new_tokens), policy.tokenizer.pad_token_id, device=device)

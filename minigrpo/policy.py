@@ -35,17 +35,17 @@ class Prompts:
     positions: Tensor  # [3, B, P] M-RoPE positions: time, height, width
     next_position: Tensor  # [B] the position of the first answer token, on all three axes
     patches: Tensor  # [patches of all images, channels * 16 * 16] uint8, an eighth of `pixels`
-    levels: Tensor  # [channels, 2, 256] what the model sees of each level of grey, at both of a patch's moments
+    grey_table: Tensor  # [channels, 2, 256] what the model sees of each level of grey, at both of a patch's moments
     grids: Tensor  # [images, 3] patches of each image along time, height, width
     images: Tensor  # [B] images of each prompt
-    number: Tensor  # [B] place in the batch that was encoded, which names the random streams of its answers in `generate`
+    stream_id: Tensor  # [B] place in the batch that was encoded, which names the random streams of its answers in `generate`
 
     @property
     def pixels(self) -> Tensor:
         """[patches of all images, channels * 2 * 16 * 16] fp32, as the vision tower takes them: made when they are needed."""
-        made = self.levels.new_empty(len(self.patches), *self.levels.shape)
-        for channel, grey in enumerate(self.patches.unflatten(1, (len(self.levels), -1)).unbind(1)):  # (patches, 256)
-            seen = self.levels[channel].index_select(1, grey.flatten().int())  # by channel, and not by an int64 for every pixel
+        made = self.grey_table.new_empty(len(self.patches), *self.grey_table.shape)
+        for channel, grey in enumerate(self.patches.unflatten(1, (len(self.grey_table), -1)).unbind(1)):  # (patches, 256)
+            seen = self.grey_table[channel].index_select(1, grey.flatten().int())  # by channel, and not by an int64 for every pixel
             made[:, channel] = seen.unflatten(1, grey.shape).transpose(0, 1)
         return made.flatten(1)
 
@@ -55,7 +55,7 @@ class Prompts:
 
     def numbered(self, places: list[int]) -> "Prompts":
         """The same prompts with these places as their numbers: part of a larger batch gives the answers that the whole would."""
-        return replace(self, number=torch.tensor(places, device=self.ids.device))
+        return replace(self, stream_id=torch.tensor(places, device=self.ids.device))
 
     def select(self, rows: slice | Tensor, *, trim: bool = True) -> "Prompts":
         """The prompts `rows` (a slice, or indices in any order) with their own images; `trim` drops what is padding for all."""
@@ -65,7 +65,7 @@ class Prompts:
         mask = self.mask[chosen]
         width = int(mask.sum(1).max()) if trim else mask.shape[1]
         return Prompts(self.ids[chosen, :width], mask[:, :width], self.positions[:, chosen, :width], self.next_position[chosen],
-                       self.patches[patches], self.levels, self.grids[images], self.images[chosen], self.number[chosen])
+                       self.patches[patches], self.grey_table, self.grids[images], self.images[chosen], self.stream_id[chosen])
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Policy:
         self.sharded = False  # whether ranks hold slices of the decoder layers, see run/shard.py
         self.adapters = None  # the PeftModel around `model`, see lora.py
         self.video = {}  # settings of the checkpoint's video processor, kept for those who use it
-        self.opened = checkpoints.opens_thinking(tokenizer)  # for split_thinking: answers begin inside <think>
+        self.template_opens_think = checkpoints.opens_thinking(tokenizer)  # for split_thinking: answers begin inside <think>
         # The patches arrive cut out, so the convolution over them is one matrix product; Conv3d takes five times as long.
         patch = self.visual.patch_embed
         patch.forward = lambda x: F.linear(x.to(patch.proj.weight.dtype), patch.proj.weight.flatten(1), patch.proj.bias)
@@ -127,7 +127,7 @@ class Policy:
         ends += [self.end_id] * (self.end_id not in ends)
         model.generation_config.eos_token_id = ends  # saved so: other programs stop there, too
         self.end_ids = sorted(ends)  # Qwen3-VL has several, all of them end
-        self.levels = levels_of(image_processor)  # what the model sees of each level of grey
+        self.grey_table = grey_table_of(image_processor)  # what the model sees of each level of grey
         self.vision_end_id = tokenizer.convert_tokens_to_ids("<|vision_end|>")
 
     @classmethod
@@ -214,7 +214,7 @@ class Policy:
     def _images(self, samples: list[Sample]) -> "Images":
         cut = [self._patches(load_film(sample, path)) for sample in samples
                for path in sample.images]
-        patches = torch.cat([patches for patches, _ in cut]) if cut else torch.zeros(0, self.levels[:, 0].numel(), dtype=torch.uint8)
+        patches = torch.cat([patches for patches, _ in cut]) if cut else torch.zeros(0, self.grey_table[:, 0].numel(), dtype=torch.uint8)
         grids = torch.cat([grid for _, grid in cut]) if cut else torch.zeros(0, 3, dtype=torch.long)
         slots = iter((grids.prod(1) // self.image_processor.merge_size**2).tolist())
         return Images(patches, grids, [[next(slots) for _ in sample.images] for sample in samples])
@@ -222,7 +222,7 @@ class Policy:
     def _patches(self, image) -> tuple[Tensor, Tensor]:
         """An image as uint8 patches [n, channels * 16 * 16] and its grid [1, 3]: resized, but not yet scaled to what the model sees."""
         cut = self.image_processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="pt")
-        patches = cut["pixel_values"].view(-1, *self.levels.shape)  # a still image: the same at both moments
+        patches = cut["pixel_values"].view(-1, *self.grey_table.shape)  # a still image: the same at both moments
         return patches[:, :, 0].flatten(1).to(torch.uint8), cut["image_grid_thw"]
 
     def _talk(self, question: list[int], turns: list[list[str]]) -> tuple[list[int], list[int]]:
@@ -238,7 +238,7 @@ class Policy:
                 between = self._tokens([text[last + len(end):]])[0]  # "\n", and the next question
                 tokens, mask = tokens + between, mask + [0] * len(between)
             messages.append({"role": "assistant", "content": answer})
-            said = self._tokens([inside_thinking(answer) if self.opened else answer])[0] + [self.end_id]
+            said = self._tokens([inside_thinking(answer) if self.template_opens_think else answer])[0] + [self.end_id]
             tokens, mask = tokens + said, mask + [1] * len(said)
         return tokens, mask
 
@@ -259,7 +259,7 @@ class Policy:
         positions, next_position = mrope_positions(ids, mask, images.grids, self.model.config.image_token_id,
                                                    self.image_processor.merge_size)
         counts = torch.tensor([len(slots) for slots in images.slots])
-        return Prompts(ids, mask, positions, next_position, images.patches, self.levels, images.grids, counts,
+        return Prompts(ids, mask, positions, next_position, images.patches, self.grey_table, images.grids, counts,
                        torch.arange(len(rows))).to(self.device)
 
     def encode_answers(self, answers: list[str]) -> tuple[Tensor, Tensor]:
@@ -486,7 +486,7 @@ def inside_thinking(answer: str) -> str:
     return answer.removeprefix("<think>").removeprefix("\n") if answer.startswith("<think>") else f"\n</think>\n\n{answer}"
 
 
-def levels_of(image_processor) -> Tensor:
+def grey_table_of(image_processor) -> Tensor:
     """[channels, 2, 256] what the processor makes of each level of grey, asked of itself: a patch of 16 x 16 holds all in order."""
     side, size = image_processor.patch_size, image_processor.merge_size
     grey = torch.arange(side * side, dtype=torch.uint8).view(side, side).tile(size, size)

@@ -99,7 +99,7 @@ def test_cleaned_references_and_asking_to_think_are_the_same_questions(phantom, 
     ("metrics.json", b'{"box_scale": 0}', "metrics.json: box_scale 0 must be a number above 0"),
     ("metrics.json", b'{"box_scale": NaN}', "metrics.json: box_scale nan must"),
     ("metrics.json", b'{"box_scale": "1000"}', "metrics.json: box_scale '1000' must"),
-    ("metrics.json", b'{"opened": "no"}', "metrics.json: box_scale 1.0 must be a number above 0, and opened 'no'")])
+    ("metrics.json", b'{"template_opens_think": "no"}', "metrics.json: box_scale 1.0 must be a number above 0, and template_opens_think 'no'")])
 def test_a_broken_evaluation_is_named(fails, phantom, stored, tmp_path, name, content, message):
     """Bug: the message was "'utf-8' codec can't decode byte", or a traceback, and no file was named."""
     (stored[0] / name).write_bytes(content)
@@ -107,12 +107,12 @@ def test_a_broken_evaluation_is_named(fails, phantom, stored, tmp_path, name, co
     assert f"{stored[0]}/{message}" in said
 
 
-@pytest.mark.parametrize("extra", [["--opened"], ["--box_scale", 1000]])
+@pytest.mark.parametrize("extra", [["--template_opens_think"], ["--box_scale", 1000]])
 def test_the_constant_answer_is_read_as_it_is_written(fails, phantom, tmp_path, extra):
-    """Bug: with --opened every constant answer was an unclosed thought and scored 0, a baseline that anything beats."""
+    """Bug: with --template_opens_think every constant answer was an unclosed thought and scored 0, a baseline that anything beats."""
     said = fails(evaluate.main, "--model", "constant", "--train_data", phantom / "train.jsonl", "--data", phantom / "test.jsonl",
                  "--output_dir", tmp_path / "out", *extra)
-    assert "leave out --opened and --box_scale" in said
+    assert "leave out --template_opens_think and --box_scale" in said
 
 
 @pytest.mark.parametrize("program", [train_sft, train_grpo])
@@ -732,7 +732,7 @@ def test_no_argument_by_its_beginning(capsys):
 
 
 def test_what_is_said_of_other_names_is_true():
-    names = {field.name for kind in (train_grpo.GrpoArguments, train_sft.SftArguments) for field in fields(kind)}
+    names = {field.name for kind in (train_grpo.GrpoArguments, train_sft.SftArguments, evaluate.EvaluateArguments) for field in fields(kind)}
     assert not set(ELSEWHERE) & names and not set(RENAMED) & names and set(RENAMED.values()) <= names
     assert {word for text in ELSEWHERE.values() for word in re.findall(r"--(\w+)", text)} <= names
 

@@ -53,7 +53,7 @@ def test_parse_reads_back_what_format_wrote(boxes):
     assert all(abs(x - y) <= 0.005 + 1e-12 for p, b in zip(parsed, boxes) for x, y in zip(p, b))
 
 
-@pytest.mark.parametrize("text, opened, expected", [
+@pytest.mark.parametrize("text, template_opens_think, expected", [
     ("  No effusion.\n", False, ("", "No effusion.", True)),
     ("", False, ("", "", True)),
     ("<think> look </think>\n\nNo effusion.", False, ("look", "No effusion.", True)),
@@ -70,17 +70,17 @@ def test_parse_reads_back_what_format_wrote(boxes):
     ("<think>a</think> b", True, ("a", "b", False)),  # the template's tag and the model's own
     ("</think>a<think>", False, ("", "a", False)),
 ])
-def test_split_thinking(text, opened, expected):
-    assert split_thinking(text, opened) == expected
+def test_split_thinking(text, template_opens_think, expected):
+    assert split_thinking(text, template_opens_think) == expected
 
 
 @given(soup, st.booleans())
 @settings(max_examples=200, deadline=None)
-def test_parsers_survive_any_string(text, opened):
+def test_parsers_survive_any_string(text, template_opens_think):
     assert all(math.isfinite(value) for box in parse_boxes(text) for value in box)
-    thinking, answer, ok = split_thinking(text, opened)
+    thinking, answer, ok = split_thinking(text, template_opens_think)
     assert "<think>" not in answer and "</think>" not in answer
-    if "think>" not in text and not opened:
+    if "think>" not in text and not template_opens_think:
         assert (thinking, answer, ok) == ("", text.strip(), True)
 
 
@@ -111,6 +111,6 @@ def test_a_million_strings(seed):
     """Neither parser raises, no number is other than finite, no tag is left in an answer that counts."""
     for text in million_strings(seed):
         assert all(map(math.isfinite, itertools.chain(*parse_boxes(text, scale=1000))))
-        for opened in (False, True):
-            thinking, answer, ok = split_thinking(text, opened)
+        for template_opens_think in (False, True):
+            thinking, answer, ok = split_thinking(text, template_opens_think)
             assert not ok or "think>" not in answer or "<think>" not in answer and "</think>" not in answer

@@ -208,7 +208,7 @@ def test_control_characters_are_shown_escaped(folder):
 
 
 def test_a_film_that_vanishes_while_it_is_checked(folder, monkeypatch):
-    """Bug: a film that was there when its line was read, and not when it was opened, was left out
+    """Bug: a film that was there when its line was read, and not when it was template_opens_think, was left out
     in silence."""
     train = write(folder, "train.jsonl", line(0, "0.png"), line(1, "1.png"))
     real = check_module.scan_jsonl

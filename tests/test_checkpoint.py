@@ -59,7 +59,7 @@ def test_loads_as_published_and_saves_what_loads_bit_for_bit(published, films, t
     tied = policy.head is policy.language_model.embed_tokens.weight
     assert tied == SIZES[size]["tied"] and {p.dtype for p in policy.model.parameters()} == {torch.float32}
     assert policy.end_ids == sorted(policy.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
-    assert policy.opened == thinking
+    assert policy.template_opens_think == thinking
     # One step, so that it is not the file it came from; then plain transformers on what we saved.
     prompts = policy.encode([Sample("a", films["plain"], "report", "What is seen?", "")])
     tokens, mask = policy.encode_answers(["The heart is normal."])
@@ -75,7 +75,7 @@ def test_loads_as_published_and_saves_what_loads_bit_for_bit(published, films, t
         assert torch.equal(plain(**inputs).logits, policy.model(**inputs).logits)
         again, policy = Policy.from_pretrained(str(tmp_path / "saved")), policy.to("cpu")
         assert torch.equal(again.score(prompts, tokens, mask), policy.score(prompts, tokens, mask))
-    assert (again.end_ids, again.opened, again.image_processor.size["longest_edge"]) == (policy.end_ids, policy.opened, 96 * 96)
+    assert (again.end_ids, again.template_opens_think, again.image_processor.size["longest_edge"]) == (policy.end_ids, policy.template_opens_think, 96 * 96)
     # The files that vLLM and AutoProcessor open, with what the checkpoint said in them.
     read = lambda folder, name: json.loads((folder / name).read_text())
     assert read(tmp_path / "saved", "video_preprocessor_config.json") == read(folder, "video_preprocessor_config.json")
@@ -142,7 +142,7 @@ def test_a_thinking_checkpoint_is_read_as_one(tmp_path):
     policy = Policy.from_pretrained(str(write_checkpoint(tmp_path / "hub", "2B", thinking=True)))
     sample = Sample("a", None, "report", "What is seen?", "The heart is normal.")
     assert policy.tokenizer.decode(policy.encode([sample]).ids[0]).endswith("<|im_start|>assistant\n<think>\n")
-    reward = reward_fn("gleu", opened=policy.opened)
+    reward = reward_fn("gleu", template_opens_think=policy.template_opens_think)
     assert reward(["It is normal.\n</think>\n\nThe heart is normal.", "The heart is normal."], [sample] * 2).values == [1.0, 0.0]
     talk = replace(sample, task="conversation", turns=[["What is seen?", "The heart."], ["And?", "<think>\nLungs.\n</think>\n\nClear."]])
     prompts, blocks = policy.encode_turns([[sample, talk]])
@@ -150,7 +150,7 @@ def test_a_thinking_checkpoint_is_read_as_one(tmp_path):
     assert sorted(map(len, taught)) == [1, 2]
     for answers in taught:
         for answer in answers:
-            assert split_thinking(answer, opened=True)[2], answer
+            assert split_thinking(answer, template_opens_think=True)[2], answer
     whole = policy.tokenizer.decode(blocks[0][0][0][blocks[0][0][0] != policy.tokenizer.pad_token_id])
     assert whole.count("<|im_start|>assistant\n<think>\n") == 1 and whole.count("And?") == 1
     assert generate(policy, policy.encode([sample]), max_new_tokens=2, seed=0).texts

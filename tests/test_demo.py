@@ -8,7 +8,6 @@ import shutil
 import signal
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch

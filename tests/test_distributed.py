@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minigrpo.run.distributed import deal
+from minigrpo.run.distributed import balance_over_ranks
 from minigrpo.run.folder import checkpoints
 from tests.processes import finish, free_port, run, start
 
@@ -169,7 +169,7 @@ def test_dealing_is_whole_and_even(ranks, monkeypatch):
     shares = []
     for rank in range(ranks):
         monkeypatch.setattr("minigrpo.run.distributed.rank", lambda: rank)
-        mine, spans = deal(costs, 6)
+        mine, spans = balance_over_ranks(costs, 6)
         assert [i for span in spans for i in span] == list(range(len(mine)))
         assert all(mine[i] // 6 == part for part, span in enumerate(spans) for i in span)
         shares.append([[mine[i] for i in span] for span in spans])

@@ -66,7 +66,7 @@ def test_an_answer_does_not_depend_on_its_company(short, mixed, monkeypatch):
 
     for b in range(4):
         same(generate(short, prompts.select(slice(b, b + 1)), group_size=3, **settings), slice(3 * b, 3 * b + 3))
-    backwards = replace(short.encode(mixed[::-1]), number=prompts.number.flip(0))
+    backwards = replace(short.encode(mixed[::-1]), stream_id=prompts.stream_id.flip(0))
     same(generate(short, backwards, group_size=3, **settings), torch.arange(12).view(4, 3).flip(0).flatten())
     same(generate(short, prompts, group_size=2, **settings), torch.arange(12).view(4, 3)[:, :2].flatten())
     same(generate(short, prompts, group_size=3, **settings | {"max_new_tokens": 7}), slice(0, 12))

@@ -116,7 +116,7 @@ def test_an_install_has_the_whole_package_and_no_module_beside_it(installed):
     inside = {
         path.relative_to(ROOT)
         for path in (ROOT / "minigrpo").rglob("*")
-        if path.suffix in (".py", ".html", ".yaml")
+        if path.suffix in (".py", ".html", ".yaml", ".typed")
     }
     assert (
         Path("minigrpo/run/report.html") in inside

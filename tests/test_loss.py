@@ -143,9 +143,9 @@ def test_edges_are_inside():
         assert stats["clip_high"] == stats["clip_low"] == 0 and per_token.item() == -a
         assert torch.autograd.grad(per_token.sum(), logprob)[0].item() == -a
     logprob = torch.tensor([[1.3]])
-    for a, settings, name in ((-1.0, "dual_clip", "clip_dual"), (1.0, "cispo_cap", "clip_high")):
-        settings = {settings: logprob.exp().item(), "surrogate": "clip" if a < 0 else "cispo"}
-        assert policy_loss(logprob, torch.zeros(1, 1), torch.tensor([a]), torch.ones(1, 1), **settings)[1][name] == 0
+    for a, bound, name in ((-1.0, "dual_clip", "clip_dual"), (1.0, "cispo_cap", "clip_high")):
+        options = {bound: logprob.exp().item(), "surrogate": "clip" if a < 0 else "cispo"}
+        assert policy_loss(logprob, torch.zeros(1, 1), torch.tensor([a]), torch.ones(1, 1), **options)[1][name] == 0
 
 
 def test_an_advantage_of_zero_counts_as_no_clip():
@@ -182,9 +182,9 @@ def test_defaults():
         whole, stats = grpo_loss(logprob, none, torch.tensor([float(a)]), on, ref_logprob=none - 9)
         assert whole.item() == pytest.approx(sum(loss) / 2) and "rollout_weight" not in stats
     logprob, ref = torch.full((1, 2), 3.0), torch.full((1, 2), 2.0)
-    for settings in ({}, {"surrogate": "cispo"}):
-        per_token, _ = policy_loss(logprob, none, -on[0, :1], on, **settings)
-        whole, stats = grpo_loss(logprob, none, -on[0, :1], on, ref_logprob=ref, **settings)
+    for options in ({}, {"surrogate": "cispo"}):
+        per_token, _ = policy_loss(logprob, none, -on[0, :1], on, **options)
+        whole, stats = grpo_loss(logprob, none, -on[0, :1], on, ref_logprob=ref, **options)
         assert whole.item() == pytest.approx(per_token.mean().item()) and stats["kl"].item() == pytest.approx(math.exp(-1))
     assert kl_penalty(logprob, ref).tolist()[0] == pytest.approx([math.exp(-1)] * 2)
     weighed, stats = grpo_loss(none, none, on[0, :1], on, rollout_logprob=none - 1)
@@ -248,8 +248,8 @@ def test_the_gradient_reaches_logprob_alone():
     others = [x.detach().requires_grad_() for x in (old, advantage, ref, rollout)]
     loss, _ = grpo_loss(logprob, others[0], others[1], mask, ref_logprob=others[2], rollout_logprob=others[3], **PAPER)
     assert torch.autograd.grad(loss, others, allow_unused=True) == (None,) * 4
-    for settings in ({}, {"ratio_level": "sequence"}, {"surrogate": "cispo"}):
-        loss, _ = grpo_loss(logprob, logprob, advantage, mask, ref_logprob=logprob, kl_coef=0.1, kl_estimator="k2", **settings)
+    for options in ({}, {"ratio_level": "sequence"}, {"surrogate": "cispo"}):
+        loss, _ = grpo_loss(logprob, logprob, advantage, mask, ref_logprob=logprob, kl_coef=0.1, kl_estimator="k2", **options)
         expected = torch.where(mask, -advantage[:, None] / mask.sum(), 0.0)
         torch.testing.assert_close(torch.autograd.grad(loss, logprob)[0], expected)
 

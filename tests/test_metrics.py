@@ -167,8 +167,8 @@ def test_think_format(answer, good):
     results = evaluate_answers(samples, [answer, "b"])
     assert results["items"][0]["think_format"] == good and "think_format" not in results["items"][1]
     assert results["report"]["think_format"]["mean"] == good and results["report"]["think_format"]["n"] == 1
-    opened = evaluate_answers(samples, [answer.removeprefix("<think>")] * 2, opened=True)["items"]
-    assert opened[1]["think_format"] == (good if answer.startswith("<think>") else 0)
+    template_opens_think = evaluate_answers(samples, [answer.removeprefix("<think>")] * 2, template_opens_think=True)["items"]
+    assert template_opens_think[1]["think_format"] == (good if answer.startswith("<think>") else 0)
 
 
 TRICKY = ["[0.3, 0.4, 0.7, 0.8]", "[.3,.4,\n7e-1,0.8]", "[0.3 0.4 0.7 0.8]", "<think>[0.3, 0.4, 0.7, 0.8]",
@@ -177,13 +177,13 @@ TRICKY = ["[0.3, 0.4, 0.7, 0.8]", "[.3,.4,\n7e-1,0.8]", "[0.3 0.4 0.7 0.8]", "<t
           "<think></think>[0, 0, 1, 1]"]
 
 
-@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("template_opens_think", [False, True])
 @pytest.mark.parametrize("scale", [1, 1000])
-def test_reward_and_metric_share_the_parser(opened, scale):
+def test_reward_and_metric_share_the_parser(template_opens_think, scale):
     """The authors' reward and metric read boxes with two patterns and `</think>` from two ends."""
     samples = [grounding(i, HEART) for i in range(len(TRICKY))]
-    rewards = reward_fn("soft_f1", opened=opened, box_scale=scale)(TRICKY, samples).values
-    items = evaluate_answers(samples, TRICKY, opened=opened, box_scale=scale)["items"]
+    rewards = reward_fn("soft_f1", template_opens_think=template_opens_think, box_scale=scale)(TRICKY, samples).values
+    items = evaluate_answers(samples, TRICKY, template_opens_think=template_opens_think, box_scale=scale)["items"]
     assert [item["soft_f1"] for item in items] == rewards
     assert 0 < sum(reward > 0 for reward in rewards) < len(rewards)
 

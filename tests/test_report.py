@@ -1,4 +1,4 @@
-"""report.html: parsed as HTML everywhere, opened and sorted in a real browser where a Chromium is found."""
+"""report.html: parsed as HTML everywhere, template_opens_think and sorted in a real browser where a Chromium is found."""
 
 import json
 import os
@@ -123,7 +123,7 @@ def test_the_file_stays_small(shown, tmp_path, monkeypatch):
 
 def browse(path, tmp_path, script=""):
     """The page as Chromium has it after its scripts and `script` ran."""
-    copy = tmp_path / "opened.html"
+    copy = tmp_path / "template_opens_think.html"
     copy.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", copy.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"HOME": str(tmp_path)}).stdout

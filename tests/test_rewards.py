@@ -137,7 +137,7 @@ def test_thinking_is_not_scored_and_a_broken_block_gets_the_floor():
     where = "[0.3, 0.4, 0.7, 0.8]"
     answers = [where, f"<think>[0, 0, 1, 1]?</think>{where}", f"<think>{where}", f"x</think>{where}", "nowhere"]
     assert reward_fn("soft_f1")(answers, [grounding(HEART)] * 5).values == [1, 1, 0, 0, 0]
-    assert reward_fn("soft_f1", opened=True)(answers[:4], [grounding(HEART)] * 4).values == [0, 0, 0, 1]
+    assert reward_fn("soft_f1", template_opens_think=True)(answers[:4], [grounding(HEART)] * 4).values == [0, 0, 0, 1]
     text = "no pleural effusion"
     written = [text, f"<think>a</think>{text}", f"<think>{text}"]
     assert reward_fn("gleu")(written, [report(text)] * 3).values == [1, 1, 0]
@@ -368,7 +368,7 @@ def test_rows_are_scored_alone():
     assert reward(*map(list, zip(*(pairs[i] for i in order)))).values == [alone[i] for i in order]
 
 
-@pytest.mark.parametrize("answer, question, opened, task, value", [
+@pytest.mark.parametrize("answer, question, template_opens_think, task, value", [
     ("No effusion.", "Report.", False, "report", 1),
     ("", "Report.", False, "report", 0),
     ("<think>a</think>No effusion.", "Report.", False, "report", 1),
@@ -384,9 +384,9 @@ def test_rows_are_scored_alone():
     ("[0.2, 0.2, 0.1, 0.1] [0, 0, 7, 7]", "Where?", False, "grounding", 0),  # boxes that overlap nothing
     ("<think>[0.1, 0.1, 0.2, 0.2]</think>nowhere", "Where?", False, "grounding", 0),
 ])
-def test_format(answer, question, opened, task, value):
+def test_format(answer, question, template_opens_think, task, value):
     sample = Sample("s", None, task, question, "x", boxes=[HEART] if task == "grounding" else [])
-    assert reward_fn("format", opened=opened)([answer], [sample]).values == [value]
+    assert reward_fn("format", template_opens_think=template_opens_think)([answer], [sample]).values == [value]
 
 
 def test_length_is_the_share_of_words_in_either_direction():

@@ -166,12 +166,12 @@ def test_truncated_image_is_found_although_its_header_is_whole(write, tmp_path, 
 
 
 def test_each_image_is_decoded_once(write, monkeypatch):
-    opened = []
+    template_opens_think = []
     real = Image.open
-    monkeypatch.setattr(Image, "open", lambda file, **more: opened.append(file)
+    monkeypatch.setattr(Image, "open", lambda file, **more: template_opens_think.append(file)
                         or real(file, **more))
     read_jsonl(write(*[REPORT | {"id": str(i)} for i in range(5)]))
-    assert len(opened) == 1
+    assert len(template_opens_think) == 1
 
 
 @pytest.mark.parametrize("peak", [4095, 16383, 65535])

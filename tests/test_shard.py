@@ -15,8 +15,8 @@ from minigrpo.run import node
 from minigrpo.data import read_jsonl
 from minigrpo.policy import Policy
 from minigrpo.run.distributed import join, rank
-from minigrpo.run.guard import halving
-from minigrpo.run.shard import full, in_step, shard, whole
+from minigrpo.run.guard import retry_smaller_on_oom
+from minigrpo.run.shard import full, same_passes_on_every_rank, shard, gathered_layers
 from tests.processes import finish, run, start
 from tests.test_distributed import assert_same_run, exactly, place, rows  # noqa: F401
 
@@ -43,9 +43,9 @@ def main():
         work = [[(samples[:2], [first(*one)]), (samples[2:4], [one])], [(samples[1:3], [long, one, first(*long)])]]
 
         def backward(parts, others):
-            for (chosen, blocks), weight in in_step(policy, parts, lambda: others):
+            for (chosen, blocks), weight in same_passes_on_every_rank(policy, parts, lambda: others):
                 prefix = policy.prefill(policy.encode(chosen))
-                loss = sum(own * policy.score(prefix, *block).square().sum() for block, own in in_step(policy, blocks))
+                loss = sum(own * policy.score(prefix, *block).square().sum() for block, own in same_passes_on_every_rank(policy, blocks))
                 (weight * loss).backward()
 
         backward(work[0] + work[1], [])
@@ -60,7 +60,7 @@ def main():
         shard(policy)
         named = dict(policy.model.named_parameters())
         assert abs(sum(named[name].to_local().numel() for name in names) / count - 0.5) < 0.01
-        with torch.no_grad(), whole(policy):
+        with torch.no_grad(), gathered_layers(policy):
             assert torch.equal(policy.score(prompts, *long), before)  # to the bit
         found = []
         for mine in (work, [work[0], []], [[], work[1]]):  # a rank may have none
@@ -92,7 +92,7 @@ def sharded(rank, gradients=None, stop=False, die=False):
     clip, seen, filled = node.clip_gradients, [], []
 
     def filling(*given):
-        found = in_step(*given)
+        found = same_passes_on_every_rank(*given)
         filled.append(sum(not weight for _, weight in found))
         if die and rank == 1 and len(filled) == 3:
             os.kill(os.getpid(), 9)
@@ -108,7 +108,7 @@ def sharded(rank, gradients=None, stop=False, die=False):
         return clip(parameters, largest)
 
     train_sft.clip_gradients = node.clip_gradients = keeping
-    train_sft.in_step = node.in_step = filling
+    train_sft.same_passes_on_every_rank = node.same_passes_on_every_rank = filling
 
 
 SMALL = {"train_grpo": ["--micro_tokens", 100, "--prompts_per_step", 6], "train_sft": [*ADAM, "--micro_batch", 1, "--questions_per_image", 3]}
@@ -193,5 +193,5 @@ def test_a_sharded_pass_that_runs_out_of_memory_is_not_done_again_alone(capsys):
         raise torch.OutOfMemoryError
 
     with pytest.raises(torch.OutOfMemoryError):
-        halving(args, "micro_tokens", work, alone=False)
+        retry_smaller_on_oom(args, "micro_tokens", work, alone=False)
     assert tries == [64] and "smaller --micro_tokens" in capsys.readouterr().err

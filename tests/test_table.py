@@ -103,7 +103,7 @@ def files(tmp_path, monkeypatch):
     (tmp_path / "old").mkdir()
     lines = [{"id": i, "answer": "hm</think>[300, 400, 700, 800] \u2028"} for i in "bca"]
     (tmp_path / "old/predictions.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n")
-    (tmp_path / "old/metrics.json").write_text('{"model": "qwen", "opened": true, "box_scale": 1000.0}')
+    (tmp_path / "old/metrics.json").write_text('{"model": "qwen", "template_opens_think": true, "box_scale": 1000.0}')
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "--data", str(tmp_path / "test.jsonl"), "--output_dir",
@@ -117,7 +117,7 @@ def test_stored_answers_are_read_as_they_were_written(files):
     folder, run = files
     metrics = run("--predictions", folder / "old", "--baseline", folder / "old")
     assert metrics["tasks"]["grounding"]["soft_f1"]["mean"] == 1 and metrics["tasks"]["grounding"]["think_format"]["mean"] == 1
-    assert (metrics["model"], metrics["opened"], metrics["box_scale"]) == ("qwen", True, 1000)
+    assert (metrics["model"], metrics["template_opens_think"], metrics["box_scale"]) == ("qwen", True, 1000)
     assert metrics["difference"]["grounding"]["soft_f1"]["difference"] == 0  # the baseline is read by its own settings too
     assert not list(folder.glob("out*/samples.png"))  # bug: boxes without a film to draw them on ended the program
     metrics = run("--predictions", folder / "old/predictions.jsonl", "--box_scale", 1)

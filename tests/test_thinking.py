@@ -73,8 +73,8 @@ def test_thinking_and_answer_are_logged_apart():
     assert stats["think_format"] == 0.5 and stats["cut_off"] == 0.5
     assert stats["thinking_words"] == (3 + 7) / 2 and stats["answer_words"] == 2.0
     assert "think_format" not in rollout_stats(groups(texts, [PLAIN]))
-    opened = rollout_stats(groups(["one two</think>Clear.", "never closed"], [PLAIN]), opened=True)
-    assert opened["think_format"] == 0.5 and opened["thinking_words"] == 2.0
+    template_opens_think = rollout_stats(groups(["one two</think>Clear.", "never closed"], [PLAIN]), template_opens_think=True)
+    assert template_opens_think["think_format"] == 0.5 and template_opens_think["thinking_words"] == 2.0
 
 
 def test_what_the_budget_cut_shows_in_the_evaluation(tmp_path):

@@ -103,11 +103,11 @@ def pixels_of(said: Boxes, boxes: Boxes, near: float) -> tuple[int, int] | None:
     return (round(width), round(height)) if same_boxes(scaled, boxes, near) else None
 
 
-def scale_note(answers: Sequence[str], samples: Sequence, opened: bool = False,
+def scale_note(answers: Sequence[str], samples: Sequence, template_opens_think: bool = False,
                box_scale: float = 1.0) -> str | None:
     """What to say where most boxes that a model wrote, for the grounding samples, are read at the
     wrong scale."""
-    texts = [split_thinking(answer, opened)[1] for answer, sample in zip(answers, samples)
+    texts = [split_thinking(answer, template_opens_think)[1] for answer, sample in zip(answers, samples)
              if sample.task == "grounding"]
     largest = [max(map(abs, box)) for text in texts for box in parse_boxes(text)]
     outside = sum(value > 1.001 * box_scale for value in largest)

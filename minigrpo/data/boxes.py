@@ -38,15 +38,15 @@ def parse_boxes(text: str, scale: float = 1.0) -> list[Box]:
     return boxes
 
 
-def split_thinking(text: str, opened: bool = False) -> tuple[str, str, bool]:
+def split_thinking(text: str, template_opens_think: bool = False) -> tuple[str, str, bool]:
     """(thinking, answer, ok), both stripped and in Unicode's form C, as a `Sample`'s texts are,
-    with which answers are compared. `opened`: the chat template already wrote the first `<think>`.
+    with which answers are compared. `template_opens_think`: the chat template already wrote the first `<think>`.
 
     ok holds for a text without think tags, and for one with exactly one closed block at its start. Otherwise (unclosed,
     doubled, stray or late tags) the answer is what stands between the last `</think>` and the next `<think>`, and the
     thinking is all the rest: an unclosed block is all thinking and no answer.
     """
-    text = OPEN * opened + one_spelling(text)
+    text = OPEN * template_opens_think + one_spelling(text)
     opens, closes = text.count(OPEN), text.count(CLOSE)
     ok = opens == closes == 0 or (opens == closes == 1 and text.lstrip().startswith(OPEN))
     before, _, after = text.rpartition(CLOSE)

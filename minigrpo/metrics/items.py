@@ -14,17 +14,17 @@ CORPUS = {"bleu4": {"bleu4": bleu4}, "matched_iou": {"matched_iou": matched_iou}
           "detections": {"ap50": ap50, "ap": ap}, "chexbert": CHEXBERT}
 
 
-def score_item(sample: Sample, answer: str, *, opened: bool = False, box_scale: float = 1.0) -> dict:
+def score_item(sample: Sample, answer: str, *, template_opens_think: bool = False, box_scale: float = 1.0) -> dict:
     """{"id", "task", metric: value, ...} of one answer as the model wrote it; all but text lengths and boxes in 0..1.
 
-    As for the rewards, an answer whose think block is broken counts as empty. Where thinking was asked for (`opened`, or
+    As for the rewards, an answer whose think block is broken counts as empty. Where thinking was asked for (`template_opens_think`, or
     the question ends in /think), "think_format" is 1 for one closed block with something in it and after it,
     and "thinking_length" its words.
     """
-    thinking, text, ok = split_thinking(answer, opened)
+    thinking, text, ok = split_thinking(answer, template_opens_think)
     text = text if ok else ""
     item = {"id": sample.id, "task": sample.task, "length": len(text.split())}
-    if opened or asks_to_think(sample.question):
+    if template_opens_think or asks_to_think(sample.question):
         item |= {"think_format": float(bool(thinking and text)), "thinking_length": len(thinking.split())}
     if sample.task == "grounding":
         boxes = parse_boxes(text, box_scale)
@@ -37,16 +37,16 @@ def score_item(sample: Sample, answer: str, *, opened: bool = False, box_scale: 
                    "unparseable": float(not text)}
 
 
-def score_items(samples: list[Sample], answers: list[str], *, opened: bool = False, box_scale: float = 1.0,
+def score_items(samples: list[Sample], answers: list[str], *, template_opens_think: bool = False, box_scale: float = 1.0,
                 clinical: Clinical | None = None, cut_off: list[bool] | None = None) -> list[dict]:
     """`score_item` of each, and what needs the whole set: "cider" of each text task, the `clinical` scores of reports.
     `cut_off` says of each answer whether it reached the longest length, where that is known."""
-    items = [score_item(sample, answer, opened=opened, box_scale=box_scale) for sample, answer in zip(samples, answers)]
+    items = [score_item(sample, answer, template_opens_think=template_opens_think, box_scale=box_scale) for sample, answer in zip(samples, answers)]
     for item, cut in zip(items, cut_off or ()):
         item["cut_off"] = float(cut)
     for task in {sample.task for sample in samples} - {"grounding"}:
         rows = [i for i, sample in enumerate(samples) if sample.task == task]
-        texts = [text if ok else "" for _, text, ok in (split_thinking(answers[i], opened) for i in rows)]
+        texts = [text if ok else "" for _, text, ok in (split_thinking(answers[i], template_opens_think) for i in rows)]
         references = [samples[i].answer for i in rows]
         for i, value in zip(rows, cider_d(texts, references)):
             items[i]["cider"] = value

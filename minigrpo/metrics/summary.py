@@ -10,7 +10,7 @@ from .items import CORPUS, score_items
 FEWEST = 10  # items of a finding or source that get a row of their own
 
 
-def evaluate_answers(samples: list[Sample], answers: list[str], *, opened: bool = False, box_scale: float = 1.0,
+def evaluate_answers(samples: list[Sample], answers: list[str], *, template_opens_think: bool = False, box_scale: float = 1.0,
                      clinical: Clinical | None = None, cut_off: list[bool] | None = None) -> dict:
     """{task: {"n", metric: {"mean", "low", "high", "n"}}, "items": [`score_item` of each, in order]}.
 
@@ -18,7 +18,7 @@ def evaluate_answers(samples: list[Sample], answers: list[str], *, opened: bool 
     """
     if len(samples) != len(answers) or not samples:
         raise ValueError(f"{len(answers)} answers for {len(samples)} samples: give one answer for each, at least one")
-    items = score_items(samples, answers, opened=opened, box_scale=box_scale, clinical=clinical, cut_off=cut_off)
+    items = score_items(samples, answers, template_opens_think=template_opens_think, box_scale=box_scale, clinical=clinical, cut_off=cut_off)
     tasks = dict.fromkeys(item["task"] for item in items)
     return {task: summarise([item for item in items if item["task"] == task]) for task in tasks} | {"items": items}
 

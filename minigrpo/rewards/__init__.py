@@ -54,7 +54,7 @@ class Reward:
     """callable(answers as the model wrote them, samples) -> Scores, lists of equal length."""
 
     terms: dict[str, list[Term]]  # for each task
-    opened: bool
+    template_opens_think: bool
     box_scale: float
     scorers: Scorers
 
@@ -69,7 +69,7 @@ class Reward:
             if sample.task not in self.terms:
                 raise ValueError(f"--reward scores {', '.join(self.terms)}, but sample {sample.id!r} is {sample.task}: "
                                  "leave such samples out, or name a reward for them")
-        texts = [answer if ok else "" for _, answer, ok in (split_thinking(text, self.opened) for text in answers)]
+        texts = [answer if ok else "" for _, answer, ok in (split_thinking(text, self.template_opens_think) for text in answers)]
         scores = Scores([0.0] * len(answers), [True] * len(answers))
         for task in self.terms:
             rows = [row for row, sample in enumerate(samples) if sample.task == task]
@@ -89,7 +89,7 @@ class Reward:
         raw = name not in REWARDS or name == "format"
         extra = () if name not in REWARDS else (self.scorers,) if name in CLINICAL else (self.box_scale,)
         if name == "format":
-            extra = (self.opened, self.box_scale)
+            extra = (self.template_opens_think, self.box_scale)
         return lambda rows: function([(answers if raw else texts)[row] for row in rows], [samples[row] for row in rows], *extra)
 
 
@@ -205,11 +205,11 @@ def _add(scores: Scores, rows: list[int], weight: float, name: str, result: Scor
         scores.values[row] += weight * value
 
 
-def reward_fn(spec: str, *, opened: bool = False, box_scale: float = 1.0, weights_dir: str | None = None, device: str = "cpu",
+def reward_fn(spec: str, *, template_opens_think: bool = False, box_scale: float = 1.0, weights_dir: str | None = None, device: str = "cpu",
               cache: Path | None = None) -> Reward:
     """The reward of a --reward argument (grammar above). `.tasks` is the set of tasks it can score.
 
-    An answer whose think block is broken counts as empty, which is each built-in's floor. `opened`: the chat template
+    An answer whose think block is broken counts as empty, which is each built-in's floor. `template_opens_think`: the chat template
     already wrote <think>. `box_scale`: what the model's coordinates are divided by. `weights_dir` (None: the hub) and `device`
     are for the clinical rewards, whose models are loaded here; `cache`: file that keeps their references between runs.
     """
@@ -217,4 +217,4 @@ def reward_fn(spec: str, *, opened: bool = False, box_scale: float = 1.0, weight
     for name in {name for task in terms.values() for _, name, _ in task if name in CLINICAL}:
         for scorer in CLINICAL[name][1]:
             getattr(scorers, scorer)
-    return Reward(terms, opened, box_scale, scorers)
+    return Reward(terms, template_opens_think, box_scale, scorers)

@@ -83,12 +83,12 @@ def speak_in_turn() -> None:
 # ---- who does what --------------------------------------------------------------------------------------------------
 
 
-def share(n: int) -> list[int]:
+def places_of_this_rank(n: int) -> list[int]:
     """This rank's places among 0..n-1. Where there are fewer things than ranks, a rank takes the first, as another does, too."""
     return list(range(rank(), n, ranks())) or [0]
 
 
-def deal(costs: list[int], size: int) -> tuple[list[int], list[range]]:
+def balance_over_ranks(costs: list[int], size: int) -> tuple[list[int], list[range]]:
     """Things in consecutive parts of `size`, each part dealt to the ranks so that their costs are as equal as may be.
 
     The places of this rank, in order, and for each part the span among them. The largest goes first, to the rank that has
@@ -174,7 +174,7 @@ def owners(parameters: Iterable[torch.nn.Parameter]) -> list[int]:
     return found
 
 
-def owned(parameters: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+def parameters_of_this_rank(parameters: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
     """What this rank's optimiser steps: its share of the whole parameters, and its slices of all sharded ones."""
     whole = unsharded(parameters)
     kept = {id(p) for p, owner in zip(whole, owners(whole)) if owner == rank()}

@@ -23,7 +23,7 @@ T = TypeVar("T")
 LONGEST_TIMEOUT = 3 * PATIENCE.total_seconds() / 8
 
 
-def halving(args: Any, name: str, work: Callable[[], T], undo: Callable[[], Any] = lambda: None, *, alone: bool = True) -> T:
+def retry_smaller_on_oom(args: Any, name: str, work: Callable[[], T], undo: Callable[[], Any] = lambda: None, *, alone: bool = True) -> T:
     """work(), and where memory runs out undo() and work() again with args.NAME halved, until it fits or cannot be less.
 
     The smaller size stays for the rest of the run. It changes nothing but rounding. Each rank does this by itself; where the
@@ -56,7 +56,7 @@ class Skipped:
     def __init__(self, folder: Path, args: Any, before: int):
         self.folder, self.largest, self.most, self.count = folder / "skipped", args.max_grad_norm, args.max_skipped, before
 
-    def trusts(self, grad_norm: torch.Tensor, step: int, update: int, batch: Callable[[], list[dict]]) -> bool:
+    def accept_or_record(self, grad_norm: torch.Tensor, step: int, update: int, batch: Callable[[], list[dict]]) -> bool:
         """Whether to take the update; if not, `batch` gives the rows to write down. All ranks decide alike, on the same norm."""
         norm = float(grad_norm)
         if math.isfinite(norm) and norm <= self.largest:

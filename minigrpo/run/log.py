@@ -134,7 +134,7 @@ class Means:
         return {name: total / max(weight, 1e-12) for name, (total, weight) in whole.sums.items()}
 
 
-def rollout_stats(groups: Groups, opened: bool = False) -> dict[str, float]:
+def rollout_stats(groups: Groups, template_opens_think: bool = False) -> dict[str, float]:
     """What a step's answers and rewards looked like; thinking and answer apart where thinking was asked for. What each figure
     means: docs/metrics.md."""
     rewards, valid, rollout = groups.rewards, groups.valid, groups.rollout
@@ -149,8 +149,8 @@ def rollout_stats(groups: Groups, opened: bool = False) -> dict[str, float]:
         "answer_tokens": rollout.mask.sum(1).float().mean().item(),
         "cut_off": 1 - rollout.finished.float().mean().item(),
     }
-    if opened or any(asks_to_think(sample.question) for sample in groups.samples):
-        read = [split_thinking(text, opened) for text in rollout.texts]
+    if template_opens_think or any(asks_to_think(sample.question) for sample in groups.samples):
+        read = [split_thinking(text, template_opens_think) for text in rollout.texts]
         stats |= {"think_format": sum(bool(ok and thinking and answer) for thinking, answer, ok in read) / len(read),
                   "thinking_words": sum(len(thinking.split()) for thinking, _, _ in read) / len(read),
                   "answer_words": sum(len(answer.split()) for _, answer, _ in read) / len(read)}

@@ -2,7 +2,12 @@
 
 from difflib import get_close_matches
 
-RENAMED = {"how": "aggregation", "level": "ratio_level", "kind": "surrogate"}  # in 0.2.0
+RENAMED = {  # in 0.2.0
+    "how": "aggregation",
+    "level": "ratio_level",
+    "kind": "surrogate",
+    "opened": "template_opens_think",
+}
 ELSEWHERE = {  # TRL, EasyR1 and LLaMA-Factory
     "num_generations": "--group_size",
     "beta": "--kl_coef",

@@ -5,12 +5,19 @@ from contextlib import ExitStack, contextmanager
 
 from minigrpo import grpo
 from minigrpo.data import batch_at
-from minigrpo.run.distributed import deal, ranks, share, share_weights, sum_gradients, total
+from minigrpo.run.distributed import (
+    balance_over_ranks,
+    places_of_this_rank,
+    ranks,
+    share_weights,
+    sum_gradients,
+    total,
+)
 from minigrpo.run.groups import Groups, of_all_ranks, padding_share
-from minigrpo.run.guard import Skipped, agreed_scores, halving, in_time
+from minigrpo.run.guard import Skipped, agreed_scores, retry_smaller_on_oom, in_time
 from minigrpo.run.log import Means, Timer, group_rows, peak_memory_gb, rollout_stats
 from minigrpo.run.roofline import efficiency
-from minigrpo.run.shard import clip_gradients, in_step, whole
+from minigrpo.run.shard import clip_gradients, same_passes_on_every_rank, gathered_layers
 
 
 class ArmouredNode(grpo.Node):
@@ -30,24 +37,24 @@ class ArmouredNode(grpo.Node):
         with ExitStack() as inside:
             inside.enter_context(self.timer.phase(name))
             for model in models:
-                inside.enter_context(whole(model))
+                inside.enter_context(gathered_layers(model))
             yield
 
     def fit(self, size, work, undo=None):
         alone = undo is None or not self.sharded  # ranks go through sharded layers together
-        return halving(self.args, size, work, undo or (lambda: None), alone=alone)
+        return retry_smaller_on_oom(self.args, size, work, undo or (lambda: None), alone=alone)
 
     def total(self, x):
         return total(x)
 
     def passes(self, policy, parts, spare):
-        return in_step(policy, parts, spare)
+        return same_passes_on_every_rank(policy, parts, spare)
 
     def step(self, policy, optimizer, batch):
         sum_gradients(policy.parameters())
         norm = clip_gradients(policy.parameters(), self.args.grad_clip)
         self.update += 1
-        if not self.skipped.trusts(norm, self.number, self.update - 1,
+        if not self.skipped.accept_or_record(norm, self.number, self.update - 1,
                                    lambda: group_rows(*batch())):
             return None
         optimizer.step()
@@ -67,7 +74,8 @@ class ArmouredNode(grpo.Node):
         wanted, groups = list(range(count)), None
         for refill in range(1 + args.dynamic_sampling):
             seed = args.seed + 1_000_000 * refill  # (seed, step) alone decide: a run can resume
-            batch, mine = batch_at(samples, self.number, count, seed), share(len(wanted))
+            batch = batch_at(samples, self.number, count, seed)
+            mine = places_of_this_rank(len(wanted))
             fresh = of_all_ranks(mine, grpo.collect(
                 policy, [batch[place] for place in mine], judge, args,
                 seed * 1_000_003 + self.number, self, mine))
@@ -78,7 +86,7 @@ class ArmouredNode(grpo.Node):
                 break
         # From here on a rank has the groups of each update that balance the tokens, in order.
         self.groups, prompts = groups, groups.prompts
-        self.mine, spans = deal(groups.tokens(), count // args.updates_per_rollout)
+        self.mine, spans = balance_over_ranks(groups.tokens(), count // args.updates_per_rollout)
         own = groups.take(self.mine)
         if self.replaced or ranks() > 1:
             with self.phase("rollout"):
@@ -86,14 +94,15 @@ class ArmouredNode(grpo.Node):
         own.prompts, own.spans = prompts, spans
         return own
 
-    def row(self, policy, done: grpo.Step, opened: bool, limits: dict | None) -> dict:
+    def row(self, policy, done: grpo.Step, template_opens_think: bool, limits: dict | None) -> dict:
         """The figures of the step, for metrics.jsonl."""
         means = Means()
         for weight, figures in done.figures:
             means.add(weight, **figures)
         prompts, rollout = done.groups.prompts, done.groups.rollout
         padding = padding_share(prompts, done.mask, done.parts)
-        return {**rollout_stats(self.groups, opened), "groups_replaced": self.replaced,
+        return {**rollout_stats(self.groups, template_opens_think),
+                "groups_replaced": self.replaced,
                 **means.row(), "skipped_updates": self.skipped.count - self.skipped_before,
                 **self.timer.row(), "peak_memory_gb": peak_memory_gb(policy.device),
                 **efficiency(policy, prompts, rollout, self.timer.seconds, padding, limits)}

@@ -140,7 +140,7 @@ INK, FAINT = "#1c1e21", "#667080"
 
 
 def draw_samples(path: Path, samples: list[Sample], answers: list[str], before: list[str] | None = None, *,
-                 count: int = 4, opened: bool = False, box_scale: float = 1.0) -> Path:
+                 count: int = 4, template_opens_think: bool = False, box_scale: float = 1.0) -> Path:
     """Films with true and predicted boxes, then texts beside their film, with the words marked in which they differ from their
     reference, as in report.html. `before` is another model's answers, whose boxes are taken to be fractions of the film.
     Nothing to show (boxes, but no film): no picture."""
@@ -167,7 +167,7 @@ def draw_samples(path: Path, samples: list[Sample], answers: list[str], before: 
             write(page, title, left, top - LINE * len(title))
             film = show_film(page, samples[i], left, top + 0.06, side, 1.2 * side)
             boxes = {"true": samples[i].boxes, "before": parse_boxes(split_thinking(before[i])[1]) if before else [],
-                     "predicted": parse_boxes(split_thinking(answers[i], opened)[1], box_scale)}
+                     "predicted": parse_boxes(split_thinking(answers[i], template_opens_think)[1], box_scale)}
             for kind, found in boxes.items():
                 draw_boxes(page, film, found, **LOOKS[kind])
             bottoms.append(film[3])
@@ -179,7 +179,7 @@ def draw_samples(path: Path, samples: list[Sample], answers: list[str], before: 
         left = film[2] + GAP
         room = WIDTH - MARGIN - left
         bottom = write(page, plain_lines(samples[i].question, 0.88 * room), left, top, bold=True)  # bold letters are wider
-        for name, pieces, color in texts_of(samples[i], answers[i], before[i] if before else None, opened):
+        for name, pieces, color in texts_of(samples[i], answers[i], before[i] if before else None, template_opens_think):
             page.text(left, bottom + 0.2, name, fontsize=POINTS - 1, color=FAINT, va="baseline", parse_math=False)
             words = [(word, piece["changed"]) for piece in pieces for word in clean(piece["text"]).split(" ")]
             bottom = write(page, shortened(wrapped(words, room), LINES), left, bottom + 0.22, behind=color)
@@ -191,9 +191,9 @@ def draw_samples(path: Path, samples: list[Sample], answers: list[str], before: 
     return path
 
 
-def texts_of(sample: Sample, answer: str, before: str | None, opened: bool) -> list[tuple[str, list[dict], str]]:
+def texts_of(sample: Sample, answer: str, before: str | None, template_opens_think: bool) -> list[tuple[str, list[dict], str]]:
     """(heading, pieces {"text", "changed"}, colour of what is changed) of the reference and of each answer."""
-    thinking, text, ok = split_thinking(answer, opened)
+    thinking, text, ok = split_thinking(answer, template_opens_think)
     texts = [("reference", differences(sample.answer, text)[0], ONLY_REFERENCE)]
     if before is not None:
         texts.append(("before", differences(sample.answer, split_thinking(before)[1] or NO_TEXT)[1], NOT_REFERENCE))

@@ -29,7 +29,7 @@ FILTERS = ("task", "kind", "label", "source")
 
 
 def write_report(path: Path, samples: list[Sample], answers: list[str], items: list[dict], *, title: str, count: int = 400,
-                 opened: bool = False, box_scale: float = 1.0) -> Path:
+                 template_opens_think: bool = False, box_scale: float = 1.0) -> Path:
     """At most `count` of the samples, always the same ones; fewer where their films would pass the budget."""
     films: dict[str, dict] = {}  # each film once, however many questions are asked of it
     cards, size = {}, 0
@@ -41,7 +41,7 @@ def write_report(path: Path, samples: list[Sample], answers: list[str], items: l
             if size > BUDGET:
                 break
             films[name] = film
-        cards[i] = card(samples[i], answers[i], items[i], films.get(name), opened, box_scale)
+        cards[i] = card(samples[i], answers[i], items[i], films.get(name), template_opens_think, box_scale)
     cards = [cards[i] for i in sorted(cards)]
     metrics = list(dict.fromkeys(name for c in cards for name in c["scores"]))
     choices = {field: sorted({c[field] for c in cards if c[field]}) for field in FILTERS}
@@ -62,9 +62,9 @@ def small_film(sample: Sample, name: str) -> dict:
     return {"href": Markup("data:image/jpeg;base64," + code), "width": image.width, "height": image.height}
 
 
-def card(sample: Sample, answer: str, item: dict, film: dict | None, opened: bool, box_scale: float) -> dict:
+def card(sample: Sample, answer: str, item: dict, film: dict | None, template_opens_think: bool, box_scale: float) -> dict:
     """What the template shows of one answer."""
-    thinking, text, ok = split_thinking(answer, opened)
+    thinking, text, ok = split_thinking(answer, template_opens_think)
     wanted, found = differences(sample.answer, text)
     width, height = (film["width"], film["height"]) if film else (SIDE, SIDE)
     boxes = [("true", box) for box in sample.boxes]

@@ -2,7 +2,7 @@
 
 Of each layer's weights, gradients and optimiser state a rank keeps 1 / N; embeddings, head and vision tower stay whole and go
 through distributed.py. A pass with gradient gathers a layer, uses it and lets it go, forward and backward: these are collectives,
-so all ranks must make the same passes (`in_step`). A pass without gradient runs inside `whole`, where every layer is there, or
+so all ranks must make the same passes (`same_passes_on_every_rank`). A pass without gradient runs inside `gathered_layers`, where every layer is there, or
 each decoded token would move all weights; ranks then need not wait for each other.
 """
 
@@ -41,7 +41,7 @@ def shard(policy: Policy) -> Policy:
 
 
 @contextmanager
-def whole(policy: Policy):
+def gathered_layers(policy: Policy):
     """All layers gathered, for passes without gradient. All ranks enter together; inside, each goes its own way."""
     layers = policy.language_model.layers if policy.sharded else ()
     try:
@@ -53,7 +53,7 @@ def whole(policy: Policy):
             layer.reshard()
 
 
-def in_step(policy: Policy, mine: list[T], spare: Callable[[], list[T]] = list) -> list[tuple[T, float]]:
+def same_passes_on_every_rank(policy: Policy, mine: list[T], spare: Callable[[], list[T]] = list) -> list[tuple[T, float]]:
     """What this rank passes through sharded layers, each with weight 1, filled up to the most that a rank has: with its own first,
     or the first of `spare` where it has none, at weight 0."""
     missing = max(gathered(len(mine))) - len(mine) if policy.sharded else 0
@@ -74,7 +74,7 @@ def clip_gradients(parameters: list[torch.nn.Parameter], largest: float) -> Tens
     return norm
 
 
-def apart(parameters: list[torch.nn.Parameter]) -> list[dict]:
+def optimizer_param_groups(parameters: list[torch.nn.Parameter]) -> list[dict]:
     """Parameter groups for an optimiser, which cannot work on whole and sharded ones together."""
     kinds = unsharded(parameters), [p for p in parameters if is_sharded(p)]
     return [{"params": kind} for kind in kinds if kind]
