@@ -1,10 +1,13 @@
 """Group Relative Policy Optimization (DeepSeekMath 2402.03300) as RadVLM-GRPO (2512.10691) runs it.
 
-    python train_grpo.py --model runs/sft/final --train_data data/phantom/train.jsonl --task report --output_dir runs/report
+    python train_grpo.py --model runs/sft/final --train_data data/phantom/train.jsonl --task report
+    --output_dir runs/report
 
-One step, the algorithm, is `grpo_step` in minigrpo/grpo.py; the loop in `main` takes the steps, logs, validates and saves.
+One step, the algorithm, is `grpo_step` in minigrpo/grpo.py; the loop in `main` takes the steps,
+logs, validates and saves.
 
-The defaults are the paper's. Other papers' settings are files: configs/dapo.yaml, dr_grpo.yaml, gspo.yaml, cispo.yaml:
+The defaults are the paper's. Other papers' settings are files: configs/dapo.yaml, dr_grpo.yaml,
+gspo.yaml, cispo.yaml:
 
     python train_grpo.py configs/dapo.yaml --model runs/sft/final --train_data ...
 """
@@ -15,19 +18,34 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import minigrpo  # noqa: F401  before torch: it says how OpenMP's threads wait
 import torch
 from tqdm import tqdm
 
+import minigrpo  # noqa: F401  before torch: it says how OpenMP's threads wait
 from minigrpo.data import Sample, ask_to_think, check_apart, read_jsonl, scale_note
 from minigrpo.grpo import grpo_step
 from minigrpo.lora import add_adapters
-from minigrpo.loss import (AGGREGATIONS, ESTIMATORS, SURROGATES, RATIO_LEVELS, SCALES, grpo_loss)
+from minigrpo.loss import AGGREGATIONS, ESTIMATORS, RATIO_LEVELS, SCALES, SURROGATES, grpo_loss
 from minigrpo.policy import Policy
 from minigrpo.rewards import reward_fn
 from minigrpo.rewards.weights import cache_dir
-from minigrpo.run.args import RunArguments, at_least_one, check_box_scale, checked_device, input_errors, parse_args
-from minigrpo.run.distributed import (first, in_order, join, parameters_of_this_rank, rank, ranks, say)
+from minigrpo.run.args import (
+    RunArguments,
+    at_least_one,
+    check_box_scale,
+    checked_device,
+    input_errors,
+    parse_args,
+)
+from minigrpo.run.distributed import (
+    first,
+    in_order,
+    join,
+    parameters_of_this_rank,
+    rank,
+    ranks,
+    say,
+)
 from minigrpo.run.folder import last_checkpoint, open_run, run_errors, step_of
 from minigrpo.run.guard import Skipped, check_timeout, retry_smaller_on_oom
 from minigrpo.run.log import JsonLines, group_rows
@@ -37,7 +55,7 @@ from minigrpo.run.plots import draw_curves, due
 from minigrpo.run.roofline import measure_roofline, note_on_bf16
 from minigrpo.run.save import graceful_stop, save_best, save_checkpoint, save_final, stop_early
 from minigrpo.run.schedule import SCHEDULES, learning_rate_at, rise_of, set_learning_rate
-from minigrpo.run.shard import optimizer_param_groups, shard, gathered_layers
+from minigrpo.run.shard import gathered_layers, optimizer_param_groups, shard
 from minigrpo.run.state import load_optimizers
 from minigrpo.run.track import tracker
 from minigrpo.run.validate import mean_reward
@@ -45,136 +63,381 @@ from minigrpo.run.validate import mean_reward
 
 @dataclass
 class GrpoArguments(RunArguments):
-    reward: str = field(default="report=gleu,grounding=soft_f1", metadata={
-        "help": "a reward, a mix (0.9*soft_f1+0.1*dice), either by task (report=gleu,grounding=soft_f1), or your own as "
-                "my_module:my_reward; docs/rewards.md lists all"})
-    reward_weights: str | None = field(default=None, metadata={
-        "help": "folder with the files of the clinical rewards (docs/rewards.md); without it they come from the Hugging Face hub"})
-    reward_device: str | None = field(default=None, metadata={
-        "help": "where the clinical rewards run: cpu, cuda:1, ...; without it beside the policy"})
-    max_unscored: float = field(default=0.1, metadata={
-        "help": "largest share of a step's answers that the reward may fail to score (they are masked); beyond it the run stops"})
-    think: bool = field(default=False, metadata={"help": "put /think behind every question: thinking before the answer"})
-    box_scale: float = field(default=1.0, metadata={
-        "help": "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL"})
-    prompts_per_step: int = field(default=8, metadata={"help": "questions per rollout batch (512 in the paper)"})
+    reward: str = field(
+        default="report=gleu,grounding=soft_f1",
+        metadata={
+            "help": (
+                "a reward, a mix (0.9*soft_f1+0.1*dice), either by task"
+                " (report=gleu,grounding=soft_f1), or your own as my_module:my_reward;"
+                " docs/rewards.md lists all"
+            )
+        },
+    )
+    reward_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "folder with the files of the clinical rewards (docs/rewards.md); without it they"
+                " come from the Hugging Face hub"
+            )
+        },
+    )
+    reward_device: str | None = field(
+        default=None,
+        metadata={
+            "help": "where the clinical rewards run: cpu, cuda:1, ...; without it beside the policy"
+        },
+    )
+    max_unscored: float = field(
+        default=0.1,
+        metadata={
+            "help": (
+                "largest share of a step's answers that the reward may fail to score (they are"
+                " masked); beyond it the run stops"
+            )
+        },
+    )
+    think: bool = field(
+        default=False,
+        metadata={"help": "put /think behind every question: thinking before the answer"},
+    )
+    box_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL"
+        },
+    )
+    prompts_per_step: int = field(
+        default=8, metadata={"help": "questions per rollout batch (512 in the paper)"}
+    )
     group_size: int = field(default=8, metadata={"help": "answers sampled to each question, G"})
-    updates_per_rollout: int = field(default=4, metadata={"help": "optimiser steps on each rollout batch, each on its own prompts"})
-    micro_tokens: int = field(default=16384, metadata={
-        "help": "tokens of prompts and answers in one forward and backward pass, padding included; a group stays whole. Smaller "
-                "takes less memory, and changes nothing but rounding"})
-    rollout_rows: int = field(default=1024, metadata={
-        "help": "answers decoded at once; where a group has ended, a waiting prompt takes its place"})
+    updates_per_rollout: int = field(
+        default=4,
+        metadata={"help": "optimiser steps on each rollout batch, each on its own prompts"},
+    )
+    micro_tokens: int = field(
+        default=16384,
+        metadata={
+            "help": (
+                "tokens of prompts and answers in one forward and backward pass, padding included;"
+                " a group stays whole. Smaller takes less memory, and changes nothing but rounding"
+            )
+        },
+    )
+    rollout_rows: int = field(
+        default=1024,
+        metadata={
+            "help": (
+                "answers decoded at once; where a group has ended, a waiting prompt takes its place"
+            )
+        },
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
-    temperature: float = field(default=1.0, metadata={"help": "of sampling, and so of the log-probs that are trained"})
-    dynamic_sampling: int = field(default=0, metadata={
-        "help": "groups whose rewards are all equal teach nothing: ask other questions in their place, at most so many times "
-                "a step (DAPO)"})
-    soft_overlong: int = field(default=0, metadata={
-        "help": "the last so many tokens before --max_new_tokens cost reward, linearly up to 1 (DAPO eq. 13); 0: no cost"})
-    overlong_filter: bool = field(default=False, metadata={
-        "help": "keep answers that were cut off out of the loss (DAPO): what they were about to say was not judged"})
-    advantage_scale: str = field(default="group", metadata={
-        "help": "what centred rewards are divided by: the group's std (the paper), the whole batch's, or none (Dr. GRPO). In "
-                "an easy group the std is small, so `group` weighs its differences as heavily as those of a hard one",
-        "choices": list(SCALES)})
-    leave_one_out: bool = field(default=False, metadata={
-        "help": "compare each answer with the mean of the others, which is n / (n - 1) times the advantage (RLOO); with "
-                "--advantage_scale none an unbiased policy gradient"})
-    ratio_level: str = field(default="token", metadata={
-        "help": "one ratio a token, or the geometric mean over the answer (sequence: GSPO, which clips at --clip_low 3e-4 "
-                "--clip_high 4e-4, for a mean over hundreds of tokens hardly moves, and uses --aggregation sequence-mean)",
-        "choices": list(RATIO_LEVELS)})
-    surrogate: str = field(default="clip", metadata={
-        "help": "clip: beyond the clip a token has no gradient (PPO); cispo: all keep theirs, with the ratio as a bounded weight "
-                "(MiniMax-M1)", "choices": list(SURROGATES)})
+    temperature: float = field(
+        default=1.0, metadata={"help": "of sampling, and so of the log-probs that are trained"}
+    )
+    dynamic_sampling: int = field(
+        default=0,
+        metadata={
+            "help": (
+                "groups whose rewards are all equal teach nothing: ask other questions in their"
+                " place, at most so many times a step (DAPO)"
+            )
+        },
+    )
+    soft_overlong: int = field(
+        default=0,
+        metadata={
+            "help": (
+                "the last so many tokens before --max_new_tokens cost reward, linearly up to 1"
+                " (DAPO eq. 13); 0: no cost"
+            )
+        },
+    )
+    overlong_filter: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "keep answers that were cut off out of the loss (DAPO): what they were about to say"
+                " was not judged"
+            )
+        },
+    )
+    advantage_scale: str = field(
+        default="group",
+        metadata={
+            "help": (
+                "what centred rewards are divided by: the group's std (the paper), the whole"
+                " batch's, or none (Dr. GRPO). In an easy group the std is small, so `group` weighs"
+                " its differences as heavily as those of a hard one"
+            ),
+            "choices": list(SCALES),
+        },
+    )
+    leave_one_out: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "compare each answer with the mean of the others, which is n / (n - 1) times the"
+                " advantage (RLOO); with --advantage_scale none an unbiased policy gradient"
+            )
+        },
+    )
+    ratio_level: str = field(
+        default="token",
+        metadata={
+            "help": (
+                "one ratio a token, or the geometric mean over the answer (sequence: GSPO, which"
+                " clips at --clip_low 3e-4 --clip_high 4e-4, for a mean over hundreds of tokens"
+                " hardly moves, and uses --aggregation sequence-mean)"
+            ),
+            "choices": list(RATIO_LEVELS),
+        },
+    )
+    surrogate: str = field(
+        default="clip",
+        metadata={
+            "help": (
+                "clip: beyond the clip a token has no gradient (PPO); cispo: all keep theirs, with"
+                " the ratio as a bounded weight (MiniMax-M1)"
+            ),
+            "choices": list(SURROGATES),
+        },
+    )
     clip_low: float = field(default=0.2, metadata={"help": "the ratio may fall to 1 - clip_low"})
-    clip_high: float = field(default=0.28, metadata={"help": "the ratio may rise to 1 + clip_high (DAPO's clip-higher)"})
-    dual_clip: float = field(default=3.0, metadata={"help": "bound of the ratio where the advantage is negative; 0: none"})
-    cispo_cap: float = field(default=5.0, metadata={"help": "largest weight with --surrogate cispo; its own, not the clip's"})
-    rollout_cap: float = field(default=0.0, metadata={
-        "help": "for a sampler whose probabilities are not exactly the trainer's (bf16, another engine): score the answers once "
-                "more before the updates and weigh each token by min(pi_old / pi_sampler, rollout_cap), usually 2 (truncated "
-                "importance weights, 1802.01561); 0: trust the sampler's log-probs"})
-    kl_coef: float = field(default=0.01, metadata={
-        "help": "weight of the KL to the frozen reference; 0: no reference is kept and no KL logged"})
-    kl_estimator: str = field(default="k3", metadata={"help": "per-token estimate of the KL", "choices": list(ESTIMATORS)})
-    kl_ratio: bool = field(default=False, metadata={
-        "help": "multiply the estimate by the ratio, which makes the gradient that of KL(policy || reference) (DeepSeek-V3.2)"})
-    aggregation: str = field(default="token-mean", metadata={
-        "help": "mean over the update's tokens (DAPO, the paper), over answers of their own means (DeepSeekMath: tokens of long "
-                "answers count less), or the sum over answers x --max_new_tokens, a constant (Dr. GRPO)",
-        "choices": list(AGGREGATIONS)})
-    reward_timeout: float = field(default=600.0, metadata={
-        "help": "seconds that the reward may take for a step's answers. Where it takes longer, each "
-                "group is asked alone, for as long again in all, and groups without an answer are "
-                "masked"})
-    learning_rate: float = field(default=1e-6, metadata={"help": "peak; 1e-6 in the paper, about 1e-4 for a tiny model"})
-    warmup: float = field(default=0.0, metadata={"help": "share of the steps over which the learning rate rises; 0 in the paper"})
-    lr_schedule: str = field(default="constant", metadata={
-        "help": "the learning rate after the warm-up: at its peak throughout (the paper), or falling to a tenth along a line or "
-                "half a cosine; of --max_steps, all updates of a step alike", "choices": list(SCHEDULES)})
-    roofline: bool = field(default=False, metadata={
-        "help": "measure at the start what the machine can do, and log which share of it each phase reaches"})
+    clip_high: float = field(
+        default=0.28, metadata={"help": "the ratio may rise to 1 + clip_high (DAPO's clip-higher)"}
+    )
+    dual_clip: float = field(
+        default=3.0,
+        metadata={"help": "bound of the ratio where the advantage is negative; 0: none"},
+    )
+    cispo_cap: float = field(
+        default=5.0,
+        metadata={"help": "largest weight with --surrogate cispo; its own, not the clip's"},
+    )
+    rollout_cap: float = field(
+        default=0.0,
+        metadata={
+            "help": (
+                "for a sampler whose probabilities are not exactly the trainer's (bf16, another"
+                " engine): score the answers once more before the updates and weigh each token by"
+                " min(pi_old / pi_sampler, rollout_cap), usually 2 (truncated importance weights,"
+                " 1802.01561); 0: trust the sampler's log-probs"
+            )
+        },
+    )
+    kl_coef: float = field(
+        default=0.01,
+        metadata={
+            "help": (
+                "weight of the KL to the frozen reference; 0: no reference is kept and no KL logged"
+            )
+        },
+    )
+    kl_estimator: str = field(
+        default="k3", metadata={"help": "per-token estimate of the KL", "choices": list(ESTIMATORS)}
+    )
+    kl_ratio: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "multiply the estimate by the ratio, which makes the gradient that of KL(policy ||"
+                " reference) (DeepSeek-V3.2)"
+            )
+        },
+    )
+    aggregation: str = field(
+        default="token-mean",
+        metadata={
+            "help": (
+                "mean over the update's tokens (DAPO, the paper), over answers of their own means"
+                " (DeepSeekMath: tokens of long answers count less), or the sum over answers x"
+                " --max_new_tokens, a constant (Dr. GRPO)"
+            ),
+            "choices": list(AGGREGATIONS),
+        },
+    )
+    reward_timeout: float = field(
+        default=600.0,
+        metadata={
+            "help": (
+                "seconds that the reward may take for a step's answers. Where it takes longer, each"
+                " group is asked alone, for as long again in all, and groups without an answer are"
+                " masked"
+            )
+        },
+    )
+    learning_rate: float = field(
+        default=1e-6, metadata={"help": "peak; 1e-6 in the paper, about 1e-4 for a tiny model"}
+    )
+    warmup: float = field(
+        default=0.0,
+        metadata={"help": "share of the steps over which the learning rate rises; 0 in the paper"},
+    )
+    lr_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": (
+                "the learning rate after the warm-up: at its peak throughout (the paper), or"
+                " falling to a tenth along a line or half a cosine; of --max_steps, all updates of"
+                " a step alike"
+            ),
+            "choices": list(SCHEDULES),
+        },
+    )
+    roofline: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "measure at the start what the machine can do, and log which share of it each phase"
+                " reaches"
+            )
+        },
+    )
 
     def check(self) -> None:
         super().check()
-        for name in ("prompts_per_step", "group_size", "updates_per_rollout", "micro_tokens", "rollout_rows", "max_new_tokens"):
+        for name in (
+            "prompts_per_step",
+            "group_size",
+            "updates_per_rollout",
+            "micro_tokens",
+            "rollout_rows",
+            "max_new_tokens",
+        ):
             at_least_one(self, name)
         if self.prompts_per_step % self.updates_per_rollout:
-            raise ValueError(f"--prompts_per_step {self.prompts_per_step} must be a multiple of "
-                             f"--updates_per_rollout {self.updates_per_rollout}, so that every update has as many prompts")
+            raise ValueError(
+                f"--prompts_per_step {self.prompts_per_step} must be a multiple of"
+                f" --updates_per_rollout {self.updates_per_rollout}, so that every update has as"
+                " many prompts"
+            )
         if self.reward_timeout <= 0:
             raise ValueError(f"--reward_timeout must be above 0 seconds, got {self.reward_timeout}")
         if self.group_size < 2:
-            raise ValueError("--group_size must be at least 2: an answer alone has no group to be better than")
+            raise ValueError(
+                "--group_size must be at least 2: an answer alone has no group to be better than"
+            )
         check_box_scale(self.box_scale)
         if not 0 < self.temperature < math.inf:
-            raise ValueError(f"--temperature must be above 0, got {self.temperature}: greedy answers of a group are all equal")
-        for name in ("dynamic_sampling", "soft_overlong", "dual_clip", "cispo_cap", "rollout_cap", "kl_coef"):
+            raise ValueError(
+                f"--temperature must be above 0, got {self.temperature}: greedy answers of a group"
+                " are all equal"
+            )
+        for name in (
+            "dynamic_sampling",
+            "soft_overlong",
+            "dual_clip",
+            "cispo_cap",
+            "rollout_cap",
+            "kl_coef",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must be 0 or more, got {getattr(self, name)}")
         if self.kl_coef == math.inf:
-            raise ValueError("--kl_coef inf: nothing but the KL would count, and the loss would be NaN")
+            raise ValueError(
+                "--kl_coef inf: nothing but the KL would count, and the loss would be NaN"
+            )
         if self.soft_overlong > self.max_new_tokens:
-            raise ValueError(f"--soft_overlong {self.soft_overlong} is longer than the longest answer, "
-                             f"--max_new_tokens {self.max_new_tokens}")
+            raise ValueError(
+                f"--soft_overlong {self.soft_overlong} is longer than the longest answer, "
+                f"--max_new_tokens {self.max_new_tokens}"
+            )
         if self.reward_device:
             self.reward_device = checked_device(self.reward_device, "--reward_device")
         if not 0 <= self.max_unscored <= 1:
-            raise ValueError(f"--max_unscored must lie in 0..1, got {self.max_unscored}: it is a share of the answers")
+            raise ValueError(
+                f"--max_unscored must lie in 0..1, got {self.max_unscored}: it is a share of the"
+                " answers"
+            )
         if self.cispo_cap == 0:
             raise ValueError("--cispo_cap must be above 0: it is the largest weight of a token")
         one = torch.zeros(1, 1)
-        grpo_loss(one, one, one[0], one, ref_logprob=one, **self.loss_settings())  # the loss knows which settings contradict
+        # the loss knows which settings contradict
+        grpo_loss(one, one, one[0], one, ref_logprob=one, **self.loss_settings())
+
+    def advantage_settings(self) -> dict:
+        """What `group_advantages` is told at every step."""
+        return dict(scale=self.advantage_scale, leave_one_out=self.leave_one_out)
 
     def loss_settings(self) -> dict:
         """What `grpo_loss` is told at every update."""
-        return dict(kl_coef=self.kl_coef, kl_estimator=self.kl_estimator, kl_ratio=self.kl_ratio, clip_low=self.clip_low,
-                    clip_high=self.clip_high, dual_clip=self.dual_clip or None, ratio_level=self.ratio_level, surrogate=self.surrogate,
-                    cispo_cap=self.cispo_cap, rollout_cap=self.rollout_cap, aggregation=self.aggregation, max_tokens=self.max_new_tokens)
+        return dict(
+            kl_coef=self.kl_coef,
+            kl_estimator=self.kl_estimator,
+            kl_ratio=self.kl_ratio,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=self.dual_clip or None,
+            ratio_level=self.ratio_level,
+            surrogate=self.surrogate,
+            cispo_cap=self.cispo_cap,
+            rollout_cap=self.rollout_cap,
+            aggregation=self.aggregation,
+            max_tokens=self.max_new_tokens,
+        )
 
     def inert(self) -> list[str]:
         clip, rise = self.surrogate == "clip", rise_of(self.max_steps, self.warmup)
         notes = [
-            (self.updates_per_rollout == 1, "--updates_per_rollout 1: the ratio is 1 by construction, so --ratio_level, --surrogate, the "
-             "clips and --cispo_cap change nothing"),
-            (self.kl_coef == 0 and (self.kl_ratio or self.kl_estimator != GrpoArguments.kl_estimator),
-             "--kl_coef 0: no KL is computed, so --kl_estimator and --kl_ratio are not used"),
-            (self.kl_coef > 0 and self.kl_estimator == "k1" and not self.kl_ratio,
-             "--kl_estimator k1 without --kl_ratio: its expected gradient on-policy is 0, so it holds nothing"),
+            (
+                self.updates_per_rollout == 1,
+                (
+                    "--updates_per_rollout 1: the ratio is 1 by construction, so --ratio_level,"
+                    " --surrogate, the clips and --cispo_cap change nothing"
+                ),
+            ),
+            (
+                self.kl_coef == 0
+                and (self.kl_ratio or self.kl_estimator != GrpoArguments.kl_estimator),
+                "--kl_coef 0: no KL is computed, so --kl_estimator and --kl_ratio are not used",
+            ),
+            (
+                self.kl_coef > 0 and self.kl_estimator == "k1" and not self.kl_ratio,
+                (
+                    "--kl_estimator k1 without --kl_ratio: its expected gradient on-policy is 0, so"
+                    " it holds nothing"
+                ),
+            ),
             (not clip, "--surrogate cispo: --clip_low, --clip_high and --dual_clip are not used"),
-            (clip and self.cispo_cap != GrpoArguments.cispo_cap, f"--surrogate clip: --cispo_cap {self.cispo_cap} is not used"),
-            (clip and not self.dual_clip, "--dual_clip 0: nothing bounds the ratio where the advantage is negative"),
-            (self.warmup > 0 and rise == 1, f"--warmup {self.warmup} of --max_steps {self.max_steps} is one step at most, so the first step "
-             "is at the peak already"),
-            (self.lr_schedule != "constant" and self.max_steps - rise <= 1, f"--lr_schedule {self.lr_schedule}: no step is left behind "
-             "the warm-up and the peak, so the learning rate never falls"),
-            (self.ratio_level == "sequence" and min(self.clip_low, self.clip_high) > 0.01,
-             f"--ratio_level sequence: a mean over the answer hardly moves and will not meet --clip_low {self.clip_low} or "
-             f"--clip_high {self.clip_high}; GSPO has 3e-4 and 4e-4"),
-            ((prompts := self.prompts_per_step // self.updates_per_rollout) < ranks(), f"{prompts} prompts an update for {ranks()} "
-             "processes: some wait for the others; raise --prompts_per_step or lower --updates_per_rollout"),
+            (
+                clip and self.cispo_cap != GrpoArguments.cispo_cap,
+                f"--surrogate clip: --cispo_cap {self.cispo_cap} is not used",
+            ),
+            (
+                clip and not self.dual_clip,
+                "--dual_clip 0: nothing bounds the ratio where the advantage is negative",
+            ),
+            (
+                self.warmup > 0 and rise == 1,
+                (
+                    f"--warmup {self.warmup} of --max_steps {self.max_steps} is one step at most,"
+                    " so the first step is at the peak already"
+                ),
+            ),
+            (
+                self.lr_schedule != "constant" and self.max_steps - rise <= 1,
+                (
+                    f"--lr_schedule {self.lr_schedule}: no step is left behind "
+                    "the warm-up and the peak, so the learning rate never falls"
+                ),
+            ),
+            (
+                self.ratio_level == "sequence" and min(self.clip_low, self.clip_high) > 0.01,
+                (
+                    "--ratio_level sequence: a mean over the answer hardly moves and will not meet"
+                    f" --clip_low {self.clip_low} or --clip_high {self.clip_high}; GSPO has 3e-4"
+                    " and 4e-4"
+                ),
+            ),
+            (
+                (prompts := self.prompts_per_step // self.updates_per_rollout) < ranks(),
+                (
+                    f"{prompts} prompts an update for {ranks()} processes: some wait for the"
+                    " others; raise --prompts_per_step or lower --updates_per_rollout"
+                ),
+            ),
         ]
         return super().inert() + [note for holds, note in notes if holds]
 
@@ -185,20 +448,35 @@ def main() -> None:
         join(args.device)  # the other processes of torchrun, if there are any
         check_timeout(args.reward_timeout)
         if args.prompts_per_step < ranks():
-            raise ValueError(f"--prompts_per_step {args.prompts_per_step} for {ranks()} processes: each needs a prompt of its own")
+            raise ValueError(
+                f"--prompts_per_step {args.prompts_per_step} for {ranks()} processes: each needs a"
+                " prompt of its own"
+            )
         if args.bf16 and (note := note_on_bf16(args.device)):
             say(note)
         checkpoint = last_checkpoint(args)
-        reward = reward_fn(args.reward, box_scale=args.box_scale, weights_dir=args.reward_weights,
-                           device=args.reward_device or args.device, cache=cache_dir() / "references.sqlite")
+        reward = reward_fn(
+            args.reward,
+            box_scale=args.box_scale,
+            weights_dir=args.reward_weights,
+            device=args.reward_device or args.device,
+            cache=cache_dir() / "references.sqlite",
+        )
         train, validation, left_out = load_data(args, reward)
         if args.plan is not None:
-            return print(explain(args, lambda args: plan_grpo(args, train, make_optimizers), f"every answer of {args.max_new_tokens} tokens"))
+            return print(
+                explain(
+                    args,
+                    lambda args: plan_grpo(args, train, make_optimizers),
+                    f"every answer of {args.max_new_tokens} tokens",
+                )
+            )
 
         if args.think:
             train, validation = ask_to_think(train), ask_to_think(validation)
         policy, reference = load_models(args, checkpoint)
-        reward.template_opens_think = policy.template_opens_think  # Thinking's chat template writes the first <think> itself
+        # Thinking's chat template writes the first <think> itself
+        reward.template_opens_think = policy.template_opens_think
         start = step_of(checkpoint)
         folder, lock = open_run(args, checkpoint, train + validation)
         folder = folder.absolute()
@@ -208,48 +486,97 @@ def main() -> None:
     policy.freeze(args.freeze)
     if args.activation_checkpointing:
         policy.checkpoint_activations()
-    optimizer, = make_optimizers(policy, args)
+    (optimizer,) = make_optimizers(policy, args)
     if checkpoint:
         load_optimizers(checkpoint, policy, optimizer)
-    skipped, track = Skipped(folder, args, int(sum(metrics.past("skipped_updates")))), tracker(args, folder, start)
+    skipped, track = (
+        Skipped(folder, args, int(sum(metrics.past("skipped_updates")))),
+        tracker(args, folder, start),
+    )
     best = max(metrics.past("eval_reward"), default=-math.inf)
-    say(f"GRPO: {len(train)} samples ({left_out} left out: --reward covers "
-        f"{', '.join(sorted(reward.tasks))}), {args.prompts_per_step} prompts x {args.group_size} answers a step, "
-        f"{ranks()} x {args.device}")
+    say(
+        f"GRPO: {len(train)} samples ({left_out} left out: --reward covers"
+        f" {', '.join(sorted(reward.tasks))}), {args.prompts_per_step} prompts x {args.group_size}"
+        f" answers a step, {ranks()} x {args.device}"
+    )
     for note in args.inert():
         say(f"note: {note}")
-    limits = measure_roofline(policy.device, torch.bfloat16 if args.bf16 else torch.float32) if args.roofline else None
+    limits = (
+        measure_roofline(policy.device, torch.bfloat16 if args.bf16 else torch.float32)
+        if args.roofline
+        else None
+    )
     if limits:
-        say(f"roofline: {limits['tflop_per_second']:.3g} TFLOP/s, {limits['gb_per_second']:.3g} GB/s")
+        say(
+            f"roofline: {limits['tflop_per_second']:.3g} TFLOP/s, {limits['gb_per_second']:.3g}"
+            " GB/s"
+        )
 
     node, redraw = ArmouredNode(args, skipped), due()
     memory = "--micro_tokens, --rollout_rows or --max_pixels, or add --activation_checkpointing"
     with lock, run_errors(folder, memory), graceful_stop() as stopping:
-        for step in (bar := tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="grpo",
-                                 disable=not first())):
+        for step in (
+            bar := tqdm(
+                range(start, args.max_steps),
+                initial=start,
+                total=args.max_steps,
+                desc="grpo",
+                disable=not first(),
+            )
+        ):
             node.begin(step)
-            rate = learning_rate_at(step, args.max_steps, args.learning_rate, args.warmup, args.lr_schedule)
+            rate = learning_rate_at(
+                step, args.max_steps, args.learning_rate, args.warmup, args.lr_schedule
+            )
             set_learning_rate([optimizer], rate)
-            done = grpo_step(policy, reference, optimizer, lambda: node.collect(policy, train, reward), args, node)
-            if step == start and (note := scale_note(node.groups.rollout.texts, [s for s in node.groups.samples for _ in range(args.group_size)],
-                                                     reward.template_opens_think, args.box_scale)):
+            done = grpo_step(
+                policy,
+                reference,
+                optimizer,
+                lambda: node.collect(policy, train, reward),
+                args,
+                node,
+            )
+            if step == start and (
+                note := scale_note(
+                    node.groups.rollout.texts,
+                    [s for s in node.groups.samples for _ in range(args.group_size)],
+                    reward.template_opens_think,
+                    args.box_scale,
+                )
+            ):
                 say(f"note: {note}")
 
-            row = {"step": step, **node.row(policy, done, reward.template_opens_think, limits), "learning_rate": rate}
+            row = {
+                "step": step,
+                **node.row(policy, done, reward.template_opens_think, limits),
+                "learning_rate": rate,
+            }
             if validation and (step + 1) % args.eval_steps == 0:
                 with gathered_layers(policy):
-                    value = retry_smaller_on_oom(args, "rollout_rows",
-                                    lambda: mean_reward(policy, validation, reward, args))
+                    value = retry_smaller_on_oom(
+                        args, "rollout_rows", lambda: mean_reward(policy, validation, reward, args)
+                    )
                 row |= {} if value is None else {"eval_reward": value}
                 if value is not None and value > best:
                     best = value
                     save_best(folder, step + 1, policy)
             metrics.write(row)
-            rollouts.write({"step": step, "groups": group_rows(node.groups, in_order(node.mine, done.advantage).flatten(), count=2)})
+            rollouts.write(
+                {
+                    "step": step,
+                    "groups": group_rows(
+                        node.groups, in_order(node.mine, done.advantage).flatten(), count=2
+                    ),
+                }
+            )
             track(row)
             kl = {"kl": f"{row['kl']:.4f}"} if "kl" in row else {}
-            bar.set_postfix(reward=f"{row.get('reward', math.nan):.3f}", **kl,
-                            tokens=f"{row['answer_tokens']:.0f}")
+            bar.set_postfix(
+                reward=f"{row.get('reward', math.nan):.3f}",
+                **kl,
+                tokens=f"{row['answer_tokens']:.0f}",
+            )
             skipped.stop_if_too_many()
             if code := stopping():
                 stop_early(code, folder, step + 1, policy, optimizer, keep=args.keep_checkpoints)
@@ -265,45 +592,69 @@ def main() -> None:
 
 
 def load_data(args: GrpoArguments, reward: Callable) -> tuple[list[Sample], list[Sample], int]:
-    """The samples that the reward covers, for training and for validation, and how many for training it does not."""
+    """The samples that the reward covers, for training and for validation, and how many for
+    training it does not.
+    """
     # Absolute, so that films are found whatever a reward of the user's own does to the working
     # directory.
     found = read_jsonl(os.path.abspath(args.train_data), task=args.task, part=(rank(), ranks()))
     validation = []
     if args.eval_data:
-        validation = read_jsonl(os.path.abspath(args.eval_data), task=args.task,
-                                part=(rank(), ranks()))
+        validation = read_jsonl(
+            os.path.abspath(args.eval_data), task=args.task, part=(rank(), ranks())
+        )
     names = "--train_data", f"--eval_data {args.eval_data}"
     if shared := check_apart(found, validation, names):
         say(f"note: {shared}")
     validation = [sample for sample in validation if sample.task in reward.tasks]
     train = [sample for sample in found if sample.task in reward.tasks]
     if not train:
-        raise ValueError(f"--reward {args.reward} covers {', '.join(sorted(reward.tasks))}: no sample of "
-                         f"{args.train_data} is left (--task {args.task})")
+        raise ValueError(
+            f"--reward {args.reward} covers {', '.join(sorted(reward.tasks))}: no sample of "
+            f"{args.train_data} is left (--task {args.task})"
+        )
     if args.eval_data and not validation:
-        raise ValueError(f"--reward {args.reward} covers no sample of --eval_data {args.eval_data} (--task {args.task})")
+        raise ValueError(
+            f"--reward {args.reward} covers no sample of --eval_data {args.eval_data} (--task"
+            f" {args.task})"
+        )
     return train, validation, len(found) - len(train)
 
 
 def load_models(args: GrpoArguments, checkpoint: Path | None) -> tuple[Policy, Policy | None]:
     """The policy and its frozen reference, None without KL; with adapters they are one model."""
+
     def load(model: str) -> Policy:
-        policy = Policy.from_pretrained(model, device=args.device, autocast=args.bf16, max_pixels=args.max_pixels)
+        policy = Policy.from_pretrained(
+            model, device=args.device, autocast=args.bf16, max_pixels=args.max_pixels
+        )
         return shard(policy) if args.shard else policy
 
     if args.lora_rank:
         policy = reference = add_adapters(load(args.model), args, checkpoint)
     else:
-        policy, reference = load(checkpoint or args.model), load(args.model).freeze() if args.kl_coef else None
-        if reference and [p.shape for p in policy.model.parameters()] != [p.shape for p in reference.model.parameters()]:
-            raise ValueError(f"--model {args.model} has other layers or tokens than {checkpoint}, so it can't be its reference: resume "
-                             "with the --model that the run began with")
+        policy, reference = (
+            load(checkpoint or args.model),
+            load(args.model).freeze() if args.kl_coef else None,
+        )
+        if reference and [p.shape for p in policy.model.parameters()] != [
+            p.shape for p in reference.model.parameters()
+        ]:
+            raise ValueError(
+                f"--model {args.model} has other layers or tokens than {checkpoint}, so it can't be"
+                " its reference: resume with the --model that the run began with"
+            )
     return policy, reference
 
 
 def make_optimizers(policy: Policy, args: GrpoArguments) -> list[torch.optim.Optimizer]:
-    return [torch.optim.AdamW(optimizer_param_groups(parameters_of_this_rank(policy.parameters())), lr=args.learning_rate, weight_decay=args.weight_decay)]
+    return [
+        torch.optim.AdamW(
+            optimizer_param_groups(parameters_of_this_rank(policy.parameters())),
+            lr=args.learning_rate,
+            weight_decay=args.weight_decay,
+        )
+    ]
 
 
 if __name__ == "__main__":

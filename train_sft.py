@@ -2,8 +2,8 @@
 
     python train_sft.py --model tiny --train_data data/phantom/train.jsonl --output_dir runs/sft
 
-The same `policy.score` that GRPO optimises through: the questions about one film share its pass through the model, and
-the loss covers answer tokens alone.
+The same `policy.score` that GRPO optimises through: the questions about one film share its pass
+through the model, and the loss covers answer tokens alone.
 """
 
 import math
@@ -12,17 +12,37 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 
-import minigrpo  # noqa: F401  before torch: it says how OpenMP's threads wait
 import torch
 from tqdm import tqdm
 
-from minigrpo.data import TASKS, Sample, batch_at, check_apart, group_by_image, prefetch, read_jsonl, with_traces
+import minigrpo  # noqa: F401  before torch: it says how OpenMP's threads wait
+from minigrpo.data import (
+    TASKS,
+    Sample,
+    batch_at,
+    check_apart,
+    group_by_image,
+    prefetch,
+    read_jsonl,
+    with_traces,
+)
 from minigrpo.lora import add_adapters
 from minigrpo.loss import aggregate
 from minigrpo.muon import Muon
 from minigrpo.policy import Policy
 from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
-from minigrpo.run.distributed import balance_over_ranks, first, join, parameters_of_this_rank, rank, ranks, say, share_weights, sum_gradients, total
+from minigrpo.run.distributed import (
+    balance_over_ranks,
+    first,
+    join,
+    parameters_of_this_rank,
+    rank,
+    ranks,
+    say,
+    share_weights,
+    sum_gradients,
+    total,
+)
 from minigrpo.run.folder import last_checkpoint, open_run, run_errors, step_of
 from minigrpo.run.guard import Skipped, retry_smaller_on_oom
 from minigrpo.run.log import JsonLines, peak_memory_gb
@@ -31,31 +51,68 @@ from minigrpo.run.plots import draw_curves, due
 from minigrpo.run.roofline import note_on_bf16
 from minigrpo.run.save import graceful_stop, save_best, save_checkpoint, save_final, stop_early
 from minigrpo.run.schedule import learning_rate_at, set_learning_rate
-from minigrpo.run.shard import optimizer_param_groups, clip_gradients, same_passes_on_every_rank, shard, gathered_layers
+from minigrpo.run.shard import (
+    clip_gradients,
+    gathered_layers,
+    optimizer_param_groups,
+    same_passes_on_every_rank,
+    shard,
+)
 from minigrpo.run.state import load_optimizers
 from minigrpo.run.track import tracker
 from minigrpo.run.validate import mean_loss
 from minigrpo.tiny import TINY_PIXELS, tiny_policy
 
-
-IMAGE = 1000  # an image costs about as much as so many characters of text: for sharing out a batch over ranks
+# an image costs about as much as so many characters of text: for sharing out a batch over ranks
+IMAGE = 1000
 
 
 @dataclass
 class SftArguments(RunArguments):
-    batch_size: int = field(default=8, metadata={"help": "images per optimisation step, each with all its questions"})
-    questions_per_image: int = field(default=8, metadata={"help": "most questions about one image in a pass; they share it"})
-    micro_batch: int = field(default=8, metadata={"help": "images per forward and backward pass: as many as memory takes"})
-    task_weights: str = field(default="", metadata={
-        "help": "how much each token of a task's answers counts, such as report=2; other tasks count 1. The paper repeats its "
-                "smaller sets, which costs time"})
-    learning_rate: float = field(default=1e-5, metadata={
-        "help": "peak; it falls along half a cosine to a tenth; 1e-5 in the paper, about 1e-3 for --model tiny"})
-    warmup: float = field(default=0.03, metadata={"help": "share of the steps over which the learning rate rises"})
-    optimizer: str = field(default="adamw", metadata={
-        "help": "muon (matrices; AdamW for the rest) learns from random weights in half the steps: for --model tiny",
-        "choices": ["adamw", "muon"]})
-    beta2: float = field(default=0.999, metadata={"help": "AdamW's memory of squared gradients; 0.98 for short runs"})
+    batch_size: int = field(
+        default=8, metadata={"help": "images per optimisation step, each with all its questions"}
+    )
+    questions_per_image: int = field(
+        default=8, metadata={"help": "most questions about one image in a pass; they share it"}
+    )
+    micro_batch: int = field(
+        default=8,
+        metadata={"help": "images per forward and backward pass: as many as memory takes"},
+    )
+    task_weights: str = field(
+        default="",
+        metadata={
+            "help": (
+                "how much each token of a task's answers counts, such as report=2; other tasks"
+                " count 1. The paper repeats its smaller sets, which costs time"
+            )
+        },
+    )
+    learning_rate: float = field(
+        default=1e-5,
+        metadata={
+            "help": (
+                "peak; it falls along half a cosine to a tenth; 1e-5 in the paper, about 1e-3 for"
+                " --model tiny"
+            )
+        },
+    )
+    warmup: float = field(
+        default=0.03, metadata={"help": "share of the steps over which the learning rate rises"}
+    )
+    optimizer: str = field(
+        default="adamw",
+        metadata={
+            "help": (
+                "muon (matrices; AdamW for the rest) learns from random weights in half the steps:"
+                " for --model tiny"
+            ),
+            "choices": ["adamw", "muon"],
+        },
+    )
+    beta2: float = field(
+        default=0.999, metadata={"help": "AdamW's memory of squared gradients; 0.98 for short runs"}
+    )
 
     def check(self) -> None:
         super().check()
@@ -65,46 +122,71 @@ class SftArguments(RunArguments):
             raise ValueError(f"--beta2 must lie in 0..1, 1 left out, got {self.beta2}")
         parse_weights(self.task_weights)
         if self.shard and self.optimizer == "muon":
-            raise ValueError("--shard with --optimizer muon: Muon needs whole matrices, and a rank has slices; use --optimizer adamw")
+            raise ValueError(
+                "--shard with --optimizer muon: Muon needs whole matrices, and a rank has slices;"
+                " use --optimizer adamw"
+            )
         if self.lora_rank and self.model == "tiny":
-            raise ValueError("--lora_rank with --model tiny: adapters beside random weights learn nothing; train it whole first")
+            raise ValueError(
+                "--lora_rank with --model tiny: adapters beside random weights learn nothing; train"
+                " it whole first"
+            )
 
 
 def parse_weights(text: str) -> dict[str, float]:
-    """"report=2,grounding=1" -> {"report": 2.0, "grounding": 1.0}."""
+    """ "report=2,grounding=1" -> {"report": 2.0, "grounding": 1.0}."""
     weights = {}
     for piece in filter(None, text.split(",")):
         task, _, weight = (part.strip() for part in piece.partition("="))
-        if task not in TASKS or task in weights or not re.fullmatch(r"\d*\.?\d+", weight, re.ASCII) or not float(weight):
-            raise ValueError(f"--task_weights {text!r}: {piece!r} is not task=weight with a weight above 0 and a task, named "
-                             f"once, of {', '.join(TASKS)}")
+        if (
+            task not in TASKS
+            or task in weights
+            or not re.fullmatch(r"\d*\.?\d+", weight, re.ASCII)
+            or not float(weight)
+        ):
+            raise ValueError(
+                f"--task_weights {text!r}: {piece!r} is not task=weight with a weight above 0 and a"
+                f" task, named once, of {', '.join(TASKS)}"
+            )
         weights[task] = float(weight)
     return weights
 
 
 def make_optimizers(policy: Policy, args: SftArguments) -> list[torch.optim.Optimizer]:
-    """AdamW for everything; or Muon (Jordan et al. 2024) for the matrices of the layers, at AdamW's learning rates. Of the
-    parameters that this rank owns."""
+    """AdamW for everything; or Muon (Jordan et al. 2024) for the matrices of the layers, at AdamW's
+    learning rates. Of the parameters that this rank owns.
+    """
     parameters = parameters_of_this_rank(policy.parameters())
     adam = dict(lr=args.learning_rate, betas=(0.9, args.beta2), weight_decay=args.weight_decay)
     if args.optimizer == "adamw":
         return [torch.optim.AdamW(optimizer_param_groups(parameters), **adam)]
-    matrices = {id(p) for name, p in policy.model.named_parameters() if p.dim() == 2 and "embed" not in name}
+    matrices = {
+        id(p) for name, p in policy.model.named_parameters() if p.dim() == 2 and "embed" not in name
+    }
     muon = [p for p in parameters if id(p) in matrices]
-    # A patch filter adds up 1536 pixels that are bright or dark together: a step that suits the other parameters, taken by
-    # all of its weights at once, throws away what the layers behind it have learned. Muon would scale it by its inputs.
+    # A patch filter adds up 1536 pixels that are bright or dark together: a step that suits the
+    # other parameters, taken by all of its weights at once, throws away what the layers behind it
+    # have learned. Muon would scale it by its inputs.
     patches = [p for p in parameters if p.dim() > 2]
     chosen = {id(p) for p in muon + patches}
-    groups = [{"params": [p for p in parameters if id(p) not in chosen], "scale": 1.0},
-              {"params": patches, "scale": patches[0][0].numel() ** -0.5 if patches else 1.0}]
+    groups = [
+        {"params": [p for p in parameters if id(p) not in chosen], "scale": 1.0},
+        {"params": patches, "scale": patches[0][0].numel() ** -0.5 if patches else 1.0},
+    ]
     return [torch.optim.AdamW(groups, **adam), Muon(muon, args.learning_rate, args.weight_decay)]
 
 
 def passes(images: list[list[Sample]], questions: int, most: int) -> list[list[list[Sample]]]:
-    """The samples of a step as passes of at most `most` groups, each of at most `questions` samples about one image; of several
-    ranks, each has groups of its own, about as long in all."""
-    groups = [samples[k : k + questions] for samples in images for k in range(0, len(samples), questions)]
-    mine, _ = balance_over_ranks([IMAGE + sum(len(s.question) + len(s.answer) for s in group) for group in groups], len(groups))
+    """The samples of a step as passes of at most `most` groups, each of at most `questions` samples
+    about one image; of several ranks, each has groups of its own, about as long in all.
+    """
+    groups = [
+        samples[k : k + questions] for samples in images for k in range(0, len(samples), questions)
+    ]
+    mine, _ = balance_over_ranks(
+        [IMAGE + sum(len(s.question) + len(s.answer) for s in group) for group in groups],
+        len(groups),
+    )
     groups = [groups[place] for place in mine]
     return [groups[k : k + most] for k in range(0, len(groups), most)]
 
@@ -116,22 +198,43 @@ def main() -> None:
         if args.bf16 and (note := note_on_bf16(args.device)):
             say(note)
         checkpoint = last_checkpoint(args)
-        train = with_traces(read_jsonl(args.train_data, task=args.task, part=(rank(), ranks())))  # with a trace: asked to think
-        validation = with_traces(read_jsonl(args.eval_data, task=args.task, part=(rank(), ranks()))) if args.eval_data else []
+        # with a trace: asked to think
+        train = with_traces(read_jsonl(args.train_data, task=args.task, part=(rank(), ranks())))
+        validation = (
+            with_traces(read_jsonl(args.eval_data, task=args.task, part=(rank(), ranks())))
+            if args.eval_data
+            else []
+        )
         names = "--train_data", f"--eval_data {args.eval_data}"
         if shared := check_apart(train, validation, names):
             say(f"note: {shared}")
         if args.plan is not None:
             batch = batch_at(group_by_image(train), 0, args.batch_size, args.seed)
-            return print(explain(args, lambda args: plan_sft(args, passes(batch, args.questions_per_image, args.micro_batch),
-                                                             make_optimizers), "the samples of its first step"))
-        load = partial(Policy.from_pretrained, device=args.device, autocast=args.bf16, max_pixels=args.max_pixels)
+            return print(
+                explain(
+                    args,
+                    lambda args: plan_sft(
+                        args,
+                        passes(batch, args.questions_per_image, args.micro_batch),
+                        make_optimizers,
+                    ),
+                    "the samples of its first step",
+                )
+            )
+        load = partial(
+            Policy.from_pretrained,
+            device=args.device,
+            autocast=args.bf16,
+            max_pixels=args.max_pixels,
+        )
         if args.lora_rank:
             policy = add_adapters(load(args.model), args, checkpoint)
         elif checkpoint or args.model != "tiny":
             policy = load(checkpoint or args.model)
         else:
-            policy = tiny_policy(train, seed=args.seed, pixels=args.max_pixels or TINY_PIXELS).to(args.device, autocast=args.bf16)
+            policy = tiny_policy(train, seed=args.seed, pixels=args.max_pixels or TINY_PIXELS).to(
+                args.device, autocast=args.bf16
+            )
         if args.shard:
             shard(policy)
         start = step_of(checkpoint)
@@ -145,50 +248,87 @@ def main() -> None:
     optimizers = make_optimizers(policy, args)
     if checkpoint:
         load_optimizers(checkpoint, policy, *optimizers)
-    skipped, track = Skipped(folder, args, int(sum(log.past("skipped_updates")))), tracker(args, folder, start)
+    skipped, track = (
+        Skipped(folder, args, int(sum(log.past("skipped_updates")))),
+        tracker(args, folder, start),
+    )
     best = min(log.past("eval_loss"), default=math.inf)
-    say(f"SFT: {len(train)} samples on {len(images)} images, {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M trained parameters, "
-        f"{ranks()} x {args.device}")
+    say(
+        f"SFT: {len(train)} samples on {len(images)} images,"
+        f" {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M trained parameters, {ranks()} x"
+        f" {args.device}"
+    )
     for note in args.inert():
         say(f"note: {note}")
 
     def encoded(step: int) -> tuple[list, int]:  # the passes of this rank, and the images of each
         batch, most = batch_at(images, step, args.batch_size, args.seed), args.micro_batch
-        return [policy.encode_turns(part) for part in passes(batch, args.questions_per_image, most)], most
+        return [
+            policy.encode_turns(part) for part in passes(batch, args.questions_per_image, most)
+        ], most
 
     weights = parse_weights(args.task_weights)
 
     def weight_of(rows: list[Sample | None]) -> torch.Tensor:  # (R, 1)
-        return torch.tensor([[weights.get(row.task, 1.0) if row else 0.0] for row in rows], device=policy.device)
+        return torch.tensor(
+            [[weights.get(row.task, 1.0) if row else 0.0] for row in rows], device=policy.device
+        )
 
     def accumulate(step: int, made: tuple[list, int], count: torch.Tensor) -> float:
-        """Gradients of a step's passes, and their loss; the passes are made anew where they have become too large."""
+        """Gradients of a step's passes, and their loss; the passes are made anew where they have
+        become too large.
+        """
         total_loss, (parts, most) = 0.0, made
         parts = parts if most == args.micro_batch else encoded(step)[0]
         # A rank that has no image in this step goes with the first of all, at weight 0.
-        for (prompts, blocks), weight in same_passes_on_every_rank(policy, parts, lambda: [policy.encode_turns([images[0][:1]])]):
-            prefix = policy.prefill(prompts)  # the image, and what precedes the questions about it, once for them all
-            loss = sum(own * aggregate(-weight_of(rows) * policy.score(prefix, tokens, mask), mask, denominator=count)
-                       for (tokens, mask, rows), own in same_passes_on_every_rank(policy, blocks))
+        for (prompts, blocks), weight in same_passes_on_every_rank(
+            policy, parts, lambda: [policy.encode_turns([images[0][:1]])]
+        ):
+            # the image, and what precedes the questions about it, once for them all
+            prefix = policy.prefill(prompts)
+            loss = sum(
+                own
+                * aggregate(
+                    -weight_of(rows) * policy.score(prefix, tokens, mask), mask, denominator=count
+                )
+                for (tokens, mask, rows), own in same_passes_on_every_rank(policy, blocks)
+            )
             (weight * loss).backward()
             total_loss += weight * loss.item()
         return total_loss
 
     memory = "--micro_batch or --max_pixels, or add --activation_checkpointing"
     with lock, run_errors(folder, memory), graceful_stop() as stopping:
-        steps, redraw, began = prefetch(encoded, range(start, args.max_steps)), due(), time.perf_counter()
-        for step, made in (bar := tqdm(steps, initial=start, total=args.max_steps, desc="sft", disable=not first())):
+        steps, redraw, began = (
+            prefetch(encoded, range(start, args.max_steps)),
+            due(),
+            time.perf_counter(),
+        )
+        for step, made in (
+            bar := tqdm(steps, initial=start, total=args.max_steps, desc="sft", disable=not first())
+        ):
             answers = [(mask, rows) for _, blocks in made[0] for _, mask, rows in blocks]
             zero = torch.zeros((), device=policy.device)
             answer_tokens = int(total(sum((mask.sum() for mask, _ in answers), zero)))
-            count = total(sum(((mask * weight_of(rows)).sum() for mask, rows in answers), zero))  # of the whole batch
-            loss = retry_smaller_on_oom(args, "micro_batch", lambda: accumulate(step, made, count), undo=policy.model.zero_grad,
-                           alone=not policy.sharded)
+            # of the whole batch
+            count = total(sum(((mask * weight_of(rows)).sum() for mask, rows in answers), zero))
+            loss = retry_smaller_on_oom(
+                args,
+                "micro_batch",
+                lambda: accumulate(step, made, count),
+                undo=policy.model.zero_grad,
+                alone=not policy.sharded,
+            )
             loss = total(torch.tensor(loss, dtype=torch.float64)).item()
             sum_gradients(policy.parameters())
             grad_norm = clip_gradients(policy.parameters(), args.grad_clip)
             rate = learning_rate_at(step, args.max_steps, args.learning_rate, args.warmup, "cosine")
-            taken = skipped.accept_or_record(grad_norm, step, 0, lambda: [vars(row) for _, rows in answers for row in rows if row])
+            taken = skipped.accept_or_record(
+                grad_norm,
+                step,
+                0,
+                lambda: [vars(row) for _, rows in answers for row in rows if row],
+            )
             if taken:
                 set_learning_rate(optimizers, rate)
                 for optimizer in optimizers:
@@ -197,11 +337,19 @@ def main() -> None:
             policy.model.zero_grad()
 
             seconds = time.perf_counter() - began
-            row = {"step": step, **({"loss": loss, "grad_norm": grad_norm.item()} if taken else {}), "learning_rate": rate,
-                   "skipped_updates": int(not taken), "tokens_per_second": answer_tokens / seconds, "seconds": seconds,
-                   "peak_memory_gb": peak_memory_gb(policy.device)}
+            row = {
+                "step": step,
+                **({"loss": loss, "grad_norm": grad_norm.item()} if taken else {}),
+                "learning_rate": rate,
+                "skipped_updates": int(not taken),
+                "tokens_per_second": answer_tokens / seconds,
+                "seconds": seconds,
+                "peak_memory_gb": peak_memory_gb(policy.device),
+            }
             if validation and (step + 1) % args.eval_steps == 0:
-                parts = passes(group_by_image(validation), args.questions_per_image, args.micro_batch)
+                parts = passes(
+                    group_by_image(validation), args.questions_per_image, args.micro_batch
+                )
                 with gathered_layers(policy):
                     row["eval_loss"] = mean_loss(policy, map(policy.encode_turns, parts))
                 if row["eval_loss"] < best:
@@ -217,7 +365,8 @@ def main() -> None:
                 save_checkpoint(folder, step + 1, policy, *optimizers, keep=args.keep_checkpoints)
             if first() and redraw():
                 draw_curves(folder)
-            began = time.perf_counter()  # waiting for the next batch counts, saving and validation do not
+            # waiting for the next batch counts, saving and validation do not
+            began = time.perf_counter()
 
         if first():  # before final/, by which --resume knows that nothing is left to do
             draw_curves(folder)

@@ -1,8 +1,11 @@
-"""What rewards cost: RadGraph in batches beside its package one report at a time, and a step of GLEU + soft F1.
+"""What rewards cost: RadGraph in batches beside its package one report at a time, and a step of
+GLEU + soft F1.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.rewards            # --base adds a BERT of base size (about two minutes on a CPU)
+    OMP_NUM_THREADS=1 python -m benchmarks.rewards            # --base adds a BERT of base size
+    (about two minutes on a CPU)
 
-Random weights in the published archive's format. Seconds of CPU, so that a busy machine does not count; the least of three.
+Random weights in the published archive's format. Seconds of CPU, so that a busy machine does not
+count; the least of three.
 """
 
 import contextlib
@@ -25,13 +28,17 @@ from tests.scorer_weights import BASE, ENCODER, SIZE, reports, wordpiece, write_
 
 
 def package_graph(folder: Path):
-    """The package's own RadGraph on the archive of `folder`, which names its encoder by a path, as the package wants."""
+    """The package's own RadGraph on the archive of `folder`, which names its encoder by a path, as
+    the package wants.
+    """
     here = folder / "package/radgraph-xl"
     shutil.unpack_archive(folder / "radgraph-xl.tar.gz", here)
     config = here / "config.json"
     config.write_text(config.read_text().replace(f"microsoft/{ENCODER}", str(folder / ENCODER)))
     with contextlib.redirect_stdout(io.StringIO()):
-        return import_radgraph().RadGraph(model_type="radgraph-xl", model_cache_dir=str(folder / "package"), cuda=-1)
+        return import_radgraph().RadGraph(
+            model_type="radgraph-xl", model_cache_dir=str(folder / "package"), cuda=-1
+        )
 
 
 def seconds(function, repeats: int = 3) -> tuple[float, object]:
@@ -49,15 +56,25 @@ def radgraph(size: dict, count: int = 32, repeats: int = 3) -> dict:
         folder = Path(scratch)
         BertConfig(vocab_size=wordpiece(folder / ENCODER), **size).save_pretrained(folder / ENCODER)
         write_radgraph(folder, size=size)
-        ours, package, texts = RadGraph.from_weights(scratch), package_graph(folder), reports(count, seed=9)
+        ours, package, texts = (
+            RadGraph.from_weights(scratch),
+            package_graph(folder),
+            reports(count, seed=9),
+        )
         ours.annotate(texts[:2]), package(texts[:2])
         batched, mine = seconds(lambda: ours.annotate(texts), repeats)
         single, theirs = seconds(lambda: [package([text])["0"] for text in texts], repeats)
-    return {"width": size["hidden_size"], "layers": size["num_hidden_layers"], "reports": count,
-            "words": sum(len(text.split()) for text in texts) / count,
-            "entities": sum(len(graph["entities"]) for graph in mine), "ms_batched": 1000 * batched / count,
-            "ms_package": 1000 * single / count, "times_faster": single / batched,
-            "different": sum(a["entities"] != b["entities"] for a, b in zip(mine, theirs))}
+    return {
+        "width": size["hidden_size"],
+        "layers": size["num_hidden_layers"],
+        "reports": count,
+        "words": sum(len(text.split()) for text in texts) / count,
+        "entities": sum(len(graph["entities"]) for graph in mine),
+        "ms_batched": 1000 * batched / count,
+        "ms_package": 1000 * single / count,
+        "times_faster": single / batched,
+        "different": sum(a["entities"] != b["entities"] for a, b in zip(mine, theirs)),
+    }
 
 
 def light_step(answers: int = 4096) -> dict:
@@ -68,7 +85,10 @@ def light_step(answers: int = 4096) -> dict:
     for n in range(half):
         samples.append(Sample(str(n), None, "report", "Report.", texts[half + n]))
         written.append(texts[n])
-        boxes = [[[x1, y1, x2, y2] for (x1, x2), (y1, y2) in [(box(), box())]][0] for _ in range(draw.randint(1, 8))]
+        boxes = [
+            [[x1, y1, x2, y2] for (x1, x2), (y1, y2) in [(box(), box())]][0]
+            for _ in range(draw.randint(1, 8))
+        ]
         samples.append(Sample(str(n), None, "grounding", "Where?", "", boxes=boxes[:4]))
         written.append("The opacity is at " + format_boxes(boxes))
     reward = reward_fn("gleu+soft_f1")

@@ -1,7 +1,9 @@
 """minigrpo: GRPO for vision-language models, from scratch, around a Hugging Face Qwen3-VL.
 
-The algorithm is five files: `grpo.py` (one step), `policy.py` (the model, one prompt pass per group), `generate.py` (sampling
-over a hand-written KV cache), `logprob.py` (log-probs without full logits), `loss.py` (advantages, clip, KL, aggregation).
+The algorithm is five files: `grpo.py` (one step), `policy.py` (the model, one prompt pass per
+    group), `generate.py` (sampling
+over a hand-written KV cache), `logprob.py` (log-probs without full logits), `loss.py` (advantages,
+clip, KL, aggregation).
 """
 
 import os

@@ -1,6 +1,7 @@
 """Ask one film one question.
 
-    python -m minigrpo.ask --model runs/demo/grounding/final --image film.png --question "Where is the right lung?"
+    python -m minigrpo.ask --model runs/demo/grounding/final --image film.png --question "Where is
+    the right lung?"
 
 Prints the answer; where it holds boxes, draws them into a copy of the film.
 """
@@ -13,7 +14,14 @@ from PIL import Image, ImageDraw
 from minigrpo.data import Sample, load_image, parse_boxes, split_thinking
 from minigrpo.generate import generate
 from minigrpo.policy import Policy
-from minigrpo.run.args import at_least_one, check_box_scale, checked_device, input_errors, parse_args, run_errors
+from minigrpo.run.args import (
+    at_least_one,
+    check_box_scale,
+    checked_device,
+    input_errors,
+    parse_args,
+    run_errors,
+)
 from minigrpo.run.files import aside
 
 
@@ -21,13 +29,26 @@ from minigrpo.run.files import aside
 class AskArguments:
     model: str = field(metadata={"help": "checkpoint folder or hub name"})
     image: str = field(metadata={"help": "image file"})
-    question: str = field(default="Write the findings of this chest X-ray.", metadata={"help": "what to ask"})
-    output: str | None = field(default=None, metadata={"help": "where the film with its boxes goes; default: beside the "
-                                                               "image, as NAME-boxes.png"})
+    question: str = field(
+        default="Write the findings of this chest X-ray.", metadata={"help": "what to ask"}
+    )
+    output: str | None = field(
+        default=None,
+        metadata={
+            "help": "where the film with its boxes goes; default: beside the "
+            "image, as NAME-boxes.png"
+        },
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
-    box_scale: float = field(default=1.0, metadata={
-        "help": "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL"})
-    device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
+    box_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL"
+        },
+    )
+    device: str = field(
+        default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"}
+    )
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
 
     def check(self) -> None:
@@ -48,14 +69,23 @@ def main() -> None:
             film = load_image(args.image)
         except ValueError as error:
             raise ValueError(f"--image: {error}") from None
-        drawn = Path(args.output or Path(args.image).with_name(f"{Path(args.image).stem}-boxes.png"))
+        drawn = Path(
+            args.output or Path(args.image).with_name(f"{Path(args.image).stem}-boxes.png")
+        )
         if drawn.exists():
             raise ValueError(f"{drawn} exists already: give another --output")
         if drawn.suffix.lower() not in (".png", ".jpg", ".jpeg") or not drawn.parent.is_dir():
-            raise ValueError(f"--output {drawn} can't be written: name a .png or .jpg in a folder that exists")
+            raise ValueError(
+                f"--output {drawn} can't be written: name a .png or .jpg in a folder that exists"
+            )
         policy = Policy.from_pretrained(args.model, device=args.device)
     sample = Sample("asked", args.image, "conversation", args.question, "")
-    answer = generate(policy, policy.encode([sample]), max_new_tokens=args.max_new_tokens, temperature=args.temperature).texts[0]
+    answer = generate(
+        policy,
+        policy.encode([sample]),
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+    ).texts[0]
     print(answer)
     if boxes := parse_boxes(split_thinking(answer, policy.template_opens_think)[1], args.box_scale):
         with aside(drawn) as part:
@@ -64,12 +94,18 @@ def main() -> None:
 
 
 def draw_boxes(film: Image.Image, boxes: list) -> Image.Image:
-    """A copy of the film with its boxes (0..1) in red; what leaves the film or is reversed can't be drawn."""
+    """A copy of the film with its boxes (0..1) in red; what leaves the film or is reversed can't be
+    drawn.
+    """
     film = film.copy()
     pen, (width, height) = ImageDraw.Draw(film), film.size
     for x1, y1, x2, y2 in boxes:
         if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1:
-            pen.rectangle((x1 * width, y1 * height, x2 * width, y2 * height), outline="red", width=max(1, width // 160))
+            pen.rectangle(
+                (x1 * width, y1 * height, x2 * width, y2 * height),
+                outline="red",
+                width=max(1, width // 160),
+            )
     return film
 
 

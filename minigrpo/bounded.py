@@ -6,13 +6,15 @@ import signal
 import warnings
 from collections.abc import Callable
 
-SECONDS = 1.0  # of processor time, so that a busy machine takes none; Qwen3-VL's template takes 0.001
+# of processor time, so that a busy machine takes none; Qwen3-VL's template takes 0.001
+SECONDS = 1.0
 MEMORY = 2**28  # bytes, on top of what this process has
 
 
 def try_out(work: Callable[[], object]) -> None:
-    """Run work() in a fork of this process, which the system ends beyond SECONDS or MEMORY. ValueError
-    with what it raised, or with the bound that it broke; what it returns is lost."""
+    """Run work() in a fork of this process, which the system ends beyond SECONDS or MEMORY.
+    ValueError with what it raised, or with the bound that it broke; what it returns is lost.
+    """
     reading, writing = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # threads do not follow; none is needed

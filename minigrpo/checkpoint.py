@@ -16,37 +16,97 @@ from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import (AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, Qwen3VLConfig,
-                          Qwen3VLForConditionalGeneration)
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.qwen3_vl.configuration_qwen3_vl import (Qwen3VLTextConfig,
-                                                                 Qwen3VLVisionConfig)
+from transformers.models.qwen3_vl.configuration_qwen3_vl import (
+    Qwen3VLTextConfig,
+    Qwen3VLVisionConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 from minigrpo import trust
-from minigrpo.checks import (END, ORIGIN, SMALLEST, Checkpoint, check_config, check_counts,
-                             check_finite, check_weights, check_whole, reading)
+from minigrpo.checks import (
+    END,
+    ORIGIN,
+    SMALLEST,
+    Checkpoint,
+    check_config,
+    check_counts,
+    check_finite,
+    check_weights,
+    check_whole,
+    reading,
+)
 
 PAPER = 512 * 512  # pixels, of its SFT
 # Qwen3-VL's own, for a model that came without: frames of 64 x 64 pixels at least, all frames
 # together 24,576 merged patches.
-VIDEO = {"size": {"longest_edge": 25_165_824, "shortest_edge": 4096},
-         "video_processor_type": "Qwen3VLVideoProcessor"}
+VIDEO = {
+    "size": {"longest_edge": 25_165_824, "shortest_edge": 4096},
+    "video_processor_type": "Qwen3VLVideoProcessor",
+}
 
 # What transformers is given of each file; nothing else in it has any effect.
-MODEL = {"model_type", "image_token_id", "video_token_id", "vision_start_token_id",
-         "vision_end_token_id"}
-TEXT = {*Qwen3VLTextConfig.__annotations__, "model_type", "rope_theta", "rope_scaling",
-        "bos_token_id", "eos_token_id"}
+MODEL = {
+    "model_type",
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+}
+TEXT = {
+    *Qwen3VLTextConfig.__annotations__,
+    "model_type",
+    "rope_theta",
+    "rope_scaling",
+    "bos_token_id",
+    "eos_token_id",
+}
 VISION = {*Qwen3VLVisionConfig.__annotations__, "model_type"}
-TOKENIZER = {"bos_token", "eos_token", "pad_token", "unk_token", "additional_special_tokens",
-             "extra_special_tokens", "tokenizer_class", "added_tokens_decoder", "add_prefix_space",
-             "clean_up_tokenization_spaces", "errors", "model_max_length", "split_special_tokens"}
-TOKENIZERS = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast",
-              "TokenizersBackend")
-IMAGES = {"size", "min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size",
-          "image_mean", "image_std", "rescale_factor", "resample", "do_rescale", "do_normalize",
-          "do_resize", "do_convert_rgb"}
+TOKENIZER = {
+    "bos_token",
+    "eos_token",
+    "pad_token",
+    "unk_token",
+    "additional_special_tokens",
+    "extra_special_tokens",
+    "tokenizer_class",
+    "added_tokens_decoder",
+    "add_prefix_space",
+    "clean_up_tokenization_spaces",
+    "errors",
+    "model_max_length",
+    "split_special_tokens",
+}
+TOKENIZERS = (
+    None,
+    "Qwen2Tokenizer",
+    "Qwen2TokenizerFast",
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+)
+IMAGES = {
+    "size",
+    "min_pixels",
+    "max_pixels",
+    "patch_size",
+    "temporal_patch_size",
+    "merge_size",
+    "image_mean",
+    "image_std",
+    "rescale_factor",
+    "resample",
+    "do_rescale",
+    "do_normalize",
+    "do_resize",
+    "do_convert_rgb",
+}
 NEEDED = {"patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std"}
 SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
 
@@ -66,8 +126,10 @@ def open_checkpoint(name: str, *, weights: bool = True) -> Checkpoint:
         held = trust.read_headers(paths)
         c.weights = {weight: path for weight, (_, path) in held.items()}
         if unused := check_weights(c, held):
-            print(f"note: {name} holds {len(unused)} weights that are not Qwen3-VL's, such as "
-                  f"{unused[0]!r}: they are not used")
+            print(
+                f"note: {name} holds {len(unused)} weights that are not Qwen3-VL's, such as "
+                f"{unused[0]!r}: they are not used"
+            )
     return c
 
 
@@ -94,19 +156,24 @@ def local_folder(name: str) -> Path:
         if Path(name).exists():
             raise ValueError(f"--model {name} is a file: give the folder that holds it")
     except UnicodeEncodeError:
-        raise ValueError(f"--model {name!r}: the path is not UTF-8, which tokenizers and "
-                         "safetensors need: rename the folder") from None
+        raise ValueError(
+            f"--model {name!r}: the path is not UTF-8, which tokenizers and "
+            "safetensors need: rename the folder"
+        ) from None
     except OSError:  # too long for a file's name
         pass
     if name == "tiny":
-        raise ValueError("only train_sft.py makes a `tiny` model (from --train_data, as `python -m "
-                         "minigrpo.tiny` does): give the folder of a checkpoint, such as RUN/final")
+        raise ValueError(
+            "only train_sft.py makes a `tiny` model (from --train_data, as `python -m "
+            "minigrpo.tiny` does): give the folder of a checkpoint, such as RUN/final"
+        )
     try:
         return Path(snapshot_download(name, allow_patterns=trust.SMALL))
     except Exception as error:  # of the name, the network, the cache
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name[:300]} is neither a checkpoint folder nor a model on the hub "
-                         f"({reason[:300]})") from error
+        raise ValueError(
+            f"{name[:300]} is neither a checkpoint folder nor a model on the hub ({reason[:300]})"
+        ) from error
 
 
 def chosen(values: dict, names: set[str]) -> dict:
@@ -115,23 +182,31 @@ def chosen(values: dict, names: set[str]) -> dict:
 
 def config_of(folder: Path, files: dict) -> Qwen3VLConfig:
     if "config.json" not in files:
-        raise ValueError(f"{folder} is no checkpoint: it holds no config.json. Give a folder that "
-                         "save_pretrained wrote, such as RUN/final, or a model's name on the hub")
+        raise ValueError(
+            f"{folder} is no checkpoint: it holds no config.json. Give a folder that "
+            "save_pretrained wrote, such as RUN/final, or a model's name on the hub"
+        )
     content, path = files["config.json"], folder / "config.json"
     kind = content.get("model_type")
     if kind == "qwen3_vl_moe":
-        raise ValueError(f"{folder} is a mixture of experts ({kind}, such as Qwen3-VL-30B-A3B); "
-                         "minigrpo trains the dense Qwen3-VL: 2B, 4B, 8B or 32B")
+        raise ValueError(
+            f"{folder} is a mixture of experts ({kind}, such as Qwen3-VL-30B-A3B); "
+            "minigrpo trains the dense Qwen3-VL: 2B, 4B, 8B or 32B"
+        )
     if kind != "qwen3_vl":
-        raise ValueError(f"{folder} is a {trust.shown(kind)} model; minigrpo trains dense Qwen3-VL "
-                         "(qwen3_vl)")
+        raise ValueError(
+            f"{folder} is a {trust.shown(kind)} model; minigrpo trains dense Qwen3-VL (qwen3_vl)"
+        )
     check_counts(path, content)
     text, vision = content["text_config"], content["vision_config"]
     tied = content.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     with reading(path):
-        return Qwen3VLConfig(**chosen(content, MODEL), tie_word_embeddings=tied,
-                             text_config=chosen(text, TEXT) | {"tie_word_embeddings": tied},
-                             vision_config=chosen(vision, VISION))
+        return Qwen3VLConfig(
+            **chosen(content, MODEL),
+            tie_word_embeddings=tied,
+            text_config=chosen(text, TEXT) | {"tie_word_embeddings": tied},
+            vision_config=chosen(vision, VISION),
+        )
 
 
 @contextmanager
@@ -151,15 +226,21 @@ def tokenizer_of(c: Checkpoint, files: dict) -> PreTrainedTokenizerBase:
         trust.check_tokenizer(c.folder / "tokenizer.json", files["tokenizer.json"])
     elif len(names) < 2:
         raise ValueError(f"{c.folder} holds no tokenizer.json: {ORIGIN}")
-    texts = {name: chosen(files.get(name, {}), TOKENIZER) for name in
-             ("tokenizer_config.json", "special_tokens_map.json")}
+    texts = {
+        name: chosen(files.get(name, {}), TOKENIZER)
+        for name in ("tokenizer_config.json", "special_tokens_map.json")
+    }
     texts |= chosen(files, {"added_tokens.json"})
     kind = texts["tokenizer_config.json"].get("tokenizer_class")
     if kind not in TOKENIZERS:
-        raise ValueError(f"{c.folder / 'tokenizer_config.json'}: tokenizer_class {kind!r:.100} is "
-                         f"none of Qwen3-VL's: {ORIGIN}")
-    with (clean_folder([c.folder / name for name in names], texts) as place,
-          reading(f"{c.folder}: the tokenizer ({', '.join([*names, 'tokenizer_config.json'])})")):
+        raise ValueError(
+            f"{c.folder / 'tokenizer_config.json'}: tokenizer_class {kind!r:.100} is "
+            f"none of Qwen3-VL's: {ORIGIN}"
+        )
+    with (
+        clean_folder([c.folder / name for name in names], texts) as place,
+        reading(f"{c.folder}: the tokenizer ({', '.join([*names, 'tokenizer_config.json'])})"),
+    ):
         tokenizer = AutoTokenizer.from_pretrained(place, config=c.config, trust_remote_code=False)
     tokenizer.name_or_path = c.name
     return tokenizer
@@ -176,8 +257,10 @@ def template_of(folder: Path, files: dict) -> str:
                 template = {item["name"]: item["template"] for item in template}["default"]
             if template:
                 return template + ""
-    raise ValueError(f"{folder} has no chat template: copy chat_template.jinja or "
-                     "chat_template.json from the model that it was made from")
+    raise ValueError(
+        f"{folder} has no chat template: copy chat_template.jinja or "
+        "chat_template.json from the model that it was made from"
+    )
 
 
 def images_of(folder: Path, files: dict) -> tuple[Qwen2VLImageProcessorPil, str, dict]:
@@ -195,8 +278,11 @@ def images_of(folder: Path, files: dict) -> tuple[Qwen2VLImageProcessorPil, str,
         needed = NEEDED if "max_pixels" in images else NEEDED | {"size"}
         if absent := needed - images.keys():
             raise ValueError(f"it has no {', '.join(sorted(absent))}")
-        return (Qwen2VLImageProcessorPil(**chosen(images, IMAGES)), name,
-                dict(video or files.get("video_preprocessor_config.json", {})))
+        return (
+            Qwen2VLImageProcessorPil(**chosen(images, IMAGES)),
+            name,
+            dict(video or files.get("video_preprocessor_config.json", {})),
+        )
 
 
 def generation_of(c: Checkpoint, files: dict) -> GenerationConfig:
@@ -207,8 +293,11 @@ def generation_of(c: Checkpoint, files: dict) -> GenerationConfig:
         ends = found.get("eos_token_id")
         ends = [c.tokenizer.eos_token_id] if ends is None else ends
         ends = list(ends) if isinstance(ends, list) else [ends]
-        ids = {key: found[key] for key in ("bos_token_id", "pad_token_id")
-               if type(found.get(key)) is int}
+        ids = {
+            key: found[key]
+            for key in ("bos_token_id", "pad_token_id")
+            if type(found.get(key)) is int
+        }
         ids["eos_token_id"] = ends + [c.token(END)] * (c.token(END) not in ends)
         try:
             whole = GenerationConfig(**ids, **chosen(found, SAMPLING))
@@ -233,8 +322,12 @@ def load(name: str, device: str = "cpu", max_pixels: int = 0) -> tuple:
         texts[trust.INDEX] = {"metadata": {}, "weight_map": shards}
     with clean_folder(files, texts) as place, reading(c.folder):
         model, about = Qwen3VLForConditionalGeneration.from_pretrained(
-            place, config=c.config, dtype=torch.float32, use_safetensors=True,
-            output_loading_info=True)
+            place,
+            config=c.config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
         if absent := [*about["missing_keys"], *about["mismatched_keys"]]:
             raise ValueError(f"it lacks {absent[0]}")  # transformers would take random numbers
     check_finite(c.folder, model)
@@ -250,20 +343,34 @@ def set_budget(c: Checkpoint, max_pixels: int = 0, *, say=print) -> None:
     still grow, to a quarter of it at most: rounded up to whole tokens that stays within it."""
     stored = c.images.size["longest_edge"]
     if max_pixels and max_pixels < SMALLEST:
-        raise ValueError(f"--max_pixels {max_pixels} is less than one token: an image token is "
-                         f"32 x 32 = {SMALLEST} pixels")
+        raise ValueError(
+            f"--max_pixels {max_pixels} is less than one token: an image token is "
+            f"32 x 32 = {SMALLEST} pixels"
+        )
     if max_pixels and max_pixels != stored:
-        say(f"note: {c.name} was made for images of up to {stored:,} pixels, and --max_pixels is "
-            f"{max_pixels:,}: train and evaluate with one budget")
-        c.images.size = {"longest_edge": max_pixels,
-                         "shortest_edge": min(c.images.size["shortest_edge"], max_pixels // 4)}
+        say(
+            f"note: {c.name} was made for images of up to {stored:,} pixels, and --max_pixels is "
+            f"{max_pixels:,}: train and evaluate with one budget"
+        )
+        c.images.size = {
+            "longest_edge": max_pixels,
+            "shortest_edge": min(c.images.size["shortest_edge"], max_pixels // 4),
+        }
     elif stored > 4 * PAPER:
-        say(f"note: {c.name} takes images of up to {stored:,} pixels, {stored // 1024:,} tokens "
-            f"each: --max_pixels bounds them (the paper's SFT: {PAPER})")
+        say(
+            f"note: {c.name} takes images of up to {stored:,} pixels, {stored // 1024:,} tokens "
+            f"each: --max_pixels bounds them (the paper's SFT: {PAPER})"
+        )
 
 
-def save(folder: str | Path, model: Qwen3VLForConditionalGeneration, tokenizer, processor,
-         video: dict | None, weights: dict[str, torch.Tensor] | None = None) -> None:
+def save(
+    folder: str | Path,
+    model: Qwen3VLForConditionalGeneration,
+    tokenizer,
+    processor,
+    video: dict | None,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write a checkpoint folder, see above; `weights` in place of the model's own, where those are
     sharded."""
     folder = Path(folder)
@@ -274,8 +381,14 @@ def save(folder: str | Path, model: Qwen3VLForConditionalGeneration, tokenizer, 
     path = folder / "preprocessor_config.json"
     images = json.loads(path.read_text()) | {"processor_class": "Qwen3VLProcessor"}
     path.write_text(json.dumps(images, indent=2) + "\n")
-    same = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std",
-            "processor_class")
+    same = (
+        "patch_size",
+        "temporal_patch_size",
+        "merge_size",
+        "image_mean",
+        "image_std",
+        "processor_class",
+    )
     settings = video or VIDEO | {name: images[name] for name in same}
     path = folder / "video_preprocessor_config.json"
     path.write_text(json.dumps(settings, indent=2) + "\n")
@@ -284,6 +397,7 @@ def save(folder: str | Path, model: Qwen3VLForConditionalGeneration, tokenizer, 
 def opens_thinking(tokenizer) -> bool:
     """Whether the chat template itself writes the first <think> of an answer, as that of
     Qwen3-VL-Thinking does."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False,
-                                         add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
+    )
     return text.rstrip().endswith("<think>")

@@ -14,8 +14,12 @@ from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
-from transformers import (GenerationConfig, PreTrainedTokenizerBase, Qwen3VLConfig,
-                          Qwen3VLForConditionalGeneration)
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 from transformers.utils import logging as transformers_logging
@@ -24,21 +28,50 @@ from minigrpo.bounded import try_out
 
 SMALLEST = 32 * 32  # pixels: one merged patch
 END = "<|im_end|>"  # what SFT teaches an answer to end with
-PLACES = {"image_token_id": "<|image_pad|>", "vision_start_token_id": "<|vision_start|>",
-          "vision_end_token_id": "<|vision_end|>"}
+PLACES = {
+    "image_token_id": "<|image_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
 PROBE = "Where is the heart? At [0.25, 1], é."
 ROPES = ("default", "linear", "yarn", "llama3")
 ORIGIN = "copy it from the model that this one was made from"
 
 # The whole numbers of config.json, each with the most that is believed before weights are seen.
 COUNTS = {
-    "text_config": {"num_hidden_layers": 200} | dict.fromkeys((
-        "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "max_position_embeddings"), 2**24),
-    "vision_config": {"depth": 200} | dict.fromkeys((
-        "hidden_size", "intermediate_size", "num_heads", "in_channels", "patch_size",
-        "temporal_patch_size", "spatial_merge_size", "out_hidden_size",
-        "num_position_embeddings"), 2**24)}
+    "text_config": (
+        {"num_hidden_layers": 200}
+        | dict.fromkeys(
+            (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "head_dim",
+                "max_position_embeddings",
+            ),
+            2**24,
+        )
+    ),
+    "vision_config": (
+        {"depth": 200}
+        | dict.fromkeys(
+            (
+                "hidden_size",
+                "intermediate_size",
+                "num_heads",
+                "in_channels",
+                "patch_size",
+                "temporal_patch_size",
+                "spatial_merge_size",
+                "out_hidden_size",
+                "num_position_embeddings",
+            ),
+            2**24,
+        )
+    ),
+}
 
 
 @dataclass
@@ -67,8 +100,10 @@ class Checkpoint:
     def cuts(self) -> tuple[tuple, tuple]:
         """How images are cut into patches, and how the vision tower takes them."""
         images, tower = self.images, self.config.vision_config
-        return ((images.patch_size, images.temporal_patch_size, images.merge_size),
-                (tower.patch_size, tower.temporal_patch_size, tower.spatial_merge_size))
+        return (
+            (images.patch_size, images.temporal_patch_size, images.merge_size),
+            (tower.patch_size, tower.temporal_patch_size, tower.spatial_merge_size),
+        )
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
@@ -94,64 +129,138 @@ def sections(text: Qwen3VLTextConfig) -> list[int]:
     return text.rope_parameters["mrope_section"]
 
 
-CONFIG = [Check("config.json", *row) for row in (  # of text_config t and vision_config v
-    (lambda t, v: t.num_attention_heads % t.num_key_value_heads == 0,
-     "num_attention_heads {t.num_attention_heads} is no multiple of num_key_value_heads "
-     "{t.num_key_value_heads}"),
-    (lambda t, v: v.hidden_size % (4 * v.num_heads) == 0,
-     "vision_config: hidden_size {v.hidden_size} is not num_heads {v.num_heads} times a multiple "
-     "of 4"),
-    (lambda t, v: v.out_hidden_size == t.hidden_size,
-     "out_hidden_size {v.out_hidden_size} of vision_config is not hidden_size {t.hidden_size} of "
-     "text_config"),
-    (lambda t, v: (v.patch_size, v.temporal_patch_size, v.in_channels) == (16, 2, 3)
-     and v.spatial_merge_size <= 8,
-     "patch_size {v.patch_size}, temporal_patch_size {v.temporal_patch_size}, in_channels "
-     "{v.in_channels} and spatial_merge_size {v.spatial_merge_size} are not Qwen3-VL's 16, 2, 3, 2"),
-    (lambda t, v: len(v.deepstack_visual_indexes) == len(set(v.deepstack_visual_indexes))
-     <= t.num_hidden_layers and set(v.deepstack_visual_indexes) <= set(range(v.depth)),
-     "deepstack_visual_indexes are not layers of a vision tower of depth {v.depth}"),
-    (lambda t, v: 0 < t.rms_norm_eps < 1,
-     "rms_norm_eps {t.rms_norm_eps} is not between 0 and 1"),
-    (lambda t, v: t.rope_parameters["rope_type"] in ROPES and t.rope_parameters["rope_theta"] > 0
-     and [2 * sum(sections(t)), len(sections(t))] == [t.head_dim, 3] and min(sections(t)) > 0,
-     "{t.rope_parameters} is not a rotary embedding of Qwen3-VL for heads of {t.head_dim}"),
-)]
-WHOLE = [Check(*row) for row in (  # of a checkpoint c
-    ("tokenizer.json", lambda c: max(c.vocabulary.values()) < c.rows,
-     "it has more tokens than the model has rows for them ({c.rows})"),
-    ("tokenizer.json",
-     lambda c: all([c.token(text)] == c.ids(text) for text in (END, *PLACES.values())),
-     f"{END}, {', '.join(PLACES.values())}: one of these is not a token of its own"),
-    ("tokenizer.json", lambda c: c.tokenizer.decode(c.ids(PROBE)) == PROBE,
-     f"the tokens of {PROBE!r} do not give that text again"),
-    ("config.json",
-     lambda c: all(getattr(c.config, key) == c.token(text) for key, text in PLACES.items()),
-     f"{', '.join(PLACES)} are not the tokenizer's ids of {', '.join(PLACES.values())}"),
-    ("tokenizer_config.json", lambda c: c.token(c.tokenizer.pad_token) is not None,
-     "it names no pad_token that the tokenizer knows",
-     'write "pad_token": "<|endoftext|>" into it'),
-    ("generation_config.json",
-     lambda c: all(type(end) is int and end in c.tokenizer.added_tokens_decoder
-                   for end in c.generation.eos_token_id),
-     "its eos_token_id {c.generation.eos_token_id} are not special tokens of the tokenizer",
-     "write the ids of <|im_end|> and <|endoftext|> there, [151645, 151643] in Qwen3-VL"),
-    ("{c.image_file}", lambda c: c.cuts[0] == c.cuts[1],
-     "patch_size, temporal_patch_size and merge_size {c.cuts[0]} are not those of the vision tower "
-     "in config.json, {c.cuts[1]}"),
-    ("{c.image_file}",
-     lambda c: 0 < c.images.size["shortest_edge"] <= c.images.size["longest_edge"] < 2**40
-     and c.images.size["shortest_edge"] <= 2**22 and c.images.size["longest_edge"] >= SMALLEST,
-     "size {c.images.size} is not a smallest and a largest number of pixels"),
-    ("{c.image_file}",
-     lambda c: len(c.images.image_mean) == len(c.images.image_std) == 3
-     and min(c.images.image_std) > 0 and max(map(abs, c.images.image_mean)) < math.inf
-     and c.images.rescale_factor > 0 and c.images.resample in range(6)
-     and c.images.do_resize is c.images.do_convert_rgb is True
-     and {c.images.do_rescale, c.images.do_normalize} <= {True, False},
-     "image_mean, image_std, rescale_factor, resample or one of do_resize, do_convert_rgb, "
-     "do_rescale and do_normalize is not one that Qwen3-VL takes"),
-)]
+CONFIG = [
+    Check("config.json", *row)
+    for row in (  # of text_config t and vision_config v
+        (
+            lambda t, v: t.num_attention_heads % t.num_key_value_heads == 0,
+            (
+                "num_attention_heads {t.num_attention_heads} is no multiple of num_key_value_heads "
+                "{t.num_key_value_heads}"
+            ),
+        ),
+        (
+            lambda t, v: v.hidden_size % (4 * v.num_heads) == 0,
+            (
+                "vision_config: hidden_size {v.hidden_size} is not num_heads {v.num_heads} times a"
+                " multiple of 4"
+            ),
+        ),
+        (
+            lambda t, v: v.out_hidden_size == t.hidden_size,
+            (
+                "out_hidden_size {v.out_hidden_size} of vision_config is not hidden_size"
+                " {t.hidden_size} of text_config"
+            ),
+        ),
+        (
+            lambda t, v: (
+                (v.patch_size, v.temporal_patch_size, v.in_channels) == (16, 2, 3)
+                and v.spatial_merge_size <= 8
+            ),
+            (
+                "patch_size {v.patch_size}, temporal_patch_size {v.temporal_patch_size},"
+                " in_channels {v.in_channels} and spatial_merge_size {v.spatial_merge_size} are not"
+                " Qwen3-VL's 16, 2, 3, 2"
+            ),
+        ),
+        (
+            lambda t, v: (
+                len(v.deepstack_visual_indexes)
+                == len(set(v.deepstack_visual_indexes))
+                <= t.num_hidden_layers
+                and set(v.deepstack_visual_indexes) <= set(range(v.depth))
+            ),
+            "deepstack_visual_indexes are not layers of a vision tower of depth {v.depth}",
+        ),
+        (
+            lambda t, v: 0 < t.rms_norm_eps < 1,
+            "rms_norm_eps {t.rms_norm_eps} is not between 0 and 1",
+        ),
+        (
+            lambda t, v: (
+                t.rope_parameters["rope_type"] in ROPES
+                and t.rope_parameters["rope_theta"] > 0
+                and [2 * sum(sections(t)), len(sections(t))] == [t.head_dim, 3]
+                and min(sections(t)) > 0
+            ),
+            "{t.rope_parameters} is not a rotary embedding of Qwen3-VL for heads of {t.head_dim}",
+        ),
+    )
+]
+WHOLE = [
+    Check(*row)
+    for row in (  # of a checkpoint c
+        (
+            "tokenizer.json",
+            lambda c: max(c.vocabulary.values()) < c.rows,
+            "it has more tokens than the model has rows for them ({c.rows})",
+        ),
+        (
+            "tokenizer.json",
+            lambda c: all([c.token(text)] == c.ids(text) for text in (END, *PLACES.values())),
+            f"{END}, {', '.join(PLACES.values())}: one of these is not a token of its own",
+        ),
+        (
+            "tokenizer.json",
+            lambda c: c.tokenizer.decode(c.ids(PROBE)) == PROBE,
+            f"the tokens of {PROBE!r} do not give that text again",
+        ),
+        (
+            "config.json",
+            lambda c: all(getattr(c.config, key) == c.token(text) for key, text in PLACES.items()),
+            f"{', '.join(PLACES)} are not the tokenizer's ids of {', '.join(PLACES.values())}",
+        ),
+        (
+            "tokenizer_config.json",
+            lambda c: c.token(c.tokenizer.pad_token) is not None,
+            "it names no pad_token that the tokenizer knows",
+            'write "pad_token": "<|endoftext|>" into it',
+        ),
+        (
+            "generation_config.json",
+            lambda c: all(
+                type(end) is int and end in c.tokenizer.added_tokens_decoder
+                for end in c.generation.eos_token_id
+            ),
+            "its eos_token_id {c.generation.eos_token_id} are not special tokens of the tokenizer",
+            "write the ids of <|im_end|> and <|endoftext|> there, [151645, 151643] in Qwen3-VL",
+        ),
+        (
+            "{c.image_file}",
+            lambda c: c.cuts[0] == c.cuts[1],
+            (
+                "patch_size, temporal_patch_size and merge_size {c.cuts[0]} are not those of the"
+                " vision tower in config.json, {c.cuts[1]}"
+            ),
+        ),
+        (
+            "{c.image_file}",
+            lambda c: (
+                0 < c.images.size["shortest_edge"] <= c.images.size["longest_edge"] < 2**40
+                and c.images.size["shortest_edge"] <= 2**22
+                and c.images.size["longest_edge"] >= SMALLEST
+            ),
+            "size {c.images.size} is not a smallest and a largest number of pixels",
+        ),
+        (
+            "{c.image_file}",
+            lambda c: (
+                len(c.images.image_mean) == len(c.images.image_std) == 3
+                and min(c.images.image_std) > 0
+                and max(map(abs, c.images.image_mean)) < math.inf
+                and c.images.rescale_factor > 0
+                and c.images.resample in range(6)
+                and c.images.do_resize is c.images.do_convert_rgb is True
+                and {c.images.do_rescale, c.images.do_normalize} <= {True, False}
+            ),
+            (
+                "image_mean, image_std, rescale_factor, resample or one of do_resize,"
+                " do_convert_rgb, do_rescale and do_normalize is not one that Qwen3-VL takes"
+            ),
+        ),
+    )
+]
 
 
 @contextmanager
@@ -183,8 +292,10 @@ def check_counts(path: Path, content: dict) -> None:
         for key, most in counts.items():
             number = content[part].get(key)
             if type(number) is not int or not 1 <= number <= most:
-                raise ValueError(f"{path}: {part}.{key} is {number!r:.100}, and must be a whole "
-                                 f"number from 1 to {most}: {ORIGIN}")
+                raise ValueError(
+                    f"{path}: {part}.{key} is {number!r:.100}, and must be a whole "
+                    f"number from 1 to {most}: {ORIGIN}"
+                )
     for key in ("rope_scaling", "rope_parameters"):
         rope = content["text_config"].get(key) or {}
         kind = rope.get("rope_type", rope.get("type", ROPES[0])) if isinstance(rope, dict) else None
@@ -215,14 +326,17 @@ def _run(checks: list[Check], folder: Path, **of) -> None:
 
 
 def check_template(c: Checkpoint) -> None:
-    """It writes images, questions and answers where `Policy` looks for them, in time. A template is a
-    program: transformers' sandbox keeps it from files and from Python, `try_out` from loops without
-    end and strings of gigabytes."""
+    """It writes images, questions and answers where `Policy` looks for them, in time. A template is
+    a program: transformers' sandbox keeps it from files and from Python, `try_out` from loops
+    without end and strings of gigabytes.
+    """
+
     def wrote(*turns, answer: bool = True) -> str:
         roles = ("user", "assistant", "user")
         messages = [{"role": role, "content": content} for role, content in zip(roles, turns)]
-        return c.tokenizer.apply_chat_template(messages, tokenize=False,
-                                               add_generation_prompt=answer)
+        return c.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=answer
+        )
 
     def probe() -> None:
         for count in (1, 2, 0):
@@ -242,8 +356,10 @@ def check_template(c: Checkpoint) -> None:
     try:
         try_out(probe)
     except ValueError as error:
-        raise ValueError(f"{c.folder}: the chat template (chat_template.jinja, chat_template.json, "
-                         f"tokenizer_config.json) cannot be used: {error}: {ORIGIN}") from None
+        raise ValueError(
+            f"{c.folder}: the chat template (chat_template.jinja, chat_template.json, "
+            f"tokenizer_config.json) cannot be used: {error}: {ORIGIN}"
+        ) from None
 
 
 def check_weights(c: Checkpoint, held: dict[str, tuple[tuple[int, ...], Path]]) -> list[str]:
@@ -253,27 +369,42 @@ def check_weights(c: Checkpoint, held: dict[str, tuple[tuple[int, ...], Path]]) 
     if c.config.tie_word_embeddings:
         del asked["lm_head.weight"]
         if "lm_head.weight" in held and not is_tied(held):
-            raise ValueError(f"{path} says that head and embeddings are one (tie_word_embeddings), "
-                             "and the weights hold two that differ: write false")
-    for part, place in (("text_config.num_hidden_layers", "model.language_model.layers"),
-                        ("vision_config.depth", "model.visual.blocks")):
+            raise ValueError(
+                f"{path} says that head and embeddings are one (tie_word_embeddings), "
+                "and the weights hold two that differ: write false"
+            )
+    for part, place in (
+        ("text_config.num_hidden_layers", "model.language_model.layers"),
+        ("vision_config.depth", "model.visual.blocks"),
+    ):
         number = re.compile(rf"{re.escape(place)}\.(\d+)\.")
-        layers = [len({found[1] for found in map(number.match, names) if found})
-                  for names in (asked, held)]
+        layers = [
+            len({found[1] for found in map(number.match, names) if found})
+            for names in (asked, held)
+        ]
         if layers[0] != layers[1]:
-            raise ValueError(f"{path}: {part} is {layers[0]}, and the weights have {layers[1]}, so "
-                             "one of both lacks layers: take them from one model")
+            raise ValueError(
+                f"{path}: {part} is {layers[0]}, and the weights have {layers[1]}, so "
+                "one of both lacks layers: take them from one model"
+            )
     if absent := sorted(asked.keys() - held.keys()):
-        raise ValueError(f"{c.folder} lacks {len(absent)} weights that its config.json asks for, "
-                         f"such as {absent[0]}: fetch it again, or check that config.json belongs "
-                         "to it")
+        raise ValueError(
+            f"{c.folder} lacks {len(absent)} weights that its config.json asks for, "
+            f"such as {absent[0]}: fetch it again, or check that config.json belongs "
+            "to it"
+        )
     for name, weight in asked.items():
         size, file = held[name]
         if size != tuple(weight.shape):
-            raise ValueError(f"{file}: {name} is of size {size}, and config.json asks for "
-                             f"{tuple(weight.shape)}: take both from one model")
-    return sorted(name for name in held.keys() - asked.keys() - {"lm_head.weight"}
-                  if not name.endswith("inv_freq"))
+            raise ValueError(
+                f"{file}: {name} is of size {size}, and config.json asks for "
+                f"{tuple(weight.shape)}: take both from one model"
+            )
+    return sorted(
+        name
+        for name in held.keys() - asked.keys() - {"lm_head.weight"}
+        if not name.endswith("inv_freq")
+    )
 
 
 def is_tied(held: dict[str, tuple[tuple[int, ...], Path]]) -> bool:
@@ -290,5 +421,7 @@ def check_finite(path: Path, model: torch.nn.Module) -> None:
     """By the smallest and the largest number of each weight, which are NaN where one is."""
     for name, weight in (*model.named_parameters(), *model.named_buffers()):
         if not all(bound.isfinite() for bound in weight.aminmax()):
-            raise ValueError(f"{path}: the weight {name} holds NaN or infinity. The training that "
-                             "made it has failed: give an earlier checkpoint")
+            raise ValueError(
+                f"{path}: the weight {name} holds NaN or infinity. The training that "
+                "made it has failed: give an earlier checkpoint"
+            )

@@ -1,10 +1,11 @@
 """The curves of several runs, laid over one another in one picture.
 
-    python -m minigrpo.curves runs/a runs/b                             # curves.png, labelled a and b
-    python -m minigrpo.curves runs/*/report --output report.png
-    python -m minigrpo.curves runs/a runs/b --labels "lr 1e-6" "lr 1e-5"
+    python -m minigrpo.curves runs/a runs/b                             # curves.png, labelled a and
+    b python -m minigrpo.curves runs/*/report --output report.png python -m minigrpo.curves runs/a
+    runs/b --labels "lr 1e-6" "lr 1e-5"
 
-A run's own picture is RUN/curves.png, which grows while it trains; so does this one each time it is drawn.
+A run's own picture is RUN/curves.png, which grows while it trains; so does this one each time it is
+drawn.
 """
 
 from pathlib import Path
@@ -18,13 +19,28 @@ from minigrpo.run.terminal import Parser
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its metrics.jsonl")
-    parser.add_argument("--labels", nargs="+", help="a name for each run; default: what their paths differ in")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the picture to write; default: curves.png")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folder of a run, or its metrics.jsonl"
+    )
+    parser.add_argument(
+        "--labels", nargs="+", help="a name for each run; default: what their paths differ in"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("curves.png"),
+        help="the picture to write; default: curves.png",
+    )
     args = parser.parse_args()
     with input_errors():
-        folders = [Path(run).parent if Path(run).name == "metrics.jsonl" else Path(run) for run in args.runs]
-        for label, given in (("RUN", [folder.resolve() for folder in folders]), ("--labels", args.labels or [])):
+        folders = [
+            Path(run).parent if Path(run).name == "metrics.jsonl" else Path(run)
+            for run in args.runs
+        ]
+        for label, given in (
+            ("RUN", [folder.resolve() for folder in folders]),
+            ("--labels", args.labels or []),
+        ):
             if twice := [str(name) for number, name in enumerate(given) if name in given[:number]]:
                 raise ValueError(f"{label} {twice[0]} stands there twice")
         labels = args.labels or shortest_names(folders)
@@ -43,7 +59,9 @@ def draw(runs: dict[str, list[dict]], path: Path) -> None:
 
 
 def shortest_names(folders: list[Path]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart: [a/report, b/report] rather than [report, report]."""
+    """The last parts of the paths, as many as tell them apart: [a/report, b/report] rather than
+    [report, report].
+    """
     parts = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts))):
         names = ["/".join(path[-count:]) for path in parts]
@@ -55,7 +73,9 @@ def shortest_names(folders: list[Path]) -> list[str]:
 def check_output(path: Path) -> None:
     """ValueError for what is no PNG's name, or a file that this program did not write."""
     if path.suffix != ".png":
-        raise ValueError(f"--output {path}: the picture is a PNG, so give it a name that ends in .png")
+        raise ValueError(
+            f"--output {path}: the picture is a PNG, so give it a name that ends in .png"
+        )
     if not path.parent.is_dir():
         raise ValueError(f"--output {path}: there is no folder {path.parent}")
     if path.exists():

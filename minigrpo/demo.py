@@ -1,13 +1,17 @@
-"""The whole road, as commands that you could type: films, SFT, GRPO for both tasks, evaluation before and after.
+"""The whole road, as commands that you could type: films, SFT, GRPO for both tasks, evaluation
+before and after.
 
-    python -m minigrpo.demo --output_dir runs/demo --seed 0                                     # make demo
-    python -m minigrpo.demo --output_dir runs/real --data FOLDER --model runs/demo/sft/final    # make demo-real
+    python -m minigrpo.demo --output_dir runs/demo --seed 0                                     #
+    make demo python -m minigrpo.demo --output_dir runs/real --data FOLDER --model
+    runs/demo/sft/final    # make demo-real
 
-FOLDER holds train.jsonl and test.jsonl; without one, phantom films are drawn. Leaves results.json, results.md and the
-pictures in output_dir. Every command is printed before it runs; what it prints is kept in a .log beside its folder.
+FOLDER holds train.jsonl and test.jsonl; without one, phantom films are drawn. Leaves results.json,
+results.md and the pictures in output_dir. Every command is printed before it runs; what it prints
+is kept in a .log beside its folder.
 
-Stopped (Ctrl-C, kill -9, a power cut) and begun again with the same command, it goes on: finished stages are kept, SFT and
-GRPO go on from their last checkpoint, and it ends with the same weights, bit for bit. --fresh (make demo FRESH=1) begins anew.
+Stopped (Ctrl-C, kill -9, a power cut) and begun again with the same command, it goes on: finished
+stages are kept, SFT and GRPO go on from their last checkpoint, and it ends with the same weights,
+bit for bit. --fresh (make demo FRESH=1) begins anew.
 """
 
 import hashlib
@@ -20,6 +24,7 @@ from pathlib import Path
 
 BEGAN = time.perf_counter()
 import torch  # noqa: E402
+
 from minigrpo import programs  # noqa: E402
 from minigrpo.commands import COMMANDS  # noqa: E402
 from minigrpo.run.args import input_errors, parse_args, run_errors  # noqa: E402
@@ -27,15 +32,19 @@ from minigrpo.run.files import CHECKSUMS, checksum, make_folder, part_of, write_
 from minigrpo.stages import DONE, LOCK, SPENT, Run, hold, is_done, read_spent, run_all  # noqa: E402
 
 TASKS = {"report": "gleu", "grounding": "soft_f1"}
-SHOWN = {"report": ["gleu", "rouge_l", "bleu4", "length"], "grounding": ["soft_f1", "map50", "boxes"]}
+SHOWN = {
+    "report": ["gleu", "rouge_l", "bleu4", "length"],
+    "grounding": ["soft_f1", "map50", "boxes"],
+}
 BEGUN = "demo.json"  # what a demo was begun with: the mark of its folder
 RESULTS = ("results.json", "results.md")
 
 
 @dataclass
 class Size:
-    """How large a demo is. The tiny model wants larger steps than a real one (paper: SFT 1e-5, GRPO 1e-6); the loss constants are
-    the paper's."""
+    """How large a demo is. The tiny model wants larger steps than a real one (paper: SFT 1e-5, GRPO
+    1e-6); the loss constants are the paper's.
+    """
 
     sft_steps: int
     sft_rate: float
@@ -51,28 +60,62 @@ class Size:
 
 
 MEASURED_ON = "two cores of an AMD EPYC, nothing beside it"
-PHANTOM = Size(films=2400, test=300, sft_steps=820, sft_rate=4e-3, grpo_steps={"report": 85, "grounding": 125}, measured={})
+PHANTOM = Size(
+    films=2400,
+    test=300,
+    sft_steps=820,
+    sft_rate=4e-3,
+    grpo_steps={"report": 85, "grounding": 125},
+    measured={},
+)
 REAL = Size(sft_steps=150, sft_rate=2e-3, grpo_steps={"report": 20, "grounding": 20})
-SMOKE = Size(films=12, test=4, pixels=64, sft_steps=12, sft_rate=4e-3, grpo_steps={"report": 3, "grounding": 4}, batch=4, prompts=4,
-             longest=24, save=2)
+SMOKE = Size(
+    films=12,
+    test=4,
+    pixels=64,
+    sft_steps=12,
+    sft_rate=4e-3,
+    grpo_steps={"report": 3, "grounding": 4},
+    batch=4,
+    prompts=4,
+    longest=24,
+    save=2,
+)
 
 
 @dataclass
 class DemoArguments:
-    output_dir: str = field(default="runs/demo", metadata={"help": "folder to make, or of a demo that was stopped, to go on in"})
+    output_dir: str = field(
+        default="runs/demo",
+        metadata={"help": "folder to make, or of a demo that was stopped, to go on in"},
+    )
     seed: int = field(default=0, metadata={"help": "of films, weights, data order and sampling"})
-    data: str | None = field(default=None, metadata={"help": "folder with train.jsonl and test.jsonl; default: draw phantoms"})
-    model: str = field(default="tiny", metadata={"help": "what SFT starts from: a checkpoint, or `tiny`"})
-    smoke: bool = field(default=False, metadata={"help": "every stage, each as small as can be: shows that it runs"})
-    fresh: bool = field(default=False, metadata={"help": "begin anew: remove what an earlier demo has left in output_dir"})
+    data: str | None = field(
+        default=None,
+        metadata={"help": "folder with train.jsonl and test.jsonl; default: draw phantoms"},
+    )
+    model: str = field(
+        default="tiny", metadata={"help": "what SFT starts from: a checkpoint, or `tiny`"}
+    )
+    smoke: bool = field(
+        default=False, metadata={"help": "every stage, each as small as can be: shows that it runs"}
+    )
+    fresh: bool = field(
+        default=False,
+        metadata={"help": "begin anew: remove what an earlier demo has left in output_dir"},
+    )
 
     def check(self) -> None:
         for name in ("train.jsonl", "test.jsonl") if self.data is not None else ():
             if not (Path(self.data) / name).is_file():
-                raise ValueError(f"--data {self.data!r} holds no {name}: give a folder with train.jsonl and test.jsonl "
-                                 "(make demo-real DATA=FOLDER)")
+                raise ValueError(
+                    f"--data {self.data!r} holds no {name}: give a folder with train.jsonl and"
+                    " test.jsonl (make demo-real DATA=FOLDER)"
+                )
         if self.model != "tiny" and not (Path(self.model) / "config.json").is_file():
-            raise ValueError(f"--model {self.model} is no checkpoint folder: run the demo first, or name another")
+            raise ValueError(
+                f"--model {self.model} is no checkpoint folder: run the demo first, or name another"
+            )
 
 
 @run_errors(lambda: "The same command goes on from what is done", "the number of other programs")
@@ -87,16 +130,27 @@ def main() -> None:
         for run in runs:  # two processes share the films of a step: two threads in one gain nothing
             run.ranks = begun["jobs"] if run.command[0] == "train_sft.py" else 1
         if not all(is_done(where[run.name]) for run in runs):
-            (out / "results.json").unlink(missing_ok=True)  # a stage was removed by hand, to do it again
+            # a stage was removed by hand, to do it again
+            (out / "results.json").unlink(missing_ok=True)
 
     def announce(run: Run) -> str:
         return f"{run.name}{estimate(run, runs, where, size.measured, begun['jobs'])}"
 
-    run_all(runs, where, out, jobs=begun["jobs"], threads=begun["threads"], began=BEGAN, announce=announce)
+    run_all(
+        runs,
+        where,
+        out,
+        jobs=begun["jobs"],
+        threads=begun["threads"],
+        began=BEGAN,
+        announce=announce,
+    )
     if not (out / "results.json").exists():
         spent = read_spent(out)
         results = collect(out)
-        results["seconds"] = {run.name: json.loads((where[run.name] / DONE).read_text())["seconds"] for run in runs}
+        results["seconds"] = {
+            run.name: json.loads((where[run.name] / DONE).read_text())["seconds"] for run in runs
+        }
         results["seconds"]["total"] = round(spent["total"], 1)
         results |= {"starts": spent["starts"], "peak_memory_mb": spent["peak_memory_mb"]}
         write_aside(out / "results.md", markdown(results))
@@ -105,41 +159,155 @@ def main() -> None:
     print(f"\n{(out / 'results.md').read_text()}\nPictures: {', '.join(map(str, pictures))}")
 
 
-FOLDERS = {"films": "films", "sft": "sft", "evaluate constant": "constant/test", "evaluate sft": "sft/test",
-           "grpo grounding": "grounding", "grpo report": "report", "evaluate grounding": "grounding/test", "evaluate report": "report/test"}
+FOLDERS = {
+    "films": "films",
+    "sft": "sft",
+    "evaluate constant": "constant/test",
+    "evaluate sft": "sft/test",
+    "grpo grounding": "grounding",
+    "grpo report": "report",
+    "evaluate grounding": "grounding/test",
+    "evaluate report": "report/test",
+}
 
 
 def plan(size: Size, args: DemoArguments) -> list[Run]:
-    """The stages. The two runs of GRPO need nothing of each other, and one thread each side by side is faster than two threads one
-    after another: layers this narrow gain a third from the second thread."""
+    """The stages. The two runs of GRPO need nothing of each other, and one thread each side by side
+    is faster than two threads one after another: layers this narrow gain a third from the second
+    thread.
+    """
     seed, runs = ["--seed", args.seed], []
     if size.films and args.data is None:
-        runs.append(Run("films", ["-m", "minigrpo.data.phantom", "--output_dir", "{out}", "--train", size.films, "--test", size.test,
-                                  "--size", size.pixels, *seed], alone=True))
+        runs.append(
+            Run(
+                "films",
+                [
+                    "-m",
+                    "minigrpo.data.phantom",
+                    "--output_dir",
+                    "{out}",
+                    "--train",
+                    size.films,
+                    "--test",
+                    size.test,
+                    "--size",
+                    size.pixels,
+                    *seed,
+                ],
+                alone=True,
+            )
+        )
     train, test = "{films}/train.jsonl", "{films}/test.jsonl"
-    runs.append(Run("sft", ["train_sft.py", "--model", args.model, "--train_data", train, "--output_dir", "{out}", "--batch_size", size.batch,
-                            "--questions_per_image", 8, "--micro_batch", 10, "--task_weights", "report=2", "--optimizer", "muon",
-                            "--beta2", 0.98, "--max_steps", size.sft_steps, "--learning_rate", size.sft_rate, "--save_steps", size.save,
-                            *seed], alone=True))
-    evaluate = ["evaluate.py", "--data", test, "--max_new_tokens", size.longest, "--output_dir", "{out}"]
+    runs.append(
+        Run(
+            "sft",
+            [
+                "train_sft.py",
+                "--model",
+                args.model,
+                "--train_data",
+                train,
+                "--output_dir",
+                "{out}",
+                "--batch_size",
+                size.batch,
+                "--questions_per_image",
+                8,
+                "--micro_batch",
+                10,
+                "--task_weights",
+                "report=2",
+                "--optimizer",
+                "muon",
+                "--beta2",
+                0.98,
+                "--max_steps",
+                size.sft_steps,
+                "--learning_rate",
+                size.sft_rate,
+                "--save_steps",
+                size.save,
+                *seed,
+            ],
+            alone=True,
+        )
+    )
+    evaluate = [
+        "evaluate.py",
+        "--data",
+        test,
+        "--max_new_tokens",
+        size.longest,
+        "--output_dir",
+        "{out}",
+    ]
     runs.append(Run("evaluate constant", [*evaluate, "--model", "constant", "--train_data", train]))
-    runs.append(Run("evaluate sft", [*evaluate, "--model", "{sft}/final", "--baseline", "{evaluate constant}"]))
-    for task in sorted(TASKS, key=lambda task: -size.grpo_steps[task]):  # the longer one first: the evaluations run beside it
-        runs.append(Run(f"grpo {task}", [
-            "train_grpo.py", "--model", "{sft}/final", "--train_data", train, "--task", task, "--max_steps", size.grpo_steps[task],
-            "--output_dir", "{out}", "--learning_rate", 5e-5, "--prompts_per_step", size.prompts, "--micro_tokens", 1200, "--freeze",
-            "vision", "projector", "--max_new_tokens", size.longest, "--save_steps", size.save, *seed]))
+    runs.append(
+        Run(
+            "evaluate sft",
+            [*evaluate, "--model", "{sft}/final", "--baseline", "{evaluate constant}"],
+        )
+    )
+    # the longer one first: the evaluations run beside it
+    for task in sorted(TASKS, key=lambda task: -size.grpo_steps[task]):
+        runs.append(
+            Run(
+                f"grpo {task}",
+                [
+                    "train_grpo.py",
+                    "--model",
+                    "{sft}/final",
+                    "--train_data",
+                    train,
+                    "--task",
+                    task,
+                    "--max_steps",
+                    size.grpo_steps[task],
+                    "--output_dir",
+                    "{out}",
+                    "--learning_rate",
+                    5e-5,
+                    "--prompts_per_step",
+                    size.prompts,
+                    "--micro_tokens",
+                    1200,
+                    "--freeze",
+                    "vision",
+                    "projector",
+                    "--max_new_tokens",
+                    size.longest,
+                    "--save_steps",
+                    size.save,
+                    *seed,
+                ],
+            )
+        )
     for task in TASKS:
-        runs.append(Run(f"evaluate {task}", [*evaluate, "--model", f"{{grpo {task}}}/final", "--task", task, "--baseline", "{evaluate sft}"]))
+        runs.append(
+            Run(
+                f"evaluate {task}",
+                [
+                    *evaluate,
+                    "--model",
+                    f"{{grpo {task}}}/final",
+                    "--task",
+                    task,
+                    "--baseline",
+                    "{evaluate sft}",
+                ],
+            )
+        )
     return runs
 
 
-# ---- the folder -----------------------------------------------------------------------------------------------------
+# ---- the folder ----------------------------------------------------------------------------------
 
 
 def begin(out: Path, args: DemoArguments, runs: list[Run]) -> tuple:
-    """The lock of the folder, which is made if need be, and what its demo was begun with. ValueError for a folder that no demo has
-    made, or whose demo was begun with something else than what holds now."""
+    """The lock of the folder, which is made if need be, and what its demo was begun with.
+    ValueError for a folder that no demo has made, or whose demo was begun with something else than
+    what holds now.
+    """
     check_folder(out)
     make_folder(out)
     held = hold(out)
@@ -150,30 +318,52 @@ def begin(out: Path, args: DemoArguments, runs: list[Run]) -> tuple:
         write_aside(out / BEGUN, json.dumps(now, indent=1) + "\n")
     begun = read_begun(out)
     if other := different(begun, now):
-        raise ValueError(f"{out} holds a demo that {other}. Begin anew with --fresh (make demo FRESH=1), which removes that one, or "
-                         "choose another --output_dir (make demo OUT=runs/another)")
+        raise ValueError(
+            f"{out} holds a demo that {other}. Begin anew with --fresh (make demo FRESH=1), which"
+            " removes that one, or choose another --output_dir (make demo OUT=runs/another)"
+        )
     return held, begun
 
 
 def begun_with(args: DemoArguments, runs: list[Run]) -> dict:
-    """All that the results depend on; the numbers of threads and of runs side by side stay what they were when it was begun."""
-    inputs = [Path(args.data) / name for name in ("train.jsonl", "test.jsonl")] if args.data is not None else []
+    """All that the results depend on; the numbers of threads and of runs side by side stay what
+    they were when it was begun.
+    """
+    inputs = (
+        [Path(args.data) / name for name in ("train.jsonl", "test.jsonl")]
+        if args.data is not None
+        else []
+    )
     if args.model != "tiny":
         sealed = Path(args.model) / CHECKSUMS
         inputs.append(sealed if sealed.is_file() else Path(args.model) / "config.json")
-    arguments = {name: value if name == "seed" or value in (None, "tiny") else os.path.realpath(value)
-                 for name, value in asdict(args).items() if name in ("seed", "data", "model")}
-    return {"arguments": arguments, "inputs": {os.path.realpath(path): checksum(path) for path in inputs}, "programs": programs_sum(),
-            "commands": [[run.name, *map(str, run.command)] for run in runs],
-            # One core stays free: beside a neighbour, threads as many as cores wait for one another.
-            "threads": max(1, torch.get_num_threads() - 1),
-            "jobs": min(2, os.cpu_count() or 1)}
+    arguments = {
+        name: value if name == "seed" or value in (None, "tiny") else os.path.realpath(value)
+        for name, value in asdict(args).items()
+        if name in ("seed", "data", "model")
+    }
+    return {
+        "arguments": arguments,
+        "inputs": {os.path.realpath(path): checksum(path) for path in inputs},
+        "programs": programs_sum(),
+        "commands": [[run.name, *map(str, run.command)] for run in runs],
+        # One core stays free: beside a neighbour, threads as many as cores wait for one
+        # another.
+        "threads": max(1, torch.get_num_threads() - 1),
+        "jobs": min(2, os.cpu_count() or 1),
+    }
 
 
 def programs_sum() -> str:
-    """A checksum of all our code: of the package, and of the three programs where they lie beside it."""
+    """A checksum of all our code: of the package, and of the three programs where they lie beside
+    it.
+    """
     files = {*Path(programs.__file__).parent.rglob("*.py")}
-    files |= {Path(programs.__path__[0]) / program for program, _ in COMMANDS.values() if program.endswith(".py")}
+    files |= {
+        Path(programs.__path__[0]) / program
+        for program, _ in COMMANDS.values()
+        if program.endswith(".py")
+    }
     return hashlib.sha256("".join(map(checksum, sorted(files))).encode()).hexdigest()
 
 
@@ -187,73 +377,129 @@ def different(begun: dict, now: dict) -> str | None:
             return f"was begun when {name} was another file than it is now"
     if begun["commands"] != now["commands"]:
         return "was begun with other commands: by another version of it, or with or without --smoke"
-    return "was begun with another version of the programs" if begun["programs"] != now["programs"] else None
+    return (
+        "was begun with another version of the programs"
+        if begun["programs"] != now["programs"]
+        else None
+    )
 
 
 def read_begun(out: Path) -> dict:
     try:
         begun = json.loads((out / BEGUN).read_text())
-        return {name: begun[name] for name in ("arguments", "inputs", "programs", "commands", "threads", "jobs")}
+        return {
+            name: begun[name]
+            for name in ("arguments", "inputs", "programs", "commands", "threads", "jobs")
+        }
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{out / BEGUN} is not what a demo has written: put it back, or remove {out} yourself") from None
+        raise ValueError(
+            f"{out / BEGUN} is not what a demo has written: put it back, or remove {out} yourself"
+        ) from None
 
 
 def entries(out: Path) -> list[Path]:
     """What a demo leaves in its folder; demo.json, by which it is known, at the end."""
     tops = dict.fromkeys(Path(folder).parts[0] for folder in FOLDERS.values())
     files = [*RESULTS, SPENT, BEGUN]
-    return [out / name for top in tops for name in (top, f"{top}.log")] + [place for name in files for place in (part_of(out / name), out / name)]
+    return [out / name for top in tops for name in (top, f"{top}.log")] + [
+        place for name in files for place in (part_of(out / name), out / name)
+    ]
 
 
 def check_folder(out: Path) -> None:
     """ValueError for a folder with something in it that no demo has made."""
-    if out.is_dir() and not (out / BEGUN).exists() and any(path.name not in (LOCK, part_of(out / BEGUN).name) for path in out.iterdir()):
-        raise ValueError(f"{out} exists already and holds no demo to go on with (no {BEGUN}): remove it, or choose another --output_dir "
-                         "(make demo OUT=runs/another)")
+    if (
+        out.is_dir()
+        and not (out / BEGUN).exists()
+        and any(path.name not in (LOCK, part_of(out / BEGUN).name) for path in out.iterdir())
+    ):
+        raise ValueError(
+            f"{out} exists already and holds no demo to go on with (no {BEGUN}): remove it, or"
+            " choose another --output_dir (make demo OUT=runs/another)"
+        )
 
 
 def empty(out: Path) -> None:
-    """Remove a demo and nothing else. Killed within, it leaves a folder in which no stage counts as finished that isn't whole."""
+    """Remove a demo and nothing else. Killed within, it leaves a folder in which no stage counts as
+    finished that isn't whole.
+    """
     known = entries(out)
-    if others := sorted(path.name for path in out.iterdir() if path not in known and path.name != LOCK):
-        raise ValueError(f"--fresh would remove {out}, but no demo has written {', '.join(others)}: move that elsewhere first")
+    if others := sorted(
+        path.name for path in out.iterdir() if path not in known and path.name != LOCK
+    ):
+        raise ValueError(
+            f"--fresh would remove {out}, but no demo has written {', '.join(others)}: move that"
+            " elsewhere first"
+        )
     for folder in FOLDERS.values():
         (out / folder / DONE).unlink(missing_ok=True)
     for path in known:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        (
+            shutil.rmtree(path)
+            if path.is_dir() and not path.is_symlink()
+            else path.unlink(missing_ok=True)
+        )
 
 
-# ---- time -----------------------------------------------------------------------------------------------------------
+# ---- time ----------------------------------------------------------------------------------------
 
 
-def estimate(run: Run, runs: list[Run], where: dict[str, Path], measured: dict[str, float], jobs: int) -> str:
-    """What is said of a stage before it begins: how long it took when measured, and how long the rest may take, at the pace at which
-    the finished stages went here; nothing where nothing was measured."""
+def estimate(
+    run: Run, runs: list[Run], where: dict[str, Path], measured: dict[str, float], jobs: int
+) -> str:
+    """What is said of a stage before it begins: how long it took when measured, and how long the
+    rest may take, at the pace at which the finished stages went here; nothing where nothing was
+    measured.
+    """
     if not measured:
         return ""
-    share = lambda one: measured[one.name] / (1 if one.alone else jobs)  # two run side by side
+
+    def share(one):
+        return measured[one.name] / (1 if one.alone else jobs)  # two run side by side
+
     finished = [one for one in runs if is_done(where[one.name])]
-    pace = sum(json.loads((where[one.name] / DONE).read_text())["seconds"] for one in finished) / max(1e-9, sum(measured[one.name] for one in finished))
+    pace = sum(
+        json.loads((where[one.name] / DONE).read_text())["seconds"] for one in finished
+    ) / max(1e-9, sum(measured[one.name] for one in finished))
     left = sum(share(one) for one in runs if one not in finished) * (pace if finished else 1)
-    return (f": {measured[run.name]:.0f} s when measured ({MEASURED_ON}); "
-            f"all that is left may take {left / 60:.1f} minutes{' at the pace so far' if finished else ''}")
+    return (
+        f": {measured[run.name]:.0f} s when measured ({MEASURED_ON}); all that is left may take"
+        f" {left / 60:.1f} minutes{' at the pace so far' if finished else ''}"
+    )
 
 
-# ---- results --------------------------------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
 def collect(out: Path) -> dict:
-    """{task: {"constant" | "sft" | "grpo": {metric: interval}, "grpo-sft" | "sft-constant": {metric: paired interval}}}."""
-    read = {path.parent.parent.name: json.loads(path.read_text()) for path in out.glob("*/test/metrics.json")}
+    """{task: {"constant" | "sft" | "grpo": {metric: interval}, "grpo-sft" | "sft-constant":
+    {metric: paired interval}}}.
+    """
+    read = {
+        path.parent.parent.name: json.loads(path.read_text())
+        for path in out.glob("*/test/metrics.json")
+    }
     results: dict = {}
     for task in TASKS:
-        results[task] = {name: read[run]["tasks"][task] for name, run in (("constant", "constant"), ("sft", "sft"), ("grpo", task))}
+        results[task] = {
+            name: read[run]["tasks"][task]
+            for name, run in (("constant", "constant"), ("sft", "sft"), ("grpo", task))
+        }
         for name, run in (("sft-constant", "sft"), ("grpo-sft", task)):
-            results[task][name] = {metric: {"mean": gain.pop("difference"), **gain}
-                                   for metric, gain in read[run]["difference"][task].items()}
-        rewards = [json.loads(line)["reward"] for line in (out / task / "metrics.jsonl").read_text().splitlines()]
-        tenth = max(1, len(rewards) // 10)  # sampled at temperature 1, first and last tenth of the run
-        results[task]["sampled_reward"] = {"first": sum(rewards[:tenth]) / tenth, "last": sum(rewards[-tenth:]) / tenth}
+            results[task][name] = {
+                metric: {"mean": gain.pop("difference"), **gain}
+                for metric, gain in read[run]["difference"][task].items()
+            }
+        rewards = [
+            json.loads(line)["reward"]
+            for line in (out / task / "metrics.jsonl").read_text().splitlines()
+        ]
+        # sampled at temperature 1, first and last tenth of the run
+        tenth = max(1, len(rewards) // 10)
+        results[task]["sampled_reward"] = {
+            "first": sum(rewards[:tenth]) / tenth,
+            "last": sum(rewards[-tenth:]) / tenth,
+        }
     return results
 
 
@@ -264,14 +510,31 @@ def markdown(results: dict) -> str:
     lines = []
     for task, names in SHOWN.items():
         found = results[task]
-        lines += [f"**{task}** ({found['sft']['n']} test samples, greedy, 95% bootstrap intervals)", "",
-                  "| metric | constant answer | SFT | SFT + GRPO | gain of GRPO (paired) |", "|---|---|---|---|---|"]
-        lines += [f"| {name} | {' | '.join(cell(found[m][name]) for m in ('constant', 'sft', 'grpo'))} | "
-                  f"{cell(found['grpo-sft'][name], '+')} |" for name in names]
+        lines += [
+            f"**{task}** ({found['sft']['n']} test samples, greedy, 95% bootstrap intervals)",
+            "",
+            "| metric | constant answer | SFT | SFT + GRPO | gain of GRPO (paired) |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {name} | {' | '.join(cell(found[m][name]) for m in ('constant', 'sft', 'grpo'))} | "
+            f"{cell(found['grpo-sft'][name], '+')} |"
+            for name in names
+        ]
         sampled = found["sampled_reward"]
-        lines += ["", f"Reward of sampled answers (T = 1): {sampled['first']:.3f} at the start of GRPO, {sampled['last']:.3f} at its end.", ""]
+        lines += [
+            "",
+            (
+                f"Reward of sampled answers (T = 1): {sampled['first']:.3f} at the start of GRPO,"
+                f" {sampled['last']:.3f} at its end."
+            ),
+            "",
+        ]
     again = f" of work in {results['starts']} starts" if results["starts"] > 1 else " in all"
-    lines.append(f"{results['seconds']['total']:.0f} s{again}, {results['peak_memory_mb']} MB at the peak in the largest process.")
+    lines.append(
+        f"{results['seconds']['total']:.0f} s{again}, {results['peak_memory_mb']} MB at the peak in"
+        " the largest process."
+    )
     return "\n".join(lines) + "\n"
 
 

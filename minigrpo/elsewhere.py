@@ -1,4 +1,5 @@
-"""Our samples and rewards in the shapes that TRL's GRPOTrainer and verl expect; docs/node.md says when and how.
+"""Our samples and rewards in the shapes that TRL's GRPOTrainer and verl expect; docs/node.md says
+when and how.
 
     python -m minigrpo.elsewhere --data mine/train.jsonl --output mine/train.parquet      # for verl
 """
@@ -27,44 +28,69 @@ def unpacked(text: str) -> Sample:
     return Sample(**json.loads(text))
 
 
-# ---- TRL ------------------------------------------------------------------------------------------------------------
+# ---- TRL -----------------------------------------------------------------------------------------
 
 
 def trl_rows(samples: list[Sample]) -> list[dict]:
-    """Rows of a datasets.Dataset: the prompt as TRL has it, the films as our loader shows them, and the sample for the reward."""
-    return [{"prompt": [{"role": "user", "content": sample.question}], "images": [load_image(path) for path in sample.images],
-             "sample": packed(sample)} for sample in samples]
+    """Rows of a datasets.Dataset: the prompt as TRL has it, the films as our loader shows them, and
+    the sample for the reward.
+    """
+    return [
+        {
+            "prompt": [{"role": "user", "content": sample.question}],
+            "images": [load_image(path) for path in sample.images],
+            "sample": packed(sample),
+        }
+        for sample in samples
+    ]
 
 
 def trl_reward(spec: str, **settings) -> Callable:
-    """One of GRPOTrainer's reward_funcs for a --reward such as report=gleu,grounding=soft_f1; None where an answer has no score."""
+    """One of GRPOTrainer's reward_funcs for a --reward such as report=gleu,grounding=soft_f1; None
+    where an answer has no score.
+    """
     reward = reward_fn(spec, **settings)
 
     def minigrpo_reward(completions: list, sample: list[str], **_) -> list[float | None]:
-        scores = reward([said[-1]["content"] for said in completions], [unpacked(text) for text in sample])
+        scores = reward(
+            [said[-1]["content"] for said in completions], [unpacked(text) for text in sample]
+        )
         return [value if ok else None for value, ok in zip(scores.values, scores.valid)]
+
     return minigrpo_reward
 
 
-# ---- verl -----------------------------------------------------------------------------------------------------------
+# ---- verl ----------------------------------------------------------------------------------------
 
 
 def verl_row(sample: Sample, index: int) -> dict:
     """A row of verl's parquet files: `<image>` stands where a film goes."""
-    return {"data_source": f"minigrpo/{sample.task}", "ability": sample.task,
-            "prompt": [{"role": "user", "content": "<image>" * len(sample.images) + sample.question}],
-            "images": [{"bytes": _png(path)} for path in sample.images],
-            "reward_model": {"style": "rule", "ground_truth": sample.answer},
-            "extra_info": {"index": index, "sample": packed(sample)}}
+    return {
+        "data_source": f"minigrpo/{sample.task}",
+        "ability": sample.task,
+        "prompt": [{"role": "user", "content": "<image>" * len(sample.images) + sample.question}],
+        "images": [{"bytes": _png(path)} for path in sample.images],
+        "reward_model": {"style": "rule", "ground_truth": sample.answer},
+        "extra_info": {"index": index, "sample": packed(sample)},
+    }
 
 
-def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict | None = None,
-                  reward: str = "report=gleu,grounding=soft_f1") -> float:
-    """verl's custom_reward_function. It wants a number for every answer, so one that cannot be scored ends the run: a made-up
-    number would be learned from."""
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: str,
+    extra_info: dict | None = None,
+    reward: str = "report=gleu,grounding=soft_f1",
+) -> float:
+    """verl's custom_reward_function. It wants a number for every answer, so one that cannot be
+    scored ends the run: a made-up number would be learned from.
+    """
     scores = _reward(reward)([solution_str], [unpacked(extra_info["sample"])])
     if not scores.valid[0]:
-        raise ValueError(f"the reward {reward} gave no score to an answer to sample {unpacked(extra_info['sample']).id}")
+        raise ValueError(
+            f"the reward {reward} gave no score to an answer to sample"
+            f" {unpacked(extra_info['sample']).id}"
+        )
     return scores.values[0]
 
 
@@ -74,7 +100,9 @@ def _reward(spec: str):
 
 
 def _png(path: str) -> bytes:
-    """As our loader shows it: other loaders turn films of more than 8 bits white, or leave them on their side."""
+    """As our loader shows it: other loaders turn films of more than 8 bits white, or leave them on
+    their side.
+    """
     if header(path) in (("L", True), ("RGB", True)):
         return Path(path).read_bytes()
     load_image(path).save(stream := io.BytesIO(), "PNG")
@@ -85,8 +113,9 @@ def _png(path: str) -> bytes:
 class ElsewhereArguments:
     data: str = field(metadata={"help": "JSONL file of samples"})
     output: str = field(metadata={"help": "parquet file to make; the films are in it"})
-    task: str = field(default="all", metadata={"help": "samples of this task only",
-                                               "choices": [*TASKS, "all"]})
+    task: str = field(
+        default="all", metadata={"help": "samples of this task only", "choices": [*TASKS, "all"]}
+    )
 
 
 @run_errors(lambda: "Nothing was written", "the number of lines of --data")
@@ -100,6 +129,7 @@ def main() -> None:
         samples = read_jsonl(args.data, task=args.task)
         need("parquet", "pandas", "pyarrow")
     import pandas
+
     with aside(Path(args.output)) as part:
         pandas.DataFrame([verl_row(sample, i) for i, sample in enumerate(samples)]).to_parquet(part)
     print(f"{args.output}: {len(samples)} rows")

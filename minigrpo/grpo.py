@@ -81,15 +81,25 @@ def collect(policy, samples, reward, args, seed, node=Node(), places=None) -> Gr
     with node.phase("rollout", policy):
         prompts = policy.encode(samples)  # image and prompt once for each group
         prompts = prompts if places is None else prompts.numbered(places)
-        rollout = node.fit("rollout_rows", lambda: generate(
-            policy, prompts, group_size=args.group_size, max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature, seed=seed, rows_at_once=args.rollout_rows))  # R answers
+        rollout = node.fit(
+            "rollout_rows",
+            lambda: generate(
+                policy,
+                prompts,
+                group_size=args.group_size,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                seed=seed,
+                rows_at_once=args.rollout_rows,
+            ),
+        )  # R answers
     with node.phase("reward"):
         scores = reward(rollout.texts, [s for s in samples for _ in range(args.group_size)])  # R
         rewards = torch.tensor(scores.values).view(-1, args.group_size)  # (B, G)
         if args.soft_overlong:
-            penalty = soft_overlong_penalty(rollout.mask.sum(1).cpu(), args.max_new_tokens,
-                                            args.soft_overlong)  # (R,)
+            penalty = soft_overlong_penalty(
+                rollout.mask.sum(1).cpu(), args.max_new_tokens, args.soft_overlong
+            )  # (R,)
             rewards = rewards + penalty.view(-1, args.group_size)
             scores.parts["overlong"] = penalty.tolist()
     valid = torch.tensor(scores.valid).view(-1, args.group_size)  # (B, G)
@@ -97,8 +107,9 @@ def collect(policy, samples, reward, args, seed, node=Node(), places=None) -> Gr
     return Groups(samples, rollout, rewards, valid, scores.parts, lengths, prompts)
 
 
-def grpo_step(policy, reference, optimizer, collect: Callable[[], Groups], args,
-              node=Node()) -> Step:
+def grpo_step(
+    policy, reference, optimizer, collect: Callable[[], Groups], args, node=Node()
+) -> Step:
     """Collect the groups, and update the policy `args.updates_per_rollout` times on them."""
     groups = collect()
     prompts, rollout = groups.prompts, groups.rollout
@@ -108,8 +119,9 @@ def grpo_step(policy, reference, optimizer, collect: Callable[[], Groups], args,
         mask = overlong_filter(mask, rollout.finished)
 
     # A = (r - mean) / (std + eps), each answer compared with its group.
-    advantage = group_advantages(groups.rewards, scale=args.advantage_scale, valid=groups.valid,
-                                 leave_one_out=args.leave_one_out, total=node.total)  # (B, G)
+    advantage = group_advantages(
+        groups.rewards, valid=groups.valid, total=node.total, **args.advantage_settings()
+    )  # (B, G)
     step = Step(groups, mask, advantage)
     advantage = advantage.flatten().to(policy.device)  # (R,)
 
@@ -127,8 +139,9 @@ def grpo_step(policy, reference, optimizer, collect: Callable[[], Groups], args,
     for among in groups.updates(args.updates_per_rollout):  # each update has prompts of its own
         span = slice(among.start * args.group_size, among.stop * args.group_size)
         # Tokens of the whole update, on all ranks: the loss does not depend on the micro-batches.
-        denominator = node.total(denominator_of(
-            mask[span][valid[span]], aggregation=args.aggregation, max_tokens=args.max_new_tokens))
+        scored = mask[span][valid[span]]
+        count = denominator_of(scored, aggregation=args.aggregation, max_tokens=args.max_new_tokens)
+        denominator = node.total(count)
 
         def spare():
             return micro_batches(prompts, mask, range(1), args.micro_tokens)
@@ -137,14 +150,20 @@ def grpo_step(policy, reference, optimizer, collect: Callable[[], Groups], args,
             loss_sum, figures = torch.zeros((), device=policy.device), []
             parts = micro_batches(prompts, mask, among, args.micro_tokens)
             for (part, rows), weight in node.passes(policy, parts, spare):
+                answers = prompts.select(part), rollout.tokens[rows], mask[rows]  # (r, T)
                 logprob, entropy = policy.score(
-                    prompts.select(part), rollout.tokens[rows], mask[rows],
-                    temperature=args.temperature, entropy=True)  # (r, T)
+                    *answers, temperature=args.temperature, entropy=True
+                )  # (r, T)
                 loss, stats = grpo_loss(
-                    logprob, old_logprob[rows], advantage[rows], mask[rows],
+                    logprob,
+                    old_logprob[rows],
+                    advantage[rows],
+                    mask[rows],
                     ref_logprob=ref_logprob[rows] if args.kl_coef else None,
                     rollout_logprob=rollout.logprob[rows] if args.rollout_cap else None,
-                    denominator=denominator, **args.loss_settings())
+                    denominator=denominator,
+                    **args.loss_settings(),
+                )
                 (weight * loss).backward()
                 if weight:
                     loss_sum += loss.detach()
@@ -172,6 +191,10 @@ def score_all(policy, prompts, rollout, args) -> Tensor:
     logprob = torch.zeros_like(rollout.logprob)
     everything = range(len(prompts.ids))
     for part, rows in micro_batches(prompts, rollout.mask, everything, args.micro_tokens):
-        logprob[rows] = policy.score(prompts.select(part), rollout.tokens[rows], rollout.mask[rows],
-                                     temperature=args.temperature)
+        logprob[rows] = policy.score(
+            prompts.select(part),
+            rollout.tokens[rows],
+            rollout.mask[rows],
+            temperature=args.temperature,
+        )
     return logprob

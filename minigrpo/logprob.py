@@ -1,26 +1,44 @@
 """Log-probs of chosen tokens straight from hidden states, one tile of logits at a time.
 
-Full logits of N tokens are N x V floats: 13.9 GiB for 8,192 tokens at Qwen3-VL's V = 151,936, counting the copies that
-log_softmax and its backward make. Here a tile of rows is projected, reduced in place and dropped; backward projects it again.
+Full logits of N tokens are N x V floats: 13.9 GiB for 8,192 tokens at Qwen3-VL's V = 151,936,
+    counting the copies that
+log_softmax and its backward make. Here a tile of rows is projected, reduced in place and dropped;
+backward projects it again.
 """
 
 import torch
 from torch import Tensor
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, *, temperature: float = 1.0, tile: int = 512,
-                   entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-    """log softmax(hidden @ weight.T / temperature)[target], in fp32 (float64 stays float64), in nats.
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    tile: int = 512,
+    entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log softmax(hidden @ weight.T / temperature)[target], in fp32 (float64 stays float64), in
+    nats.
 
-    hidden [N, d], weight [V, d], target [N] int64 in 0..V-1 -> log-prob [N], or (log-prob [N], entropy [N]). Other shapes, and a
-    temperature of 0 or less, raise ValueError.
-    Gradients for hidden and weight are exact, those of a frozen weight are never computed, and at most `tile` rows
-    of logits exist at any time, forward and backward (with the entropy a second copy). Of 128, 256 and 512 rows,
-    512 was the fastest on a CPU at V = 16,384 and 151,936: fewer read the weights too often.
+    hidden [N, d], weight [V, d], target [N] int64 in 0..V-1 -> log-prob [N], or (log-prob [N],
+    entropy [N]). Other shapes, and a temperature of 0 or less, raise ValueError. Gradients for
+    hidden and weight are exact, those of a frozen weight are never computed, and at most `tile`
+    rows of logits exist at any time, forward and backward (with the entropy a second copy). Of 128,
+    256 and 512 rows, 512 was the fastest on a CPU at V = 16,384 and 151,936: fewer read the weights
+    too often.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or target.shape != hidden.shape[:1]:
-        raise ValueError(f"linear_logprob needs hidden [N, d], weight [V, d] and target [N], got {tuple(hidden.shape)}, "
-                         f"{tuple(weight.shape)} and {tuple(target.shape)}")
+    if (
+        hidden.dim() != 2
+        or weight.dim() != 2
+        or hidden.shape[1] != weight.shape[1]
+        or target.shape != hidden.shape[:1]
+    ):
+        raise ValueError(
+            "linear_logprob needs hidden [N, d], weight [V, d] and target [N], got"
+            f" {tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(target.shape)}"
+        )
     if temperature <= 0:
         raise ValueError(f"linear_logprob needs a temperature above 0, got {temperature}")
     logprob, entropies = _LinearLogprob.apply(hidden, weight, target, temperature, tile, entropy)
@@ -32,7 +50,10 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, target, temperature, tile, entropy):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         logprob = torch.empty(len(hidden), dtype=exact, device=hidden.device)
-        normaliser, entropies = torch.empty_like(logprob), torch.zeros_like(logprob) if entropy else None
+        normaliser, entropies = (
+            torch.empty_like(logprob),
+            torch.zeros_like(logprob) if entropy else None,
+        )
         for rows in _tiles(len(hidden), tile):
             logits = _logits(hidden[rows], weight, temperature, exact)  # (tile, V)
             chosen, largest = logits.gather(1, target[rows, None])[:, 0], logits.amax(-1)
@@ -45,7 +66,8 @@ class _LinearLogprob(torch.autograd.Function):
             del logits, share  # or they would stay while the next tile is made
         ctx.save_for_backward(hidden, weight, target, normaliser, entropies)
         ctx.settings = temperature, tile, exact
-        ctx.set_materialize_grads(False)  # an entropy that is only logged comes back as None, and costs nothing
+        # an entropy that is only logged comes back as None, and costs nothing
+        ctx.set_materialize_grads(False)
         return logprob, entropies
 
     @staticmethod
@@ -62,7 +84,12 @@ class _LinearLogprob(torch.autograd.Function):
                 grad = log_p.exp_().mul_(-g[rows, None])
             else:  # and d H / d logit = -p (log p + H)
                 p = log_p.exp()
-                grad = log_p.add_(entropies[rows, None]).mul_(-grad_entropy[rows, None]).sub_(g[rows, None]).mul_(p)
+                grad = (
+                    log_p.add_(entropies[rows, None])
+                    .mul_(-grad_entropy[rows, None])
+                    .sub_(g[rows, None])
+                    .mul_(p)
+                )
             grad.scatter_add_(1, target[rows, None], g[rows, None])
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
@@ -73,7 +100,14 @@ class _LinearLogprob(torch.autograd.Function):
                 else:
                     grad_weight.add_(grad.T @ hidden[rows], alpha=1 / temperature)
             del log_p, grad
-        return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+        return (
+            grad_hidden,
+            grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _tiles(rows: int, tile: int):

@@ -1,8 +1,10 @@
-"""LoRA (Hu et al. 2106.09685) through `peft`: small trained matrices beside frozen linear layers, y = W x + alpha / r * B A x.
+"""LoRA (Hu et al. 2106.09685) through `peft`: small trained matrices beside frozen linear layers, y
+= W x + alpha / r * B A x.
 
-B starts at 0, so the first policy is the base model; with the adapters off it stays the base model, which is why GRPO then
-needs no second copy of the weights as its reference. `peft` puts the adapters into the model's own modules, in place. Defaults
-follow "LoRA Without Regret" (Schulman, 2025): every linear layer, alpha 32, and ten times the learning rate of full training.
+B starts at 0, so the first policy is the base model; with the adapters off it stays the base model,
+which is why GRPO then needs no second copy of the weights as its reference. `peft` puts the
+adapters into the model's own modules, in place. Defaults follow "LoRA Without Regret" (Schulman,
+2025): every linear layer, alpha 32, and ten times the learning rate of full training.
 """
 
 import hashlib
@@ -21,68 +23,108 @@ from minigrpo.policy import Policy
 
 def settings(args) -> dict:
     """What peft's LoraConfig is told; a checkpoint must have been made with the same."""
-    layers = rf"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(args.lora_targets)})"
+    layers = (
+        rf"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(args.lora_targets)})"
+    )
     return dict(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=layers)
 
 
 def check_checkpoint(checkpoint: Path, args) -> None:
-    """Refuse, before anything loads, to resume with other adapters than those that the checkpoint holds."""
+    """Refuse, before anything loads, to resume with other adapters than those that the checkpoint
+    holds.
+    """
     path = checkpoint / "adapter_config.json"
     if not path.exists():
         if args.lora_rank:
-            raise ValueError(f"{checkpoint} holds whole weights and no adapters: resume it with --lora_rank 0")
+            raise ValueError(
+                f"{checkpoint} holds whole weights and no adapters: resume it with --lora_rank 0"
+            )
         return
     before, now = trust.parse(path, trust.read_text(path)), settings(args)
-    for name, argument in (("r", "lora_rank"), ("lora_alpha", "lora_alpha"), ("target_modules", "lora_targets")):
+    for name, argument in (
+        ("r", "lora_rank"),
+        ("lora_alpha", "lora_alpha"),
+        ("target_modules", "lora_targets"),
+    ):
         if before.get(name) != now[name]:
             had = str(before.get(name)).rsplit("(", 1)[-1].strip(")").replace("|", " ")
-            raise ValueError(f"{checkpoint} holds adapters of another --{argument}: resume it with --{argument} {had}")
+            raise ValueError(
+                f"{checkpoint} holds adapters of another --{argument}: resume it with --{argument}"
+                f" {had}"
+            )
 
 
 def add_adapters(policy: Policy, args, checkpoint: Path | None = None) -> Policy:
-    """Adapters of --lora_rank at --lora_targets, new from --seed or as the checkpoint has them; they alone are trained. Returns
-    the policy."""
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # seconds to import, so only here
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it by its old name
+    """Adapters of --lora_rank at --lora_targets, new from --seed or as the checkpoint has them;
+    they alone are trained. Returns the policy.
+    """
+    # seconds to import, so only here
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    # peft asks for it by its old name
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     if checkpoint is not None:
         base = checkpoint / "base.json"
-        if trust.parse(base, trust.read_text(base) or "").get("fingerprint") != fingerprint(policy.model):
-            raise ValueError(f"--model {args.model} is not the model that the adapters in {checkpoint} were trained on: give the "
-                             f"one that {checkpoint.parent.parent / 'args.json'} names, unchanged")
+        if trust.parse(base, trust.read_text(base) or "").get("fingerprint") != fingerprint(
+            policy.model
+        ):
+            raise ValueError(
+                f"--model {args.model} is not the model that the adapters in {checkpoint} were"
+                f" trained on: give the one that {checkpoint.parent.parent / 'args.json'} names,"
+                " unchanged"
+            )
     torch.manual_seed(args.seed)  # of A, which starts random
-    policy.adapters = get_peft_model(policy.model, LoraConfig(**settings(args), lora_dropout=0.0, bias="none"))
+    policy.adapters = get_peft_model(
+        policy.model, LoraConfig(**settings(args), lora_dropout=0.0, bias="none")
+    )
     if checkpoint is not None:
         path = checkpoint / "adapter_model.safetensors"
-        with reading(str(path), "resume from another checkpoint"):  # the weights alone: peft's settings are ours
+        # the weights alone: peft's settings are ours
+        with reading(str(path), "resume from another checkpoint"):
             loaded = set_peft_model_state_dict(policy.adapters, load_file(path, str(policy.device)))
-            if odd := [*loaded.unexpected_keys, *(name for name in loaded.missing_keys if ".lora_" in name)]:
+            if odd := [
+                *loaded.unexpected_keys,
+                *(name for name in loaded.missing_keys if ".lora_" in name),
+            ]:
                 raise ValueError(f"{odd[0]} is missing, or one too many")
         check_finite(path, policy.model)
     return policy
 
 
 def adapters_off(policy: Policy):
-    """A context in which the policy is its base model: GRPO's reference. A policy without adapters stays what it is."""
+    """A context in which the policy is its base model: GRPO's reference. A policy without adapters
+    stays what it is.
+    """
     return nullcontext() if policy.adapters is None else policy.adapters.disable_adapter()
 
 
 def save_adapters(policy: Policy, folder: Path) -> None:
-    """In peft's own format, for `PeftModel.from_pretrained(base model, folder)`, and which base model they belong to."""
-    policy.adapters.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub about the vocabulary
+    """In peft's own format, for `PeftModel.from_pretrained(base model, folder)`, and which base
+    model they belong to.
+    """
+    # "auto" would ask the hub about the vocabulary
+    policy.adapters.save_pretrained(folder, save_embedding_layers=False)
     (folder / "base.json").write_text(json.dumps({"fingerprint": fingerprint(policy.model)}) + "\n")
 
 
 def merge_adapters(policy: Policy) -> None:
-    """W + alpha / r * B A in place of each pair: a plain model again, the same function up to rounding."""
+    """W + alpha / r * B A in place of each pair: a plain model again, the same function up to
+    rounding.
+    """
     policy.adapters.merge_and_unload()
     policy.adapters = None
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """A hash of names, shapes and about a thousand values of every base weight: the same with and without adapters."""
+    """A hash of names, shapes and about a thousand values of every base weight: the same with and
+    without adapters.
+    """
     found = hashlib.sha256()
     for name, weight in model.named_parameters():
         if ".lora_" not in name:
-            values = weight.detach().flatten()[::max(1, weight.numel() // 1024)]
-            found.update(f"{name.replace('.base_layer.', '.')} {tuple(weight.shape)}".encode() + values.float().cpu().numpy().tobytes())
+            values = weight.detach().flatten()[:: max(1, weight.numel() // 1024)]
+            found.update(
+                f"{name.replace('.base_layer.', '.')} {tuple(weight.shape)}".encode()
+                + values.float().cpu().numpy().tobytes()
+            )
     return found.hexdigest()

@@ -1,7 +1,9 @@
-"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): matrices move along orthogonalised gradients.
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): matrices move along orthogonalised
+gradients.
 
-As torch.optim.Muon with adjust_lr_fn="match_rms_adamw", except for one thing: on a CPU the Newton-Schulz iteration runs
-in fp32. Torch's runs in bf16 everywhere, and a CPU without bf16 instructions needs 20 times as long for that.
+As torch.optim.Muon with adjust_lr_fn="match_rms_adamw", except for one thing: on a CPU the
+Newton-Schulz iteration runs in fp32. Torch's runs in bf16 everywhere, and a CPU without bf16
+instructions needs 20 times as long for that.
 """
 
 import torch
@@ -13,8 +15,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of the quintic a X + b (X X
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, for parameters that are matrices.
 
-    The step is 0.2 sqrt(max(rows, columns)) times the learning rate (Moonlight, 2502.16982), so that its root mean square
-    is that of an AdamW step: both take the same learning rate. `weight_decay` is decoupled, as AdamW's.
+    The step is 0.2 sqrt(max(rows, columns)) times the learning rate (Moonlight, 2502.16982), so
+    that its root mean square is that of an AdamW step: both take the same learning rate.
+    `weight_decay` is decoupled, as AdamW's.
     """
 
     def __init__(self, parameters, lr: float, weight_decay: float, momentum: float = 0.95):
@@ -36,8 +39,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """[m, n] -> about U V' of its singular value decomposition U S V': singular values between 0.7 and 1.2, in fp32 on a
-    CPU and in bf16 on a GPU, where that is fast. A matrix of zeros stays zero."""
+    """[m, n] -> about U V' of its singular value decomposition U S V': singular values between 0.7
+    and 1.2, in fp32 on a CPU and in bf16 on a GPU, where that is fast. A matrix of zeros stays
+    zero.
+    """
     a, b, c = NEWTON_SCHULZ
     x = matrix if matrix.device.type == "cpu" else matrix.bfloat16()
     wide = x.T if x.shape[0] > x.shape[1] else x  # the smaller of the two products x x' and x' x

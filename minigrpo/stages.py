@@ -1,10 +1,13 @@
-"""Several programs, one after another or side by side, that go on where they were stopped. For the demo and the study.
+"""Several programs, one after another or side by side, that go on where they were stopped. For the
+demo and the study.
 
-Each runs in a fork of this process and in a folder of its own, where done.json is written last: what has none is not done. One
-that was stopped before goes on from its last checkpoint where it trains; all else, such as films and evaluations, is removed
-and begun anew. What a program prints goes to FOLDER.log.
+Each runs in a fork of this process and in a folder of its own, where done.json is written last:
+what has none is not done. One that was stopped before goes on from its last checkpoint where it
+trains; all else, such as films and evaluations, is removed and begun anew. What a program prints
+goes to FOLDER.log.
 
-Where this process dies, however it dies, the programs notice, end as after SIGTERM, and hold the lock until they have.
+Where this process dies, however it dies, the programs notice, end as after SIGTERM, and hold the
+lock until they have.
 """
 
 import json
@@ -25,9 +28,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO
 
+import torch
+
 import minigrpo.policy  # noqa: F401  loaded once, for all forks
 import minigrpo.run.plots  # noqa: F401
-import torch
 from minigrpo.commands import python, typed
 from minigrpo.run.distributed import say
 from minigrpo.run.files import lock, write_aside
@@ -35,13 +39,16 @@ from minigrpo.run.save import STOP_CODES
 from minigrpo.run.terminal import steady_output
 
 DONE, SPENT, LOCK = "done.json", "spent.json", ".lock"
-BEAT = 5.0  # seconds between two savings of what was spent: as much is not counted where a kill comes
+# seconds between two savings of what was spent: as much is not counted where a kill comes
+BEAT = 5.0
 STATUS = 60.0  # seconds between two lines about progress where the output is no terminal
 
 
 @dataclass
 class Run:
-    """One program. Its number of threads depends on nothing but the plan, or a run that was stopped would end with other bits."""
+    """One program. Its number of threads depends on nothing but the plan, or a run that was stopped
+    would end with other bits.
+    """
 
     name: str
     command: list  # what follows `python`; {out} is its own folder, {NAME} that of another run
@@ -50,7 +57,12 @@ class Run:
 
     @property
     def needs(self) -> list[str]:
-        return [name for word in self.command for name in re.findall(r"\{([^{}]+)\}", str(word)) if name != "out"]
+        return [
+            name
+            for word in self.command
+            for name in re.findall(r"\{([^{}]+)\}", str(word))
+            if name != "out"
+        ]
 
     def line(self, where: dict[str, Path]) -> list[str]:
         return [str(word).format(out=where[self.name], **where) for word in self.command]
@@ -60,13 +72,22 @@ def is_done(folder: Path) -> bool:
     return (folder / DONE).is_file()
 
 
-def run_all(runs: list[Run], where: dict[str, Path], root: Path, *, jobs: int, threads: int, began: float,
-            announce: Callable[[Run], str] = lambda run: run.name) -> None:
-    """Every run that is not done, each once what it needs is there, at most `jobs` at once, which share the `threads`.
+def run_all(
+    runs: list[Run],
+    where: dict[str, Path],
+    root: Path,
+    *,
+    jobs: int,
+    threads: int,
+    began: float,
+    announce: Callable[[Run], str] = lambda run: run.name,
+) -> None:
+    """Every run that is not done, each once what it needs is there, at most `jobs` at once, which
+    share the `threads`.
 
-    `where` gives the folder of each, somewhere in `root`, which the caller has locked. `announce` gives the line before a run.
-    `began`, of time.perf_counter(), is when this process started. A run that fails ends the others and the program, as Ctrl-C
-    (exit code 130) and SIGTERM (75) do.
+    `where` gives the folder of each, somewhere in `root`, which the caller has locked. `announce`
+    gives the line before a run. `began`, of time.perf_counter(), is when this process started. A
+    run that fails ends the others and the program, as Ctrl-C (exit code 130) and SIGTERM (75) do.
     """
     done = {run.name for run in runs if is_done(where[run.name])}
     waiting, going = [run for run in runs if run.name not in done], {}
@@ -77,12 +98,19 @@ def run_all(runs: list[Run], where: dict[str, Path], root: Path, *, jobs: int, t
     with noted_signals() as came:
         try:
             while going or (waiting and not ending):
-                for run in [] if ending else startable(waiting, done, [run for _, run in going.values()], jobs):
+                for run in (
+                    []
+                    if ending
+                    else startable(waiting, done, [run for _, run in going.values()], jobs)
+                ):
                     waiting.remove(run)
                     line, folder = run.line(where), where[run.name]
                     if not folder.exists():
                         spent.forget(folder)
-                    screen.say(f"\n[{runs.index(run) + 1} of {len(runs)}] {announce(run)}\n$ {typed_for(run, line)}")
+                    screen.say(
+                        f"\n[{runs.index(run) + 1} of {len(runs)}] {announce(run)}\n$"
+                        f" {typed_for(run, line)}"
+                    )
                     screen.follow(run.name, log_of(folder))
                     share = threads if run.alone else max(1, threads // jobs)
                     process = start(line, folder, max(1, share // run.ranks), run.ranks)
@@ -92,8 +120,12 @@ def run_all(runs: list[Run], where: dict[str, Path], root: Path, *, jobs: int, t
                 screen.update()
                 if came and not ending:
                     ending = "", STOP_CODES[came[0]]
-                    screen.say("stopping: what trains finishes its step and leaves a checkpoint (Ctrl-C again to abort at once)")
-                    terminate(going)  # who has had Ctrl-C from the terminal, as all there have, goes on with that
+                    screen.say(
+                        "stopping: what trains finishes its step and leaves a checkpoint (Ctrl-C"
+                        " again to abort at once)"
+                    )
+                    # who has had Ctrl-C from the terminal, as all there have, goes on with that
+                    terminate(going)
                 for process, run in [going.pop(sentinel) for sentinel in ended]:
                     process.join()
                     screen.leave(run.name)
@@ -121,15 +153,23 @@ def terminate(going: dict) -> None:
 def what_ended(code: int, run: Run, log: Path) -> str:
     """What is said of a run that ended with this exit code, which is not 0."""
     if code < 0 or code in STOP_CODES.values():
-        return f"{run.name} was stopped ({signal.Signals(-code).name if code < 0 else f'exit code {code}'}, {log})\n"
+        return (
+            f"{run.name} was stopped"
+            f" ({signal.Signals(-code).name if code < 0 else f'exit code {code}'}, {log})\n"
+        )
     return f"{run.name} failed ({log}):\n{log.read_text(errors='replace')[-1500:]}\n"
 
 
 @contextmanager
 def noted_signals():
-    """Yields the list of those of Ctrl-C and SIGTERM that came: a KeyboardInterrupt could come between any two lines."""
+    """Yields the list of those of Ctrl-C and SIGTERM that came: a KeyboardInterrupt could come
+    between any two lines.
+    """
     came: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in STOP_CODES}
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in STOP_CODES
+    }
     try:
         yield came
     finally:
@@ -138,7 +178,9 @@ def noted_signals():
 
 
 def startable(waiting: list[Run], done: set[str], going: list[Run], jobs: int) -> list[Run]:
-    """Which runs begin now, in their order. One that wants to be alone waits until nothing goes, and holds back those behind it."""
+    """Which runs begin now, in their order. One that wants to be alone waits until nothing goes,
+    and holds back those behind it.
+    """
     chosen: list[Run] = []
     for run in waiting:
         if not done.issuperset(run.needs):
@@ -170,7 +212,8 @@ def start(line: list[str], folder: Path, threads: int, ranks: int = 1) -> multip
 
     def program(rank: int, port: int) -> None:
         for number in STOP_CODES:
-            signal.signal(number, signal.SIG_DFL)  # which just ends what has no checkpoint to leave, and its own children
+            # which just ends what has no checkpoint to leave, and its own children
+            signal.signal(number, signal.SIG_DFL)
         threading.Thread(target=end_with_parent, daemon=True).start()
         handle = os.open(log_of(folder), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
@@ -179,12 +222,19 @@ def start(line: list[str], folder: Path, threads: int, ranks: int = 1) -> multip
         steady_output()
         torch.set_num_threads(threads)
         if ranks > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
         python(line)
 
     def all_ranks() -> None:
-        """Starts the ranks and ends as they do: where one fails, or SIGTERM comes, all get SIGTERM."""
+        """Starts the ranks and ends as they do: where one fails, or SIGTERM comes, all get
+        SIGTERM.
+        """
         processes = [fork(target=program, args=(rank, port)) for rank in range(ranks)]
 
         def end_all(*_) -> None:
@@ -205,14 +255,18 @@ def start(line: list[str], folder: Path, threads: int, ranks: int = 1) -> multip
                 if process.exitcode:
                     end_all()
         # A rank that lost another ends with 1: what ended the other is what happened.
-        code = next(iter(sorted((p.exitcode for p in processes if p.exitcode), key=lambda c: c == 1)), 0)
+        code = next(
+            iter(sorted((p.exitcode for p in processes if p.exitcode), key=lambda c: c == 1)), 0
+        )
         if code < 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), -code)
         os._exit(code)
 
     port = free_port() if ranks > 1 else 0
-    process = fork(target=all_ranks) if ranks > 1 else fork(target=program, args=(0, 0), name=folder.name)
+    process = (
+        fork(target=all_ranks) if ranks > 1 else fork(target=program, args=(0, 0), name=folder.name)
+    )
     process.start()
     return process
 
@@ -234,17 +288,24 @@ def log_of(folder: Path) -> Path:
 
 
 def hold(root: Path, patience: float = 60.0) -> IO:
-    """The lock of a folder of runs, which the programs inherit: it is free once this process and all of them have ended. ValueError
-    where it is not free in time: at once where the one who began them is still there, else after so many seconds."""
+    """The lock of a folder of runs, which the programs inherit: it is free once this process and
+    all of them have ended. ValueError where it is not free in time: at once where the one who began
+    them is still there, else after so many seconds.
+    """
     end, told = time.monotonic() + patience, False
     while (held := lock(root / LOCK)) is None:
         owner = (root / LOCK).read_text()
         if owner.isdecimal() and is_alive(int(owner)):
-            raise ValueError(f"{root} is in use by process {owner}: wait for it, or end it (kill {owner})")
+            raise ValueError(
+                f"{root} is in use by process {owner}: wait for it, or end it (kill {owner})"
+            )
         if time.monotonic() > end:
             raise ValueError(f"{root} is in use: programs that were begun there have not ended yet")
         if not told:
-            say(f"waiting until the programs have ended that a killed one has left at work in {root}")
+            say(
+                "waiting until the programs have ended that a killed one has left at work in"
+                f" {root}"
+            )
         told = True
         time.sleep(0.5)
     held.truncate(0)
@@ -264,11 +325,18 @@ def is_alive(number: int) -> bool:
 
 
 class Spent:
-    """spent.json: seconds of work on each run and in all, over all starts. What a start did after its last checkpoint and a kill
-    threw away counts, since it was spent; a kill loses at most the last BEAT seconds of the account."""
+    """spent.json: seconds of work on each run and in all, over all starts. What a start did after
+    its last checkpoint and a kill threw away counts, since it was spent; a kill loses at most the
+    last BEAT seconds of the account.
+    """
 
     def __init__(self, root: Path, began: float):
-        self.root, self.last, self.saved, self.figures = root, time.perf_counter(), began, read_spent(root)
+        self.root, self.last, self.saved, self.figures = (
+            root,
+            time.perf_counter(),
+            began,
+            read_spent(root),
+        )
         self.figures["starts"] += 1
         self.figures["total"] += self.last - began
 
@@ -300,14 +368,22 @@ class Spent:
 
 
 def read_spent(root: Path) -> dict:
-    """{"total", "starts", "peak_memory_mb" (resident, of the largest process), "runs": {folder: seconds}}."""
+    """{"total", "starts", "peak_memory_mb" (resident, of the largest process), "runs": {folder:
+    seconds}}.
+    """
     path = root / SPENT
-    return json.loads(path.read_text()) if path.exists() else {"total": 0.0, "starts": 0, "peak_memory_mb": 0, "runs": {}}
+    return (
+        json.loads(path.read_text())
+        if path.exists()
+        else {"total": 0.0, "starts": 0, "peak_memory_mb": 0, "runs": {}}
+    )
 
 
 class Screen:
-    """The stages as they come, and on a terminal below them the progress bar of each program at work, read from its log: two that
-    were drawn by two processes would write over each other. Elsewhere the bars are printed once in a while."""
+    """The stages as they come, and on a terminal below them the progress bar of each program at
+    work, read from its log: two that were drawn by two processes would write over each other.
+    Elsewhere the bars are printed once in a while.
+    """
 
     def __init__(self):
         self.logs: dict[str, IO] = {}
@@ -335,7 +411,9 @@ class Screen:
             self.say(*self.shown(200))
 
     def say(self, *lines: str) -> None:
-        """Print lines above the bars, and the bars anew; all of it at once, so that it does not flicker."""
+        """Print lines above the bars, and the bars anew; all of it at once, so that it does not
+        flicker.
+        """
         back = f"\x1b[{self.drawn}A\r\x1b[J" if self.drawn else ""
         bars = self.shown(shutil.get_terminal_size().columns) if self.terminal else []
         self.drawn = len(bars)
@@ -344,11 +422,17 @@ class Screen:
     def shown(self, width: int) -> list[str]:
         """The bars, without their graphics where there is no room for it."""
         bars = [f"{name}: {bar}" for name, bar in self.bars.items() if bar]
-        return [(bar if len(bar) < width else re.sub(r"\|.*?\|", "", bar, count=1))[:width - 1] for bar in bars]
+        return [
+            (bar if len(bar) < width else re.sub(r"\|.*?\|", "", bar, count=1))[: width - 1]
+            for bar in bars
+        ]
 
 
 def last_bar(text: str) -> str:
-    """The last progress bar in what a program has printed, without its name, which is one word (libraries draw some, too); empty
-    where there is none."""
-    bars = (re.fullmatch(r"\w+: +(\d+%\|.*\]) *", part) for part in reversed(re.split(r"[\r\n]", text)))
+    """The last progress bar in what a program has printed, without its name, which is one word
+    (libraries draw some, too); empty where there is none.
+    """
+    bars = (
+        re.fullmatch(r"\w+: +(\d+%\|.*\]) *", part) for part in reversed(re.split(r"[\r\n]", text))
+    )
     return next((bar[1] for bar in bars if bar), "")

@@ -1,15 +1,19 @@
-"""The study on phantoms: does RL add to SFT, does thinking help, what does the reward do? One command, resumable.
+"""The study on phantoms: does RL add to SFT, does thinking help, what does the reward do? One
+command, resumable.
 
-    python -m minigrpo.study                  # make study: everything that is not done yet, then docs/study.json, study.md, figures
-    python -m minigrpo.study --smoke --output_dir runs/study-smoke --json runs/study-smoke/study.json --page ""  # make study-smoke
-    python -m minigrpo.study --table          # tables and figures from docs/study.json alone
+    python -m minigrpo.study                  # make study: everything that is not done yet, then
+    docs/study.json, study.md, figures python -m minigrpo.study --smoke --output_dir
+    runs/study-smoke --json runs/study-smoke/study.json --page ""  # make study-smoke python -m
+    minigrpo.study --table          # tables and figures from docs/study.json alone
 
-{general, domain} start x {direct, thinking} x {report, grounding}: each evaluated before and after GRPO, over several seeds. `general`
-learned to see and answer on drawn scenes and never saw a film; `domain` is the same model after SFT on films. Both learned to think
-when asked. Arms differ in what their name says and in nothing else: the same steps, prompts, longest answer and seeds.
+{general, domain} start x {direct, thinking} x {report, grounding}: each evaluated before and after
+GRPO, over several seeds. `general` learned to see and answer on drawn scenes and never saw a film;
+`domain` is the same model after SFT on films. Both learned to think when asked. Arms differ in what
+their name says and in nothing else: the same steps, prompts, longest answer and seeds.
 
-A run's folder is named by a hash of its command and of the runs that it stands on, so that a change of a setting reruns what
-depends on it, and that alone. A change of the code does not: remove output_dir then.
+A run's folder is named by a hash of its command and of the runs that it stands on, so that a change
+of a setting reruns what depends on it, and that alone. A change of the code does not: remove
+output_dir then.
 """
 
 import hashlib
@@ -21,6 +25,7 @@ from pathlib import Path
 
 BEGAN = time.perf_counter()
 import torch  # noqa: E402
+
 from minigrpo.run.args import input_errors, parse_args, run_errors  # noqa: E402
 from minigrpo.run.files import make_folder, write_aside  # noqa: E402
 from minigrpo.stages import Run, hold, run_all  # noqa: E402
@@ -52,24 +57,71 @@ class Size:
     seeds: int
 
 
-FULL = Size(films=2400, test=300, pixels=224, scenes=2000, reading=400, traces=2000, general_steps=1200, domain_steps=900,
-            grpo_steps={"report": 100, "grounding": 140}, prompts=16, group=8, longest=224, seeds=3)
-SMOKE = Size(films=12, test=4, pixels=64, scenes=12, reading=4, traces=10, general_steps=2, domain_steps=2,
-             grpo_steps={"report": 1, "grounding": 1}, prompts=4, group=2, longest=24, seeds=1)
+FULL = Size(
+    films=2400,
+    test=300,
+    pixels=224,
+    scenes=2000,
+    reading=400,
+    traces=2000,
+    general_steps=1200,
+    domain_steps=900,
+    grpo_steps={"report": 100, "grounding": 140},
+    prompts=16,
+    group=8,
+    longest=224,
+    seeds=3,
+)
+SMOKE = Size(
+    films=12,
+    test=4,
+    pixels=64,
+    scenes=12,
+    reading=4,
+    traces=10,
+    general_steps=2,
+    domain_steps=2,
+    grpo_steps={"report": 1, "grounding": 1},
+    prompts=4,
+    group=2,
+    longest=24,
+    seeds=1,
+)
 
 
 @dataclass
 class StudyArguments:
-    output_dir: str = field(default="runs/study", metadata={"help": "where the runs go, each in a folder of its own"})
-    json: str = field(default="docs/study.json", metadata={"help": "results to write, or with --table to read"})
-    page: str = field(default="docs/study.md", metadata={"help": "page whose results are rendered, or that is made; figures go to images/ "
-                                                                "beside it; empty: none"})
-    table: bool = field(default=False, metadata={"help": "run nothing: render tables and figures from --json"})
-    smoke: bool = field(default=False, metadata={"help": "every step of the study, each as small as can be: shows that it runs"})
+    output_dir: str = field(
+        default="runs/study", metadata={"help": "where the runs go, each in a folder of its own"}
+    )
+    json: str = field(
+        default="docs/study.json", metadata={"help": "results to write, or with --table to read"}
+    )
+    page: str = field(
+        default="docs/study.md",
+        metadata={
+            "help": "page whose results are rendered, or that is made; figures go to images/ "
+            "beside it; empty: none"
+        },
+    )
+    table: bool = field(
+        default=False, metadata={"help": "run nothing: render tables and figures from --json"}
+    )
+    smoke: bool = field(
+        default=False,
+        metadata={"help": "every step of the study, each as small as can be: shows that it runs"},
+    )
     seeds: int | None = field(default=None, metadata={"help": "seeds of GRPO; default 3"})
-    jobs: int = field(default=os.cpu_count() or 1, metadata={"help": "runs at once; each gets its share of the cores"})
-    reward_weights: str | None = field(default=None, metadata={
-        "help": "folder with BERTScore's weights: adds it to the rewards that are compared"})
+    jobs: int = field(
+        default=os.cpu_count() or 1,
+        metadata={"help": "runs at once; each gets its share of the cores"},
+    )
+    reward_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder with BERTScore's weights: adds it to the rewards that are compared"
+        },
+    )
 
     def check(self) -> None:
         if self.jobs < 1 or (self.seeds is not None and self.seeds < 1):
@@ -83,29 +135,128 @@ def plan(size: Size, reward_weights: str | None = None) -> list[Run]:
     def add(name: str, *command, alone: bool = False) -> None:
         runs.append(Run(name, list(command), alone))
 
-    add("films", "-m", "minigrpo.data.phantom", "--output_dir", "{out}", "--train", size.films, "--test", size.test, "--seed", 0,
-        "--size", size.pixels)
-    add("scenes", "-m", "minigrpo.data.scenes", "--output_dir", "{out}", "--train", size.scenes, "--reading", size.reading, "--seed", 0,
-        "--size", size.pixels)
-    sft = ["--batch_size", 10, "--micro_batch", 10, "--optimizer", "muon", "--beta2", 0.98, "--learning_rate", 4e-3]
-    for start, data, model, steps in (("general", "scenes", "tiny", size.general_steps),
-                                      ("domain", "films", "{general}/final", size.domain_steps)):
-        add(f"{data}-think", "-m", "minigrpo.cold_start", f"{{{data}}}/train.jsonl", "--teacher", "drawing", "--limit", size.traces,
-            "--output_file", "{out}/think.jsonl")
+    add(
+        "films",
+        "-m",
+        "minigrpo.data.phantom",
+        "--output_dir",
+        "{out}",
+        "--train",
+        size.films,
+        "--test",
+        size.test,
+        "--seed",
+        0,
+        "--size",
+        size.pixels,
+    )
+    add(
+        "scenes",
+        "-m",
+        "minigrpo.data.scenes",
+        "--output_dir",
+        "{out}",
+        "--train",
+        size.scenes,
+        "--reading",
+        size.reading,
+        "--seed",
+        0,
+        "--size",
+        size.pixels,
+    )
+    sft = [
+        "--batch_size",
+        10,
+        "--micro_batch",
+        10,
+        "--optimizer",
+        "muon",
+        "--beta2",
+        0.98,
+        "--learning_rate",
+        4e-3,
+    ]
+    for start, data, model, steps in (
+        ("general", "scenes", "tiny", size.general_steps),
+        ("domain", "films", "{general}/final", size.domain_steps),
+    ):
+        add(
+            f"{data}-think",
+            "-m",
+            "minigrpo.cold_start",
+            f"{{{data}}}/train.jsonl",
+            "--teacher",
+            "drawing",
+            "--limit",
+            size.traces,
+            "--output_file",
+            "{out}/think.jsonl",
+        )
         weights = ["--task_weights", "report=2"] if data == "films" else []
-        add(start, "train_sft.py", "--model", model, "--train_data", f"{{{data}-think}}/think.jsonl", "--max_steps", steps,
-            "--output_dir", "{out}", *sft, *weights, alone=True)  # all else waits for it
+        add(
+            start,
+            "train_sft.py",
+            "--model",
+            model,
+            "--train_data",
+            f"{{{data}-think}}/think.jsonl",
+            "--max_steps",
+            steps,
+            "--output_dir",
+            "{out}",
+            *sft,
+            *weights,
+            alone=True,
+        )  # all else waits for it
     think = {"direct": [], "thinking": ["--think"]}
-    evaluate = ["evaluate.py", "--data", "{films}/test.jsonl", "--max_new_tokens", size.longest, "--report_items", 0, "--output_dir", "{out}"]
+    evaluate = [
+        "evaluate.py",
+        "--data",
+        "{films}/test.jsonl",
+        "--max_new_tokens",
+        size.longest,
+        "--report_items",
+        0,
+        "--output_dir",
+        "{out}",
+    ]
     for start in STARTS:
         for mode in MODES:
             add(f"{start}-{mode}-sft", *evaluate, "--model", f"{{{start}}}/final", *think[mode])
 
     def grpo(name: str, start: str, mode: str, task: str, seed: int, *reward) -> None:
-        add(name, "train_grpo.py", "--model", f"{{{start}}}/final", "--train_data", "{films}/train.jsonl", "--task", task,
-            "--max_steps", size.grpo_steps[task], "--output_dir", "{out}", "--seed", seed, "--learning_rate", 5e-5, "--prompts_per_step",
-            size.prompts, "--group_size", size.group, "--micro_tokens", 1200, "--freeze", "vision", "projector", "--max_new_tokens",
-            size.longest, *think[mode], *reward)
+        add(
+            name,
+            "train_grpo.py",
+            "--model",
+            f"{{{start}}}/final",
+            "--train_data",
+            "{films}/train.jsonl",
+            "--task",
+            task,
+            "--max_steps",
+            size.grpo_steps[task],
+            "--output_dir",
+            "{out}",
+            "--seed",
+            seed,
+            "--learning_rate",
+            5e-5,
+            "--prompts_per_step",
+            size.prompts,
+            "--group_size",
+            size.group,
+            "--micro_tokens",
+            1200,
+            "--freeze",
+            "vision",
+            "projector",
+            "--max_new_tokens",
+            size.longest,
+            *think[mode],
+            *reward,
+        )
         add(f"{name}-test", *evaluate, "--model", f"{{{name}}}/final", "--task", task, *think[mode])
 
     for seed in range(size.seeds):
@@ -115,7 +266,16 @@ def plan(size: Size, reward_weights: str | None = None) -> list[Run]:
                     grpo(f"{start}-{mode}-{task}-{seed}", start, mode, task, seed)
         for name, reward in rewards_compared(reward_weights).items():
             extra = ["--reward_weights", reward_weights] if name == "bertscore" else []
-            grpo(f"reward-{name}-{seed}", "domain", "direct", "report", seed, "--reward", reward, *extra)
+            grpo(
+                f"reward-{name}-{seed}",
+                "domain",
+                "direct",
+                "report",
+                seed,
+                "--reward",
+                reward,
+                *extra,
+            )
     return runs
 
 
@@ -138,7 +298,9 @@ def main() -> None:
         args = parse_args(StudyArguments, __doc__)
         target, page = Path(args.json), Path(args.page) if args.page else None
         if args.table and not target.is_file():
-            raise ValueError(f"--table: {target} does not exist; run the study first, or name its --json")
+            raise ValueError(
+                f"--table: {target} does not exist; run the study first, or name its --json"
+            )
         if page:
             page_text(page)  # what cannot be rendered into shows now, not after hours
         if not args.table:
@@ -152,7 +314,9 @@ def main() -> None:
         run_all(runs, where, root, jobs=args.jobs, threads=torch.get_num_threads(), began=BEGAN)
         names = ["gleu", *rewards_compared(args.reward_weights)]
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(target, json.dumps(collect(where, size, names, smoke=args.smoke), indent=1) + "\n")
+        write_aside(
+            target, json.dumps(collect(where, size, names, smoke=args.smoke), indent=1) + "\n"
+        )
     results = json.loads(target.read_text())
     print(tables(results))
     images = (page or target).parent / "images"

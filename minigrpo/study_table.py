@@ -1,4 +1,6 @@
-"""The study's tables and figures, from study.json alone; the paper's published figures stand beside ours."""
+"""The study's tables and figures, from study.json alone; the paper's published figures stand beside
+ours.
+"""
 
 import re
 from pathlib import Path
@@ -13,11 +15,20 @@ from minigrpo.metrics.table import cell, figure, grid  # noqa: E402
 from minigrpo.run.files import aside, write_aside  # noqa: E402
 
 ARMS = [f"{start}-{mode}" for start in ("general", "domain") for mode in ("direct", "thinking")]
-THEIRS = {"general-direct": ("Qwen3-VL", "Qwen3-VL+RL"), "general-thinking": ("Qwen3-VL-Thinking", "Qwen3-VL-Thinking+RL"),
-          "domain-direct": ("RadVLM (SFT)", "RadVLM+RL"), "domain-thinking": (None, "RadVLM-Thinking+RL")}
+THEIRS = {
+    "general-direct": ("Qwen3-VL", "Qwen3-VL+RL"),
+    "general-thinking": ("Qwen3-VL-Thinking", "Qwen3-VL-Thinking+RL"),
+    "domain-direct": ("RadVLM (SFT)", "RadVLM+RL"),
+    "domain-thinking": (None, "RadVLM-Thinking+RL"),
+}
 MAIN = {"report": "gleu", "grounding": "soft_f1"}
 TITLES = {"report": "GLEU", "grounding": "soft F1"}
-THEIR_REWARD = {"none": "none (SFT)", "gleu": "GLEU", "radgraph": "RadGraph complete", "bertscore": "BERTScore"}
+THEIR_REWARD = {
+    "none": "none (SFT)",
+    "gleu": "GLEU",
+    "radgraph": "RadGraph complete",
+    "bertscore": "BERTScore",
+}
 NOTHING = "Not run yet: `make study` fills this part in."
 
 
@@ -28,15 +39,38 @@ def tables(results: dict) -> str:
         return NOTHING
     size = results["size"]
     seeds = len(next(iter(runs.values()))["seeds"])
-    lines = [f"{size['films']} films to learn from, {size['test']} to test on; {seeds} seed{'s' * (seeds > 1)} of GRPO over one SFT a "
-             f"start; greedy answers; 95% bootstrap intervals over test samples, each with its mean over the seeds. All runs took "
-             f"{results['seconds_of_all_runs'] / 3600:.2f} hours of process time on {results['cores']} cores."]
+    lines = [
+        f"{size['films']} films to learn from, {size['test']} to test on; {seeds}"
+        f" seed{'s' * (seeds > 1)} of GRPO over one SFT a start; greedy answers; 95% bootstrap"
+        " intervals over test samples, each with its mean over the seeds. All runs took"
+        f" {results['seconds_of_all_runs'] / 3600:.2f} hours of process time on {results['cores']}"
+        " cores."
+    ]
     if results["smoke"]:
         lines += ["", "**A smoke run: models of a few steps, whose figures mean nothing.**"]
-    lines += ["", "### What RL adds", *gains(runs), "", "### Thinking against direct", *contrast(results["thinking_over_direct"]),
-              "", "### How much more the general start gains", *general(results["general_gains_more"]),
-              "", "### Table 1: reports", *table_1(runs), "", "### Table 2: grounding, mAP@0.5", *table_2(runs),
-              "", "### Table 3: what the reward does to reports", *table_3(results["ablation"]), "", "### One answer of each arm", *examples(runs)]
+    lines += [
+        "",
+        "### What RL adds",
+        *gains(runs),
+        "",
+        "### Thinking against direct",
+        *contrast(results["thinking_over_direct"]),
+        "",
+        "### How much more the general start gains",
+        *general(results["general_gains_more"]),
+        "",
+        "### Table 1: reports",
+        *table_1(runs),
+        "",
+        "### Table 2: grounding, mAP@0.5",
+        *table_2(runs),
+        "",
+        "### Table 3: what the reward does to reports",
+        *table_3(results["ablation"]),
+        "",
+        "### One answer of each arm",
+        *examples(runs),
+    ]
     return "\n".join(lines)
 
 
@@ -45,8 +79,17 @@ def gains(runs: dict) -> list[str]:
     for name, run in runs.items():
         arm, task = name.rsplit("-", 1)
         metric = MAIN[task]
-        rows.append([arm, f"{task}, {TITLES[task]}", cell(run["sft"][metric]), cell(run["rl"][metric]), cell(run["gain"], "+"),
-                     ", ".join(f"{seed['gain']['mean']:+.3f}" for seed in run["seeds"]), their_gain(arm, task)])
+        rows.append(
+            [
+                arm,
+                f"{task}, {TITLES[task]}",
+                cell(run["sft"][metric]),
+                cell(run["rl"][metric]),
+                cell(run["gain"], "+"),
+                ", ".join(f"{seed['gain']['mean']:+.3f}" for seed in run["seeds"]),
+                their_gain(arm, task),
+            ]
+        )
     return grid(["arm", "task", "SFT", "SFT + RL", "gain", "by seed", "theirs"], rows)
 
 
@@ -61,12 +104,18 @@ def their_gain(arm: str, task: str) -> str:
 
 
 def contrast(found: dict) -> list[str]:
-    rows = [[*name.split("-"), cell(both["sft"], "+"), cell(both["rl"], "+")] for name, both in found.items()]
+    rows = [
+        [*name.split("-"), cell(both["sft"], "+"), cell(both["rl"], "+")]
+        for name, both in found.items()
+    ]
     return grid(["start", "task", "thinking - direct, SFT", "thinking - direct, SFT + RL"], rows)
 
 
 def general(found: dict) -> list[str]:
-    return grid(["mode", "task", "gain of general - gain of domain"], [[*name.split("-"), cell(value, "+")] for name, value in found.items()])
+    return grid(
+        ["mode", "task", "gain of general - gain of domain"],
+        [[*name.split("-"), cell(value, "+")] for name, value in found.items()],
+    )
 
 
 def table_1(runs: dict) -> list[str]:
@@ -75,12 +124,51 @@ def table_1(runs: dict) -> list[str]:
         for stage, theirs in zip(("sft", "rl"), THEIRS[arm]):
             found = runs[f"{arm}-report"][stage]
             paper = TABLE_1.get(theirs)
-            rows.append([f"{arm}, {'SFT + RL' if stage == 'rl' else 'SFT'}", *(f"{100 * found[m]['mean']:.1f}" for m in (
-                "gleu", "rouge_l", "entities_simple", "entities_partial", "entities_complete")), f"{found['cider']['mean']:.2f}",
-                f"{found['length']['mean']:.1f}", *thinking(found), theirs or "-",
-                *((figure(paper[0], "ROUGE-L"), figure(paper[4], "RadGraph F1"), figure(paper[6], "RadCliQ")) if paper else ("-",) * 3)])
-    heads = ["arm", "GLEU", "ROUGE-L", "entities, simple", "partial", "complete", "CIDEr", "words", "thinking words", "closed", "cut off",
-             "*theirs*", "ROUGE-L", "RadGraph F1", "RadCliQ"]
+            rows.append(
+                [
+                    f"{arm}, {'SFT + RL' if stage == 'rl' else 'SFT'}",
+                    *(
+                        f"{100 * found[m]['mean']:.1f}"
+                        for m in (
+                            "gleu",
+                            "rouge_l",
+                            "entities_simple",
+                            "entities_partial",
+                            "entities_complete",
+                        )
+                    ),
+                    f"{found['cider']['mean']:.2f}",
+                    f"{found['length']['mean']:.1f}",
+                    *thinking(found),
+                    theirs or "-",
+                    *(
+                        (
+                            figure(paper[0], "ROUGE-L"),
+                            figure(paper[4], "RadGraph F1"),
+                            figure(paper[6], "RadCliQ"),
+                        )
+                        if paper
+                        else ("-",) * 3
+                    ),
+                ]
+            )
+    heads = [
+        "arm",
+        "GLEU",
+        "ROUGE-L",
+        "entities, simple",
+        "partial",
+        "complete",
+        "CIDEr",
+        "words",
+        "thinking words",
+        "closed",
+        "cut off",
+        "*theirs*",
+        "ROUGE-L",
+        "RadGraph F1",
+        "RadCliQ",
+    ]
     return grid(heads, rows)
 
 
@@ -96,36 +184,96 @@ def table_2(runs: dict) -> list[str]:
     for arm in ARMS:
         for stage, theirs in zip(("sft", "rl"), THEIRS[arm]):
             found = runs[f"{arm}-grounding"][stage]
-            ours = [f"{100 * found[f'map50 {kind}']['mean']:.1f}" if f"map50 {kind}" in found else "-" for kind in kinds]
-            rows.append([f"{arm}, {'SFT + RL' if stage == 'rl' else 'SFT'}", *ours, f"{100 * found['map50']['mean']:.1f}",
-                         f"{found['boxes']['mean']:.2f}", *thinking(found), theirs or "-",
-                         *([f"{value:.1f}" for value in TABLE_2[theirs]] if theirs else ["-"] * 4)])
-    return grid(["arm", *kinds, "all", "boxes", "thinking words", "closed", "cut off", "*theirs*", "anatomy", "abnormality", "MS-CXR",
-                 "PadChest-GR"], rows)
+            ours = [
+                f"{100 * found[f'map50 {kind}']['mean']:.1f}" if f"map50 {kind}" in found else "-"
+                for kind in kinds
+            ]
+            rows.append(
+                [
+                    f"{arm}, {'SFT + RL' if stage == 'rl' else 'SFT'}",
+                    *ours,
+                    f"{100 * found['map50']['mean']:.1f}",
+                    f"{found['boxes']['mean']:.2f}",
+                    *thinking(found),
+                    theirs or "-",
+                    *([f"{value:.1f}" for value in TABLE_2[theirs]] if theirs else ["-"] * 4),
+                ]
+            )
+    return grid(
+        [
+            "arm",
+            *kinds,
+            "all",
+            "boxes",
+            "thinking words",
+            "closed",
+            "cut off",
+            "*theirs*",
+            "anatomy",
+            "abnormality",
+            "MS-CXR",
+            "PadChest-GR",
+        ],
+        rows,
+    )
 
 
 def table_3(ablation: dict) -> list[str]:
     rows = []
     for reward, found in ablation.items():
         theirs = TABLE_3.get(THEIR_REWARD.get(reward))
-        rows.append([reward, *(cell(found[m]) for m in ("gleu", "rouge_l", "entities_complete")), cell(found["gain"], "+") if "gain" in found
-                     else "", f"{found['characters']['mean']:.0f}", *([figure(theirs[k], REWARDS[k]) for k in (0, 2, 4, 5)] if theirs else ["-"] * 4)])
-    return grid(["reward", "GLEU", "ROUGE-L", "entities, complete", "gain in GLEU", "characters", "*theirs*: ROUGE-L", "RadGraph F1",
-                 "RadCliQ", "characters"], rows)
+        rows.append(
+            [
+                reward,
+                *(cell(found[m]) for m in ("gleu", "rouge_l", "entities_complete")),
+                cell(found["gain"], "+") if "gain" in found else "",
+                f"{found['characters']['mean']:.0f}",
+                *([figure(theirs[k], REWARDS[k]) for k in (0, 2, 4, 5)] if theirs else ["-"] * 4),
+            ]
+        )
+    return grid(
+        [
+            "reward",
+            "GLEU",
+            "ROUGE-L",
+            "entities, complete",
+            "gain in GLEU",
+            "characters",
+            "*theirs*: ROUGE-L",
+            "RadGraph F1",
+            "RadCliQ",
+            "characters",
+        ],
+        rows,
+    )
 
 
 def examples(runs: dict) -> list[str]:
     lines = []
     for name, run in runs.items():
-        found = {key: " ".join(text.split()).replace("<", "&lt;") for key, text in run["example"].items()}
-        lines += ["", f"**{name}**: {found['question']}", "", f"- reference: {found['reference']}", f"- SFT: {found['sft']}",
-                  f"- SFT + RL: {found['rl']}"]
+        found = {
+            key: " ".join(text.split()).replace("<", "&lt;") for key, text in run["example"].items()
+        }
+        lines += [
+            "",
+            f"**{name}**: {found['question']}",
+            "",
+            f"- reference: {found['reference']}",
+            f"- SFT: {found['sft']}",
+            f"- SFT + RL: {found['rl']}",
+        ]
     return lines
 
 
 def page_text(page: Path) -> str:
-    """The page as it is, or a new one; SystemExit for one without the markers that the results stand between."""
-    text = page.read_text() if page.exists() else "# The study on phantoms\n\n<!-- results -->\n<!-- end -->\n"
+    """The page as it is, or a new one; SystemExit for one without the markers that the results
+    stand between.
+    """
+    text = (
+        page.read_text()
+        if page.exists()
+        else "# The study on phantoms\n\n<!-- results -->\n<!-- end -->\n"
+    )
     if not re.search(r"<!-- results -->\n.*<!-- end -->", text, re.S):
         raise SystemExit(f"{page} has no `<!-- results -->` ... `<!-- end -->` to render into")
     return text
@@ -136,23 +284,50 @@ def write_page(page: Path, results: dict) -> None:
     text = page_text(page)
     body = tables(results)
     if results["runs"]:
-        body = "\n\n".join(f"![{title}](images/study-{name}.png)" for name, title in FIGURES.items()) + "\n\n" + body
+        body = (
+            "\n\n".join(f"![{title}](images/study-{name}.png)" for name, title in FIGURES.items())
+            + "\n\n"
+            + body
+        )
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(page, re.sub(r"(?<=<!-- results -->\n).*(?=<!-- end -->)", lambda _: body + "\n", text, flags=re.S))
+    write_aside(
+        page,
+        re.sub(
+            r"(?<=<!-- results -->\n).*(?=<!-- end -->)", lambda _: body + "\n", text, flags=re.S
+        ),
+    )
 
 
-FIGURES = {"gains": "Before and after RL, with 95% intervals", "rewards": "Sampled reward over the runs, mean over the seeds",
-           "lengths": "Length of answers over the runs", "ablation": "Length under each reward"}
+FIGURES = {
+    "gains": "Before and after RL, with 95% intervals",
+    "rewards": "Sampled reward over the runs, mean over the seeds",
+    "lengths": "Length of answers over the runs",
+    "ablation": "Length under each reward",
+}
 
 
 def draw_figures(results: dict, folder: Path) -> list[Path]:
-    """before/after, reward curves, length curves, and lengths under each reward, as study-NAME.png."""
+    """before/after, reward curves, length curves, and lengths under each reward, as
+    study-NAME.png.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    runs, ablation = results["runs"], {k: v for k, v in results["ablation"].items() if "curves" in v}
-    drawn = {"gains": before_after(runs),
-             "rewards": curve_figure(runs, ("report", "grounding"), "reward", "sampled reward"),
-             "lengths": curve_figure(runs, ("report", "grounding"), "answer_tokens", "tokens, thinking included"),
-             "ablation": curve_figure({f"{name}-report": v for name, v in ablation.items()}, ("report",), "answer_tokens", "tokens")}
+    runs, ablation = (
+        results["runs"],
+        {k: v for k, v in results["ablation"].items() if "curves" in v},
+    )
+    drawn = {
+        "gains": before_after(runs),
+        "rewards": curve_figure(runs, ("report", "grounding"), "reward", "sampled reward"),
+        "lengths": curve_figure(
+            runs, ("report", "grounding"), "answer_tokens", "tokens, thinking included"
+        ),
+        "ablation": curve_figure(
+            {f"{name}-report": v for name, v in ablation.items()},
+            ("report",),
+            "answer_tokens",
+            "tokens",
+        ),
+    }
     paths = []
     for name, fig in drawn.items():
         fig.suptitle(FIGURES[name] + (" (smoke run)" if results["smoke"] else ""), fontsize=10)
@@ -169,8 +344,16 @@ def before_after(runs: dict):
         for row, arm in enumerate(ARMS):
             for stage, color in (("sft", "#9a6700"), ("rl", "#cf222e")):
                 value = runs[f"{arm}-{task}"][stage][metric]
-                axis.plot([value["low"], value["high"]], [row, row], color=color, alpha=0.5, linewidth=3)
-                axis.plot(value["mean"], row, "o", color=color, label={"sft": "SFT", "rl": "SFT + RL"}[stage] if row == 0 else None)
+                axis.plot(
+                    [value["low"], value["high"]], [row, row], color=color, alpha=0.5, linewidth=3
+                )
+                axis.plot(
+                    value["mean"],
+                    row,
+                    "o",
+                    color=color,
+                    label={"sft": "SFT", "rl": "SFT + RL"}[stage] if row == 0 else None,
+                )
         axis.set_yticks(range(len(ARMS)), ARMS, fontsize=8)
         axis.invert_yaxis()
         axis.set_title(f"{task}: {TITLES[task]}", fontsize=9)
@@ -181,15 +364,24 @@ def before_after(runs: dict):
 
 def curve_figure(runs: dict, tasks: tuple[str, ...], key: str, label: str):
     """One panel a task, one line a run whose name ends in it."""
-    fig, axes = plt.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 3), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        1, len(tasks), figsize=(4.5 * len(tasks), 3), squeeze=False, layout="constrained"
+    )
     for axis, task in zip(axes[0], tasks):
         for name, run in runs.items():
             if name.endswith(task):
                 points = run["curves"][key]
-                axis.plot([(k + 0.5) / len(points) for k in range(len(points))], points, marker=".", label=name.removesuffix(f"-{task}"))
+                axis.plot(
+                    [(k + 0.5) / len(points) for k in range(len(points))],
+                    points,
+                    marker=".",
+                    label=name.removesuffix(f"-{task}"),
+                )
         axis.set_title(task, fontsize=9)
         axis.set_xlabel("share of the run's steps", fontsize=8)
         axis.set_ylabel(label, fontsize=8)
         axis.grid(alpha=0.25)
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    fig.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7
+    )
     return fig

@@ -15,9 +15,16 @@ from safetensors import SafetensorError, safe_open
 
 from minigrpo.visible import printable
 
-JSON = ("config.json", "generation_config.json", "preprocessor_config.json",
-        "processor_config.json", "video_preprocessor_config.json", "tokenizer_config.json",
-        "special_tokens_map.json", "chat_template.json")
+JSON = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+)
 INDEX = "model.safetensors.index.json"
 LISTS = ("tokenizer.json", "vocab.json", "added_tokens.json", INDEX)  # keys: tokens, weights
 TEXTS = ("merges.txt", "chat_template.jinja")
@@ -30,26 +37,35 @@ FETCH = "fetch it again, from its authors"
 BASE = "and such weights can't be trained: give the checkpoint that they were made from"
 
 # Keys, anywhere in JSON, with what they ask for.
-KEYS = {"auto_map": "to run code of its own", "custom_generate": "to run code of its own",
-        "kernel_config": "for kernels, which are code",
-        "use_kernels": "for kernels, which are code",
-        "fusion_config": "for other layers than Qwen3-VL's",
-        "gguf_file": "for another file of weights",
-        "transformers_weights": "for another file of weights"}
+KEYS = {
+    "auto_map": "to run code of its own",
+    "custom_generate": "to run code of its own",
+    "kernel_config": "for kernels, which are code",
+    "use_kernels": "for kernels, which are code",
+    "fusion_config": "for other layers than Qwen3-VL's",
+    "gguf_file": "for another file of weights",
+    "transformers_weights": "for another file of weights",
+}
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 FLOATS = ("F32", "F16", "BF16", "F64")
-PARTS = {"normalizer": ("NFC",), "pre_tokenizer": ("Sequence", "Split", "ByteLevel"),
-         "model": ("BPE",), "post_processor": ("ByteLevel", "TemplateProcessing"),
-         "decoder": ("ByteLevel",)}
+PARTS = {
+    "normalizer": ("NFC",),
+    "pre_tokenizer": ("Sequence", "Split", "ByteLevel"),
+    "model": ("BPE",),
+    "post_processor": ("ByteLevel", "TemplateProcessing"),
+    "decoder": ("ByteLevel",),
+}
 
 
 def read_folder(folder: Path) -> dict:
     """Its small files by name: JSON as objects, other text as it is. ValueError, with the mend, for
     what a checkpoint may not hold."""
     if adapters := sorted(folder.glob("adapter_*")):
-        raise ValueError(f"{folder} holds {adapters[0].name!r} of an adapter: give --model the base "
-                         "model, or merge the adapter into it first (RUN/final is merged)")
+        raise ValueError(
+            f"{folder} holds {adapters[0].name!r} of an adapter: give --model the base "
+            "model, or merge the adapter into it first (RUN/final is merged)"
+        )
     files = {name: text for name in MOST if (text := read_text(folder / name)) is not None}
     for name in files.keys() - set(TEXTS):
         files[name] = parse(folder / name, files[name])
@@ -93,16 +109,21 @@ def is_there(path: Path) -> bool:
         raise ValueError(f"{path} cannot be read ({error}): check its permissions") from None
     cached = target.parent == home.parent.parent / "blobs"
     if path.suffix != ".safetensors" and home not in target.parents and not cached:
-        raise ValueError(f"{path} is a link out of its folder: put a copy of what it leads to in "
-                         "its place, if you trust it")
+        raise ValueError(
+            f"{path} is a link out of its folder: put a copy of what it leads to in "
+            "its place, if you trust it"
+        )
     if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git-LFS pointer and not the file itself: run `git lfs pull` "
-                         f"in {path.parent}")
+        raise ValueError(
+            f"{path} is a Git-LFS pointer and not the file itself: run `git lfs pull` "
+            f"in {path.parent}"
+        )
     return True
 
 
 def parse(path: Path, text: str) -> dict:
     """A JSON object of finite numbers, no deeper than `DEEPEST`."""
+
     def refuse(name: str):
         raise ValueError(f"{name} is not a number of JSON")
 
@@ -113,8 +134,9 @@ def parse(path: Path, text: str) -> dict:
         for _ in entries(found):
             pass
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON that can be used ({error}), perhaps cut off: {FETCH}"
-                         ) from None
+        raise ValueError(
+            f"{path} is not JSON that can be used ({error}), perhaps cut off: {FETCH}"
+        ) from None
     return found
 
 
@@ -150,8 +172,10 @@ def check_entry(path: Path, key: str, value) -> None:
     if key.endswith(("_file", "_files")) and any(set(str(name)) & set("/\\") for name in values):
         asks = "for a file outside the folder"
     if asks:
-        raise ValueError(f"{path} asks {asks} ({shown(key)}), which minigrpo never does: remove that "
-                         "entry if the model is a plain one of its kind")
+        raise ValueError(
+            f"{path} asks {asks} ({shown(key)}), which minigrpo never does: remove that "
+            "entry if the model is a plain one of its kind"
+        )
 
 
 def check_tokenizer(path: Path, content: dict) -> None:
@@ -159,8 +183,12 @@ def check_tokenizer(path: Path, content: dict) -> None:
     that repeats a repetition can search for ever."""
     for part, kinds in PARTS.items():
         for key, value in entries({part: content.get(part)}):
-            if key == "type" and value not in kinds or key == "Regex" and (
-                    len(str(value)) > 1000 or re.search(r"\)[*+?{]", str(value))):
+            if (
+                key == "type"
+                and value not in kinds
+                or key == "Regex"
+                and (len(str(value)) > 1000 or re.search(r"\)[*+?{]", str(value)))
+            ):
                 raise ValueError(f"{path}: {part} is not Qwen3-VL's ({key} {value!r:.50}): {FETCH}")
     model = content.get("model")
     if not isinstance(model, dict) or model.get("dropout"):
@@ -176,11 +204,15 @@ def weight_files(folder: Path, files: dict) -> list[Path]:
     names = list(shards.values()) if isinstance(shards, dict) and shards else ["no weight_map"]
     for name in names:
         if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", str(name), re.ASCII):
-            raise ValueError(f"{folder / INDEX} names {name!r:.200}, which is no safetensors file "
-                             f"of the folder: {FETCH}")
+            raise ValueError(
+                f"{folder / INDEX} names {name!r:.200}, which is no safetensors file "
+                f"of the folder: {FETCH}"
+            )
     if single.name not in names and is_there(single):
-        raise ValueError(f"{folder} holds both {single.name} and {INDEX}: remove the one that is "
-                         "not of this model")
+        raise ValueError(
+            f"{folder} holds both {single.name} and {INDEX}: remove the one that is "
+            "not of this model"
+        )
     return [folder / name for name in sorted(set(names))]
 
 
@@ -191,9 +223,15 @@ def read_headers(paths: list[Path]) -> dict[str, tuple[tuple[int, ...], Path]]:
     for path in paths:
         if not is_there(path):
             pickles = [other.name for other in path.parent.iterdir() if other.suffix in PICKLES]
-            raise ValueError(f"{path.parent} holds no safetensors file {path.name}" + (
-                f"; {shown(pickles[0])} is a pickle, which can run any code when it is read: have it "
-                "converted to safetensors where you trust it" if pickles else f": {FETCH}"))
+            raise ValueError(
+                f"{path.parent} holds no safetensors file {path.name}"
+                + (
+                    f"; {shown(pickles[0])} is a pickle, which can run any code when it is read:"
+                    " have it converted to safetensors where you trust it"
+                    if pickles
+                    else f": {FETCH}"
+                )
+            )
         try:
             with safe_open(path, "pt") as stored:
                 if len(stored.keys()) > MOST_WEIGHTS:

@@ -19,8 +19,10 @@ def visible(text: str) -> str:
 def printable(text: str) -> str:
     """For a terminal: control characters, line ends and what turns the direction of writing are
     shown as their escapes."""
-    return "".join(char if char == " " or unicodedata.category(char)[0] not in "CZ"
-                   else ascii(char)[1:-1] for char in text)
+    return "".join(
+        char if char == " " or unicodedata.category(char)[0] not in "CZ" else ascii(char)[1:-1]
+        for char in text
+    )
 
 
 def messages(text: object) -> str:
@@ -31,5 +33,6 @@ def messages(text: object) -> str:
 def message(text: str) -> str:
     """One line of a message: `printable`, and cut in its middle where what it quotes is longer than
     anyone reads."""
-    return printable(text if len(text) <= LONGEST
-                     else f"{text[:LONGEST - 500]} [...] {text[-400:]}")
+    return printable(
+        text if len(text) <= LONGEST else f"{text[: LONGEST - 500]} [...] {text[-400:]}"
+    )

@@ -1,4 +1,6 @@
-"""What the tests share: a handful of phantom films, one random tiny Qwen3-VL that has seen their text, small runs."""
+"""What the tests share: a handful of phantom films, one random tiny Qwen3-VL that has seen their
+text, small runs.
+"""
 
 import pytest
 import torch
@@ -8,8 +10,20 @@ from minigrpo.data.phantom import Arguments, write_phantom
 from minigrpo.tiny import tiny_policy
 from tests.processes import grpo, python, sft
 
-# Files of ten seconds and more. A worker that took one of them last would still be busy long after the other had finished.
-FIRST = ["programs", "study", "plan", "nothing_lost", "distributed", "clinical", "shard", "lora", "train_grpo", "checkpoint"]
+# Files of ten seconds and more. A worker that took one of them last would still be busy long after
+# the other had finished.
+FIRST = [
+    "programs",
+    "study",
+    "plan",
+    "nothing_lost",
+    "distributed",
+    "clinical",
+    "shard",
+    "lora",
+    "train_grpo",
+    "checkpoint",
+]
 
 
 def pytest_collection_modifyitems(items):
@@ -54,5 +68,13 @@ def mixed(samples, tmp_path_factory):
     wide = tmp_path_factory.mktemp("images") / "wide.png"
     Image.radial_gradient("L").resize((200, 90)).save(wide)
     first, second, third, fourth = samples[:4]
-    return [first, replace(second, image=str(wide)), replace(third, image=[third.image, str(wide)], question="Compare both."),
-            replace(fourth, image=None, question="What does an effusion look like on a film? Answer in one sentence, please.")]
+    return [
+        first,
+        replace(second, image=str(wide)),
+        replace(third, image=[third.image, str(wide)], question="Compare both."),
+        replace(
+            fourth,
+            image=None,
+            question="What does an effusion look like on a film? Answer in one sentence, please.",
+        ),
+    ]

@@ -1,6 +1,8 @@
-"""Every formula of minigrpo.loss once more: slow loops over Python floats, written from the papers' equations alone.
+"""Every formula of minigrpo.loss once more: slow loops over Python floats, written from the papers'
+equations alone.
 
-Gradients come from dual numbers: a `Dual` carries the value and its derivatives with respect to every log-prob, and each
+Gradients come from dual numbers: a `Dual` carries the value and its derivatives with respect to
+    every log-prob, and each
 operation applies its rule of calculus, so that an oracle for a loss is an oracle for its gradient.
 """
 
@@ -57,7 +59,9 @@ def exp(x):
 
 def variables(rows):
     """Lists of floats -> lists of Duals, the variable at row i and token t named (i, t)."""
-    return [[Dual(value, {(i, t): 1.0}) for t, value in enumerate(row)] for i, row in enumerate(rows)]
+    return [
+        [Dual(value, {(i, t): 1.0}) for t, value in enumerate(row)] for i, row in enumerate(rows)
+    ]
 
 
 def advantages(rewards, valid, scale, leave_one_out, eps):
@@ -96,7 +100,9 @@ def overlong_penalty(length, longest, buffer):
 
 
 def kl(logp, ref, estimator):
-    """Schulman's k1, k2, k3 of KL(policy || reference), with r = ref / policy: -log r, (log r)^2 / 2, r - 1 - log r."""
+    """Schulman's k1, k2, k3 of KL(policy || reference), with r = ref / policy: -log r, (log r)^2 /
+    2, r - 1 - log r.
+    """
     log_r = ref - logp
     if estimator == "k1":
         return -log_r
@@ -106,7 +112,9 @@ def kl(logp, ref, estimator):
 
 
 def clipped(rho, a, low, high, dual):
-    """The negative of PPO's eq. 7, and of dual-clip PPO where a < 0: max(min(rho A, clip(rho) A), c A)."""
+    """The negative of PPO's eq. 7, and of dual-clip PPO where a < 0: max(min(rho A, clip(rho) A), c
+    A).
+    """
     objective = min(rho * a, min(max(rho, 1 - low), 1 + high) * a)
     return -max(objective, dual * a) if dual is not None and a < 0 else -objective
 
@@ -124,8 +132,19 @@ def ratios(logprob, old, mask, ratio_level):
     return out
 
 
-def policy_terms(logprob, old, advantage, mask, *, clip_low=0.2, clip_high=0.28, dual_clip=None, ratio_level="token", surrogate="clip",
-                 cispo_cap=5.0):
+def policy_terms(
+    logprob,
+    old,
+    advantage,
+    mask,
+    *,
+    clip_low=0.2,
+    clip_high=0.28,
+    dual_clip=None,
+    ratio_level="token",
+    surrogate="clip",
+    cispo_cap=5.0,
+):
     """The loss of each token, None where masked."""
     out = []
     for lp, row, a in zip(logprob, ratios(logprob, old, mask, ratio_level), advantage):
@@ -142,7 +161,9 @@ def policy_terms(logprob, old, advantage, mask, *, clip_low=0.2, clip_high=0.28,
 
 
 def mean(terms, aggregation, max_tokens=None, denominator=None):
-    """DAPO, eq. 8; DeepSeekMath, eq. 3; Dr. GRPO: over tokens, over answers of their means, by a constant."""
+    """DAPO, eq. 8; DeepSeekMath, eq. 3; Dr. GRPO: over tokens, over answers of their means, by a
+    constant.
+    """
     rows = [[x for x in row if x is not None] for row in terms]
     if aggregation == "sequence-mean":
         rows, count = [sum(row) / len(row) for row in rows if row], sum(bool(row) for row in rows)
@@ -153,9 +174,26 @@ def mean(terms, aggregation, max_tokens=None, denominator=None):
     return sum(rows, 0.0) / count if count else 0.0
 
 
-def grpo(logprob, old, advantage, mask, *, ref=None, kl_coef=0.0, kl_estimator="k3", kl_ratio=False, rollout=None,
-         rollout_cap=2.0, aggregation="token-mean", denominator=None, max_tokens=None, **clip):
-    """The whole loss of Duals or floats logprob [R][T]; what lies behind the mask is never touched."""
+def grpo(
+    logprob,
+    old,
+    advantage,
+    mask,
+    *,
+    ref=None,
+    kl_coef=0.0,
+    kl_estimator="k3",
+    kl_ratio=False,
+    rollout=None,
+    rollout_cap=2.0,
+    aggregation="token-mean",
+    denominator=None,
+    max_tokens=None,
+    **clip,
+):
+    """The whole loss of Duals or floats logprob [R][T]; what lies behind the mask is never
+    touched.
+    """
     terms = policy_terms(logprob, old, advantage, mask, **clip)
     rho = ratios(logprob, old, mask, "token")
     for i, row in enumerate(terms):

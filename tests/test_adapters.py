@@ -1,4 +1,6 @@
-"""Each adapter on a small folder of its set's format: every row is accounted for, and what the authors' release got wrong is right."""
+"""Each adapter on a small folder of its set's format: every row is accounted for, and what the
+authors' release got wrong is right.
+"""
 
 import importlib
 import json
@@ -23,7 +25,16 @@ from tests import fake_sets
 from tests.processes import python
 
 ON_MIMIC = ("chest_imagenome", "ms_cxr")
-NAMES = ("mimic_cxr", "chexpert_plus", "chest_imagenome", "vindr_cxr", "ms_cxr", "padchest_gr", "openi", "nih")
+NAMES = (
+    "mimic_cxr",
+    "chexpert_plus",
+    "chest_imagenome",
+    "vindr_cxr",
+    "ms_cxr",
+    "padchest_gr",
+    "openi",
+    "nih",
+)
 ROOT = Path(__file__).parent.parent
 
 
@@ -42,31 +53,108 @@ def run(folders, name, split, out, **options):
     """(samples, ledger) of one conversion; the samples as a program would read them."""
     module = importlib.import_module(f"minigrpo.data.{name}")
     load = getattr(module, "load_dicom", load_image)
-    ledger = convert(lambda *given: module.read(*given, **options), "rows", folders / name, split, out, load=load)
+    ledger = convert(
+        lambda *given: module.read(*given, **options), "rows", folders / name, split, out, load=load
+    )
     return read_jsonl(out / f"{split}.jsonl"), ledger
 
 
-# What must come out of the folders: (samples, kept rows, dropped rows by reason) of each set and split, counted by hand.
+# What must come out of the folders: (samples, kept rows, dropped rows by reason) of each set and
+# split, counted by hand.
 EXPECTED = {
-    ("mimic_cxr", "train"): (2, {"kept": 2, "another split": 8, "not a frontal film": 4,
-                                 "film missing": 1,
-                                 "no or empty findings section": 1, "not in the split table": 1}),
-    ("mimic_cxr", "valid"): (1, {"kept": 1, "another split": 14, "not a frontal film": 1, "not in the split table": 1}),
-    ("mimic_cxr", "test"): (1, {"kept": 1, "another split": 10, "not a frontal film": 3, "no report": 1,
-                                "film cannot be read (OSError)": 1, "not in the split table": 1}),
+    ("mimic_cxr", "train"): (
+        2,
+        {
+            "kept": 2,
+            "another split": 8,
+            "not a frontal film": 4,
+            "film missing": 1,
+            "no or empty findings section": 1,
+            "not in the split table": 1,
+        },
+    ),
+    ("mimic_cxr", "valid"): (
+        1,
+        {"kept": 1, "another split": 14, "not a frontal film": 1, "not in the split table": 1},
+    ),
+    ("mimic_cxr", "test"): (
+        1,
+        {
+            "kept": 1,
+            "another split": 10,
+            "not a frontal film": 3,
+            "no report": 1,
+            "film cannot be read (OSError)": 1,
+            "not in the split table": 1,
+        },
+    ),
     ("chexpert_plus", "valid"): (5, {"kept": 5, "another split": 110, "not a frontal film": 5}),
-    ("chest_imagenome", "train"): (1, {"kept": 1, "another split": 4, "film missing": 1, "no scene graph": 1,
-                                       "no region with a usable box": 1}),
+    ("chest_imagenome", "train"): (
+        1,
+        {
+            "kept": 1,
+            "another split": 4,
+            "film missing": 1,
+            "no scene graph": 1,
+            "no region with a usable box": 1,
+        },
+    ),
     ("chest_imagenome", "valid"): (2, {"kept": 2, "another split": 6}),
-    ("ms_cxr", "train"): (3, {"kept": 4, "the same row again": 1, "a box that is no four numbers": 1, "no phrase": 1,
-                              "film missing": 1, "another split": 2, "film not in MIMIC's split table": 1}),
-    ("ms_cxr", "valid"): (1, {"kept": 1, "the same row again": 1, "another split": 8, "film not in MIMIC's split table": 1}),
-    ("ms_cxr", "test"): (1, {"kept": 1, "the same row again": 1, "another split": 8, "film not in MIMIC's split table": 1}),
-    ("padchest_gr", "train"): (1, {"kept": 2, "film missing": 2, "no boxes": 4, "a box that is no four numbers": 2, "another split": 15,
-                                   "film not in master_table.csv": 5}),
-    ("padchest_gr", "test"): (2, {"kept": 4, "no boxes": 4, "a box that is no four numbers": 2, "another split": 15,
-                                  "film not in master_table.csv": 5}),
-    ("vindr_cxr", "test"): (1, {"kept": 2, "the same row again": 1, "no finding: nothing to find": 1, "another split": 47}),
+    ("ms_cxr", "train"): (
+        3,
+        {
+            "kept": 4,
+            "the same row again": 1,
+            "a box that is no four numbers": 1,
+            "no phrase": 1,
+            "film missing": 1,
+            "another split": 2,
+            "film not in MIMIC's split table": 1,
+        },
+    ),
+    ("ms_cxr", "valid"): (
+        1,
+        {
+            "kept": 1,
+            "the same row again": 1,
+            "another split": 8,
+            "film not in MIMIC's split table": 1,
+        },
+    ),
+    ("ms_cxr", "test"): (
+        1,
+        {
+            "kept": 1,
+            "the same row again": 1,
+            "another split": 8,
+            "film not in MIMIC's split table": 1,
+        },
+    ),
+    ("padchest_gr", "train"): (
+        1,
+        {
+            "kept": 2,
+            "film missing": 2,
+            "no boxes": 4,
+            "a box that is no four numbers": 2,
+            "another split": 15,
+            "film not in master_table.csv": 5,
+        },
+    ),
+    ("padchest_gr", "test"): (
+        2,
+        {
+            "kept": 4,
+            "no boxes": 4,
+            "a box that is no four numbers": 2,
+            "another split": 15,
+            "film not in master_table.csv": 5,
+        },
+    ),
+    ("vindr_cxr", "test"): (
+        1,
+        {"kept": 2, "the same row again": 1, "no finding: nothing to find": 1, "another split": 47},
+    ),
 }
 
 
@@ -92,18 +180,32 @@ def command(monkeypatch, capsys, module, *argv) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_command_accounts_for_every_row_and_writes_what_programs_read(folders, tmp_path, name, monkeypatch, capsys):
+def test_the_command_accounts_for_every_row_and_writes_what_programs_read(
+    folders, tmp_path, name, monkeypatch, capsys
+):
     made = {}
     for split in ("train", "valid", "test"):
-        printed, error = command(monkeypatch, capsys, name, "--root", folders / name, "--split", split, "--output_dir", tmp_path)
-        if (name, split) == ("chest_imagenome", "test"):  # the one test film is cut, the other in the gold set
+        printed, error = command(
+            monkeypatch,
+            capsys,
+            name,
+            "--root",
+            folders / name,
+            "--split",
+            split,
+            "--output_dir",
+            tmp_path,
+        )
+        # the one test film is cut, the other in the gold set
+        if (name, split) == ("chest_imagenome", "test"):
             assert "no sample is left for test" in error and "in the gold set" in error
             continue
         assert not error
-        read, = re.search(r"read +([\d,]+)", printed).groups()
+        (read,) = re.search(r"read +([\d,]+)", printed).groups()
         closed = re.findall(r"^  (?:kept|dropped, .*?) +([\d,]+)$", printed, re.M)
         assert int(read) == sum(map(int, closed)) > 0, printed
-        made[split] = read_jsonl(tmp_path / f"{split}.jsonl")  # every film decodes, every box and text is well formed
+        # every film decodes, every box and text is well formed
+        made[split] = read_jsonl(tmp_path / f"{split}.jsonl")
         assert f"wrote {len(made[split])} samples" in printed
         assert all(s.source == name and s.patient for s in made[split])
     patients = [{s.patient for s in samples} for samples in made.values()]
@@ -111,20 +213,40 @@ def test_the_command_accounts_for_every_row_and_writes_what_programs_read(folder
 
 
 def test_the_command_as_a_user_types_it(folders, tmp_path):
-    line = ["-m", "minigrpo.data.openi", "--root", folders / "openi", "--split", "test", "--output_dir", tmp_path]
+    line = [
+        "-m",
+        "minigrpo.data.openi",
+        "--root",
+        folders / "openi",
+        "--split",
+        "test",
+        "--output_dir",
+        tmp_path,
+    ]
     subprocess.run([sys.executable, *line], check=True, cwd=ROOT)
     said = python(*line, code=1)
-    assert said.startswith("openi.py: error: ") and "exists already" in said and "Traceback" not in said
+    assert (
+        said.startswith("openi.py: error: ")
+        and "exists already" in said
+        and "Traceback" not in said
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_conversions_agree_byte_for_byte(folders, tmp_path, name):
-    """Bug of the authors' release: templates and regions were drawn unseeded, so two evaluations differed."""
+    """Bug of the authors' release: templates and regions were drawn unseeded, so two evaluations
+    differed.
+    """
     for out in ("one", "two"):
         run(folders, name, "train", tmp_path / out)
-    files = [sorted(p.relative_to(tmp_path / out) for p in (tmp_path / out).rglob("*.*")) for out in ("one", "two")]
+    files = [
+        sorted(p.relative_to(tmp_path / out) for p in (tmp_path / out).rglob("*.*"))
+        for out in ("one", "two")
+    ]
     assert files[0] == files[1] and len(files[0]) > 1
-    assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files[0])
+    assert all(
+        (tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files[0]
+    )
 
 
 @pytest.mark.parametrize("name", ["openi", "nih", "padchest_gr"])
@@ -140,8 +262,13 @@ def test_nothing_that_exists_is_written_over(folders, tmp_path, name):
 
 
 def test_imagenome_honours_its_split(folders, tmp_path):
-    """Bug of the authors' release: the anatomy loader ignored its split argument, so test films were trained on."""
-    by_split = {split: {s.patient for s in run(folders, "chest_imagenome", split, tmp_path)[0]} for split in ("train", "valid")}
+    """Bug of the authors' release: the anatomy loader ignored its split argument, so test films
+    were trained on.
+    """
+    by_split = {
+        split: {s.patient for s in run(folders, "chest_imagenome", split, tmp_path)[0]}
+        for split in ("train", "valid")
+    }
     assert by_split == {"train": {"mimic-10000001"}, "valid": {"mimic-10000005", "mimic-10000006"}}
 
 
@@ -152,9 +279,14 @@ def test_ms_cxr_is_tested_on_mimic_test_films_alone(folders, tmp_path):
 
 
 def test_boxes_of_one_phrase_are_one_sample(folders, tmp_path):
-    samples = {s.question.split('"')[1] if '"' in s.question else s.question: s for s in run(folders, "ms_cxr", "train", tmp_path)[0]}
+    samples = {
+        s.question.split('"')[1] if '"' in s.question else s.question: s
+        for s in run(folders, "ms_cxr", "train", tmp_path)[0]
+    }
     two = next(s for s in samples.values() if len(s.boxes) == 2)
-    assert two.boxes == [[0.1, 0.1, 0.35, 0.5], [0.5, 0.1, 0.75, 0.5]] and two.label == "lung opacity"
+    assert (
+        two.boxes == [[0.1, 0.1, 0.35, 0.5], [0.5, 0.1, 0.75, 0.5]] and two.label == "lung opacity"
+    )
     cut = next(s for s in samples.values() if "Past the edge" in s.question)
     assert cut.boxes == [[0.75, 0.8, 1.0, 1.0]]  # 20 x 20 pixels at (30, 40) of 40 x 50
     assert any('A "large" effusion, left' in s.question for s in samples.values())
@@ -167,25 +299,45 @@ def test_the_answer_says_the_sample_s_boxes(folders, tmp_path, name):
 
 
 def test_vindr_readers_are_fused(folders, tmp_path):
-    """Three hearts within reach of one another become their mean; two nodules far apart stay two, one cut at the edge."""
-    samples = {s.id: s for split in ("train", "valid") for s in run(folders, "vindr_cxr", split, tmp_path)[0]}
+    """Three hearts within reach of one another become their mean; two nodules far apart stay two,
+    one cut at the edge.
+    """
+    samples = {
+        s.id: s
+        for split in ("train", "valid")
+        for s in run(folders, "vindr_cxr", split, tmp_path)[0]
+    }
     assert samples["vindr-film0-cardiomegaly"].boxes == [[0.24, 0.5, 0.64, 0.7]]
-    assert samples["vindr-film0-nodule/mass"].boxes == [[0.1, 0.05, 0.2, 0.1], [0.8, 0.05, 1.0, 0.1]]
-    consensus, = run(folders, "vindr_cxr", "test", tmp_path)[0]
+    assert samples["vindr-film0-nodule/mass"].boxes == [
+        [0.1, 0.05, 0.2, 0.1],
+        [0.8, 0.05, 1.0, 0.1],
+    ]
+    (consensus,) = run(folders, "vindr_cxr", "test", tmp_path)[0]
     assert len(consensus.boxes) == 2  # they overlap, but one consensus, not two readers, drew them
 
 
 def test_vindr_detection_lists_all_boxes_of_a_film(folders, tmp_path):
-    samples = {s.id: s for split in ("train", "valid") for s in run(folders, "vindr_cxr", split, tmp_path, detection=True)[0]}
+    samples = {
+        s.id: s
+        for split in ("train", "valid")
+        for s in run(folders, "vindr_cxr", split, tmp_path, detection=True)[0]
+    }
     every = samples["vindr-film0-all"]
-    assert every.label == "all findings" and len(every.boxes) == 3 and "cardiomegaly at [0.24, 0.50, 0.64, 0.70]" in every.answer
+    assert (
+        every.label == "all findings"
+        and len(every.boxes) == 3
+        and "cardiomegaly at [0.24, 0.50, 0.64, 0.70]" in every.answer
+    )
 
 
 def test_monochrome1_is_inverted(folders, tmp_path):
     """Bug of the authors' release: VinDr conversion left MONOCHROME1 films as negatives."""
     for split in ("train", "valid"):
         run(folders, "vindr_cxr", split, tmp_path)
-    negative, plain = (np.asarray(Image.open(tmp_path / "films" / f"vindr-{name}.png")).astype(int) for name in ("film0", "film3"))
+    negative, plain = (
+        np.asarray(Image.open(tmp_path / "films" / f"vindr-{name}.png")).astype(int)
+        for name in ("film0", "film3")
+    )
     assert negative.shape == (200, 100) and plain[0, 0] == 0 and plain[-1, -1] == 255
     assert np.abs(negative + plain - 255).max() <= 1
 
@@ -194,7 +346,10 @@ def test_vindr_offers_every_split(folders, tmp_path):
     """Bug of the authors' release: VinDr evaluation asked for a split that its loader rejected."""
     train, valid = (run(folders, "vindr_cxr", split, tmp_path)[0] for split in ("train", "valid"))
     assert train and valid and run(folders, "vindr_cxr", "test", tmp_path)[0]
-    assert {s.patient for s in train + valid} == {"vindr-film0", *(f"vindr-film{n}" for n in range(3, 40))}
+    assert {s.patient for s in train + valid} == {
+        "vindr-film0",
+        *(f"vindr-film{n}" for n in range(3, 40)),
+    }
 
 
 def test_16_bit_films_become_8_bit_and_8_bit_ones_stay_as_they_are(folders, tmp_path):
@@ -213,6 +368,7 @@ def test_large_films_are_shrunk_with_their_aspect(tmp_path):
     for path in (tmp_path / "openi/images/images_normalized").iterdir():
         fake_sets.film(path, size=(300, 500))
     from minigrpo.data.openi import read
+
     convert(read, "films", tmp_path / "openi", "test", tmp_path / "out", pixels=20_000)
     for path in (tmp_path / "out/films").iterdir():
         width, height = Image.open(path).size
@@ -230,41 +386,77 @@ def test_mimic_findings_alone(folders, tmp_path):
 LUNGS = "The lungs are clear."
 
 
-@pytest.mark.parametrize("report, expected", [
-    ("FINDINGS:\n {}\n ETT: 3 cm above the carina. Heart normal.\n",
-     "{} ETT: 3 cm above the carina. Heart normal."),
-    ("FINDINGS:\n LUNGS: Clear.\n HEART AND MEDIASTINUM: Normal.\n IMPRESSION: None.",
-     "LUNGS: Clear. HEART AND MEDIASTINUM: Normal."),
-    ("FINDINGS: AP: {}\n PA AND LATERAL: {}\n\n CONCLUSION: None.", "AP: {} PA AND LATERAL: {}"),
-    ("FINDINGS:  CHEST (PA AND LAT): {}\n TUBES, LINES: None.",
-     "CHEST (PA AND LAT): {} TUBES, LINES: None."),
-    ("FINDING: {}", "{}"), ("FINDNGS: {} \n IMPRSSION: Normal.", "{}"),
-    ("Findings: {}\nImpression: Normal.", "{}"),
-    ("FINDINGS :\n{}\nIMPRESSION :\nNormal.", "{}"), ("FINDINGS\n{}\nIMPRESSION\nNormal.", "{}"),
-    ("FINDINGS: {} IMPRESSION: Normal.", "{}"), ("FINDINGS: {}\n\nRECOMMENDATION(S): CT.", "{}"),
-    ("FINDINGS: {}\nRECOMMENDATIONS: CT.", "{}"),
-    ("FINDINGS: {}\nWET READ: ___ 9:12 AM\n Normal.", "{}"),
-    ("FINDINGS: {}\nNOTIFICATION: Dr. ___.", "{}"), ("FINDINGS: {}\nADDENDUM: None.", "{}"),
-    ("EXAMINATION: CHEST\nCLINICAL  HISTORY: Cough.\nTECHNIQUE: PA.\nCOMPARISON: None.\nFINDINGS: "
-     "{}\nREPORT: x", "{}"),
-    ("FINDINGS:\n\nFINDINGS: {}\nIMPRESSION: Normal.", "{}"), ("FINDINGS/IMPRESSION: {}", "{}"),
-    ("FINDINGS AND IMPRESSION:\n{}\nEXAM: x", "{}"),
-    ("FINDINGS / IMPRESSION: {}", "{}"), ("IMPRESSION/FINDINGS: Else.\nFINDINGS: {}", "{}"),
-    ("IMPRESSION: Normal.\nFINDINGS: {}\nreport: as the history: says, the exam: is normal.",
-     "{} report: as the history: says, the exam: is normal."),
-    ("IMPRESSION: Normal.", None), ("FINDINGS:\nIMPRESSION: Normal.", None),
-    ("The findings: none.", None), ("", None)])
+@pytest.mark.parametrize(
+    "report, expected",
+    [
+        (
+            "FINDINGS:\n {}\n ETT: 3 cm above the carina. Heart normal.\n",
+            "{} ETT: 3 cm above the carina. Heart normal.",
+        ),
+        (
+            "FINDINGS:\n LUNGS: Clear.\n HEART AND MEDIASTINUM: Normal.\n IMPRESSION: None.",
+            "LUNGS: Clear. HEART AND MEDIASTINUM: Normal.",
+        ),
+        (
+            "FINDINGS: AP: {}\n PA AND LATERAL: {}\n\n CONCLUSION: None.",
+            "AP: {} PA AND LATERAL: {}",
+        ),
+        (
+            "FINDINGS:  CHEST (PA AND LAT): {}\n TUBES, LINES: None.",
+            "CHEST (PA AND LAT): {} TUBES, LINES: None.",
+        ),
+        ("FINDING: {}", "{}"),
+        ("FINDNGS: {} \n IMPRSSION: Normal.", "{}"),
+        ("Findings: {}\nImpression: Normal.", "{}"),
+        ("FINDINGS :\n{}\nIMPRESSION :\nNormal.", "{}"),
+        ("FINDINGS\n{}\nIMPRESSION\nNormal.", "{}"),
+        ("FINDINGS: {} IMPRESSION: Normal.", "{}"),
+        ("FINDINGS: {}\n\nRECOMMENDATION(S): CT.", "{}"),
+        ("FINDINGS: {}\nRECOMMENDATIONS: CT.", "{}"),
+        ("FINDINGS: {}\nWET READ: ___ 9:12 AM\n Normal.", "{}"),
+        ("FINDINGS: {}\nNOTIFICATION: Dr. ___.", "{}"),
+        ("FINDINGS: {}\nADDENDUM: None.", "{}"),
+        (
+            (
+                "EXAMINATION: CHEST\nCLINICAL  HISTORY: Cough.\nTECHNIQUE: PA.\nCOMPARISON:"
+                " None.\nFINDINGS: {}\nREPORT: x"
+            ),
+            "{}",
+        ),
+        ("FINDINGS:\n\nFINDINGS: {}\nIMPRESSION: Normal.", "{}"),
+        ("FINDINGS/IMPRESSION: {}", "{}"),
+        ("FINDINGS AND IMPRESSION:\n{}\nEXAM: x", "{}"),
+        ("FINDINGS / IMPRESSION: {}", "{}"),
+        ("IMPRESSION/FINDINGS: Else.\nFINDINGS: {}", "{}"),
+        (
+            "IMPRESSION: Normal.\nFINDINGS: {}\nreport: as the history: says, the exam: is normal.",
+            "{} report: as the history: says, the exam: is normal.",
+        ),
+        ("IMPRESSION: Normal.", None),
+        ("FINDINGS:\nIMPRESSION: Normal.", None),
+        ("The findings: none.", None),
+        ("", None),
+    ],
+)
 def test_only_a_known_section_ends_the_findings(report, expected):
     """Bug: any capitals and a colon at the start of a line ended them, and what followed `ETT:` or
     `LUNGS:` was lost."""
     from minigrpo.data.rows import one_paragraph
     from minigrpo.data.sections import findings_of
+
     found = findings_of(report.replace("{}", LUNGS))
     assert (found and one_paragraph(found.text)) == (expected and expected.replace("{}", LUNGS))
 
 
-@pytest.mark.parametrize("name, text", [("ETT", "3 cm above the carina."), ("LUNGS", "Clear."),
-                                        ("AP", "Rotated film."), ("PICC (LEFT)", "In the SVC.")])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("ETT", "3 cm above the carina."),
+        ("LUNGS", "Clear."),
+        ("AP", "Rotated film."),
+        ("PICC (LEFT)", "In the SVC."),
+    ],
+)
 def test_a_finding_in_capitals_reaches_the_sample(folders, tmp_path, name, text):
     shutil.copytree(folders / "mimic_cxr", tmp_path / "mimic_cxr")
     path = tmp_path / "mimic_cxr/files/p10/p10000001/s50000001.txt"
@@ -274,8 +466,17 @@ def test_a_finding_in_capitals_reaches_the_sample(folders, tmp_path, name, text)
 
 
 def test_what_is_cut_off_behind_findings_is_counted(folders, tmp_path, monkeypatch, capsys):
-    printed, _ = command(monkeypatch, capsys, "mimic_cxr", "--root", folders / "mimic_cxr",
-                         "--split", "train", "--output_dir", tmp_path)
+    printed, _ = command(
+        monkeypatch,
+        capsys,
+        "mimic_cxr",
+        "--root",
+        folders / "mimic_cxr",
+        "--split",
+        "train",
+        "--output_dir",
+        tmp_path,
+    )
     # of 1 and 3, and of 2, whose film is missing
     assert re.search(r"note: reports whose findings end at IMPRESSION +3$", printed, re.M)
 
@@ -288,30 +489,44 @@ def test_chexpert_findings_end_at_the_next_section(tmp_path):
     path.write_text(text.replace('Lungs clear.\n""Heart"" 57.', "IMPRESSION: x"))
     samples, ledger = run(tmp_path, "chexpert_plus", "valid", tmp_path / "out")
     assert {s.patient[-2:]: s.answer for s in samples} == {"56": "Lungs clear. ETT: high."} | {
-        str(n): f'Lungs clear. "Heart" {n}.' for n in (58, 59, 60)}
-    assert ledger.counts()["empty findings"] == 1 and ledger.notes["reports whose findings end at "
-                                                                   "IMPRESSION"] == 1
+        str(n): f'Lungs clear. "Heart" {n}.' for n in (58, 59, 60)
+    }
+    assert (
+        ledger.counts()["empty findings"] == 1
+        and ledger.notes["reports whose findings end at IMPRESSION"] == 1
+    )
     assert ledger.notes["reports whose findings hold lines that begin like a heading (ETT:)"] == 1
 
 
 def test_mimic_classification_lists_what_is_present(folders, tmp_path):
     samples, ledger = run(folders, "mimic_cxr", "train", tmp_path, classification=True)
     answers = {s.patient: s.answer for s in samples if s.task == "classification"}
-    assert answers == {"mimic-10000001": "Cardiomegaly.", "mimic-10000003": "Cardiomegaly.", "mimic-10000004": "No finding."}
+    assert answers == {
+        "mimic-10000001": "Cardiomegaly.",
+        "mimic-10000003": "Cardiomegaly.",
+        "mimic-10000004": "No finding.",
+    }
     assert ledger.counts()["kept"] == 3  # 3 and 4 have no findings section, but labels
 
 
 def test_nih_splits_by_patient_and_groups_boxes(folders, tmp_path):
-    samples = [s for split in ("train", "valid", "test") for s in run(folders, "nih", split, tmp_path)[0]]
+    samples = [
+        s for split in ("train", "valid", "test") for s in run(folders, "nih", split, tmp_path)[0]
+    ]
     first = {s.label: s.boxes for s in samples if s.patient == "nih-00000001"}
-    assert first == {"atelectasis": [[0.0986, 0.1958, 0.3916, 0.4402], [0.5859, 0.4883, 0.7812, 0.6836]],
-                     "infiltrate": [[0.8789, 0.8789, 1.0, 1.0]]}
+    assert first == {
+        "atelectasis": [[0.0986, 0.1958, 0.3916, 0.4402], [0.5859, 0.4883, 0.7812, 0.6836]],
+        "infiltrate": [[0.8789, 0.8789, 1.0, 1.0]],
+    }
     assert len({s.patient for s in samples}) == 39 and len(samples) == 40  # patient 7 has no film
 
 
 def test_nih_official_lists_are_honoured_where_they_divide_the_films(folders, tmp_path):
-    """In the release all 984 boxes lie in the official test list; a list like that leaves nothing to train on and is not used."""
+    """In the release all 984 boxes lie in the official test list; a list like that leaves nothing
+    to train on and is not used.
+    """
     from minigrpo.data.nih import official_lists
+
     names = [f"{p:08d}_000.png" for p in range(1, 41)]
     (tmp_path / "test_list.txt").write_text("\n".join(names))
     assert official_lists(tmp_path, set(names)) == {}
@@ -321,7 +536,7 @@ def test_nih_official_lists_are_honoured_where_they_divide_the_films(folders, tm
     assert [found[name] for name in names] == ["train"] * 30 + ["test"] * 10
 
 
-# ---- splits and the ledger -------------------------------------------------------------------------------------------
+# ---- splits and the ledger -----------------------------------------------------------------------
 
 
 def test_patients_in_two_splits_are_refused():
@@ -338,11 +553,24 @@ def test_a_set_with_a_patient_in_two_splits_is_refused(folders, tmp_path):
 
 
 def test_patients_are_hashed_80_10_10_for_ever():
-    """The first ten are written down: a hash that changes would move tested patients into training."""
+    """The first ten are written down: a hash that changes would move tested patients into
+    training.
+    """
     splits = [hash_split(f"patient-{n}") for n in range(20_000)]
     shares = [splits.count(name) / 20_000 for name in ("train", "valid", "test")]
     np.testing.assert_allclose(shares, [0.8, 0.1, 0.1], atol=0.01)
-    assert splits[:10] == ["train", "train", "train", "train", "train", "train", "train", "train", "test", "valid"]
+    assert splits[:10] == [
+        "train",
+        "train",
+        "train",
+        "train",
+        "train",
+        "train",
+        "train",
+        "train",
+        "test",
+        "valid",
+    ]
 
 
 def test_a_missing_split_is_a_tenth_of_train_and_leaves_the_others_alone():
@@ -373,19 +601,31 @@ def test_a_row_that_nobody_closed_is_an_error():
         ledger.keep([3])
 
 
-@pytest.mark.parametrize("corners, expected", [
-    ((10, 20, 30, 50), [0.1, 0.1, 0.3, 0.25]), ((-5, 20, 30, 500), [0.0, 0.1, 0.3, 1.0]), ((30, 20, 10, 50), "a box without area"),
-    ((10, 20, 10, 50), "a box without area"), ((100, 20, 120, 50), "a box outside the film"), ((-9, 20, 0, 50), "a box outside the film"),
-    ((10, 20, 10.3, 50), "a box too thin for two decimals"), ((10, 20, 30, 20.5), "a box too thin for two decimals"),
-    ((float("nan"), 20, 30, 50), "a box that is no four numbers"), ((float("inf"), 20, 30, 50), "a box that is no four numbers")])
+@pytest.mark.parametrize(
+    "corners, expected",
+    [
+        ((10, 20, 30, 50), [0.1, 0.1, 0.3, 0.25]),
+        ((-5, 20, 30, 500), [0.0, 0.1, 0.3, 1.0]),
+        ((30, 20, 10, 50), "a box without area"),
+        ((10, 20, 10, 50), "a box without area"),
+        ((100, 20, 120, 50), "a box outside the film"),
+        ((-9, 20, 0, 50), "a box outside the film"),
+        ((10, 20, 10.3, 50), "a box too thin for two decimals"),
+        ((10, 20, 30, 20.5), "a box too thin for two decimals"),
+        ((float("nan"), 20, 30, 50), "a box that is no four numbers"),
+        ((float("inf"), 20, 30, 50), "a box that is no four numbers"),
+    ],
+)
 def test_boxes_in_pixels(corners, expected):
-    """Of a film of 100 x 200. What is cut at the edge is noted; a line or a point would teach the model to write one."""
+    """Of a film of 100 x 200. What is cut at the edge is noted; a line or a point would teach the
+    model to write one.
+    """
     ledger = Ledger("boxes")
     assert unit_box(*corners, 100, 200, ledger) == expected
     assert sum(ledger.notes.values()) == (corners[0] == -5)
 
 
-# ---- bad input --------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 def test_errors_name_what_to_do(folders, tmp_path):
@@ -395,22 +635,31 @@ def test_errors_name_what_to_do(folders, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no indiana_reports.csv .* docs/data.md"):
         run(tmp_path, "openi", "train", tmp_path / "out")
     (tmp_path / "openi/indiana_reports.csv").write_text("uid,finding\n1,clear\n")
-    with pytest.raises(ValueError, match="indiana_reports.csv:1: no column findings; the header has uid, finding"):
+    with pytest.raises(
+        ValueError, match="indiana_reports.csv:1: no column findings; the header has uid, finding"
+    ):
         run(tmp_path, "openi", "train", tmp_path / "out")
 
 
 def test_the_page_on_data_names_commands_and_arguments_that_exist():
     page = (ROOT / "docs/data.md").read_text()
     modules = set(re.findall(r"minigrpo\.data\.([a-z_]+)", page))
-    code = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "minigrpo").rglob("*.py")])
-    assert set(NAMES) < modules and all((ROOT / f"minigrpo/data/{name}.py").is_file() for name in modules)
+    code = "".join(
+        path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "minigrpo").rglob("*.py")]
+    )
+    assert set(NAMES) < modules and all(
+        (ROOT / f"minigrpo/data/{name}.py").is_file() for name in modules
+    )
     arguments = set(re.findall(r"--([a-z_0-9]+)", page))
     assert len(arguments) > 12
-    assert all(f'"--{name}"' in code or re.search(rf"^    {name}: ", code, re.M) for name in arguments)
+    assert all(
+        f'"--{name}"' in code or re.search(rf"^    {name}: ", code, re.M) for name in arguments
+    )
 
 
 def test_gzipped_tables_are_read(folders, tmp_path):
     import gzip
+
     shutil.copytree(folders / "mimic_cxr", tmp_path / "mimic_cxr")
     path = tmp_path / "mimic_cxr/mimic-cxr-2.0.0-metadata.csv"
     Path(f"{path}.gz").write_bytes(gzip.compress(path.read_bytes()))
@@ -422,6 +671,8 @@ def test_lines_are_json_in_utf8(folders, tmp_path):
     lines = []
     for split in ("train", "valid", "test"):
         run(folders, "openi", split, tmp_path)
-        lines += map(json.loads, (tmp_path / f"{split}.jsonl").read_text(encoding="utf-8").splitlines())
+        lines += map(
+            json.loads, (tmp_path / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        )
     assert any(line["answer"] == 'The heart is "normal", lungs clear.' for line in lines)
     assert len(lines) == 28  # 30 frontal films, less one without findings and one that is missing

@@ -1,4 +1,6 @@
-"""The benchmarks run, on a minute shape and without TRL, and their page holds what they measured."""
+"""The benchmarks run, on a minute shape and without TRL, and their page holds what they
+measured.
+"""
 
 import pytest
 import torch
@@ -23,7 +25,10 @@ def test_step(saved, monkeypatch):
     _, folder = saved
     found = step.measure(MINUTE, folder, repeats=1)
     assert found["difference"]["hf"]["loss"] < 1e-5 and found["difference"]["hf"]["gradient"] < 1e-4
-    assert found.keys() >= {"rollout_vs_hf", "score_vs_hf", "limits"} and "trl" not in found["seconds"]["step"]
+    assert (
+        found.keys() >= {"rollout_vs_hf", "score_vs_hf", "limits"}
+        and "trl" not in found["seconds"]["step"]
+    )
     assert step.peak_of("ours", MINUTE, folder) >= 0
 
 
@@ -32,12 +37,18 @@ def test_step_beside_trl(saved):
     pytest.importorskip("trl", reason="TRL is not installed: `make test-peers` installs it")
     _, folder = saved
     found = step.measure(MINUTE, folder, repeats=1)
-    assert found["difference"]["trl"]["loss"] < 1e-5 and found["difference"]["trl"]["gradient"] < 1e-4
-    assert found.keys() >= {"rollout_vs_trl", "score_vs_trl", "step_vs_trl"} and found["limits"].keys() >= {"step_vs_trl"}
+    assert (
+        found["difference"]["trl"]["loss"] < 1e-5 and found["difference"]["trl"]["gradient"] < 1e-4
+    )
+    assert found.keys() >= {"rollout_vs_trl", "score_vs_trl", "step_vs_trl"} and found[
+        "limits"
+    ].keys() >= {"step_vs_trl"}
 
 
 def test_limits_by_hand(saved):
-    """A text prompt of one token and answers of one: attention sees 1 key, and the answers are never read."""
+    """A text prompt of one token and answers of one: attention sees 1 key, and the answers are
+    never read.
+    """
     policy, _ = saved
     weights = sum(p.numel() for p in policy.language_model.layers.parameters() if p.dim() > 1)
     found = step.multiplications(policy, [], prompt=1, answer=1)
@@ -60,18 +71,24 @@ def test_logprob_ways_agree():
 
 def test_growth(saved):
     policy, _ = saved
-    found = growth.measure(policy, policy.model, Shape(image=0, text=20, answer=5, prompts=1, group=2), repeats=1)
+    found = growth.measure(
+        policy, policy.model, Shape(image=0, text=20, answer=5, prompts=1, group=2), repeats=1
+    )
     assert found["score"].keys() == {"ours", "hf"}
 
 
 @pytest.mark.slow
 def test_lora(saved, phantom, tmp_path, monkeypatch):
-    """In processes of their own, as the benchmark runs them: so many bytes cannot be this process's."""
+    """In processes of their own, as the benchmark runs them: so many bytes cannot be this
+    process's.
+    """
     policy, _ = saved
     policy.save_pretrained(tmp_path / "model")
     (tmp_path / "films").symlink_to(phantom / "films")
     (tmp_path / "train.jsonl").write_text((phantom / "train.jsonl").read_text())
-    monkeypatch.setattr(lora, "RUNS", {name: lora.RUNS[name] for name in ("all weights", "LoRA, rank 16")})
+    monkeypatch.setattr(
+        lora, "RUNS", {name: lora.RUNS[name] for name in ("all weights", "LoRA, rank 16")}
+    )
     found = lora.measure(tmp_path)
     assert 0 < found["LoRA, rank 16"]["checkpoint_bytes"] < found["all weights"]["checkpoint_bytes"]
     assert all(run["peak_bytes"] > 1e8 for run in found.values())

@@ -16,7 +16,14 @@ def upper(texts):
 
 
 def cached(path, model="m", **settings):
-    return Cached(upper, model, path, pack=lambda value: json.dumps(value).encode(), unpack=json.loads, **settings)
+    return Cached(
+        upper,
+        model,
+        path,
+        pack=lambda value: json.dumps(value).encode(),
+        unpack=json.loads,
+        **settings,
+    )
 
 
 def test_each_text_is_scored_once(tmp_path):
@@ -71,7 +78,8 @@ def test_kill_while_writing_poisons_nothing(tmp_path):
         process.join()
         texts = [f"{n} {m}" for n in range(3) for m in range(50)]
         cache = cached(path)
-        assert cache(texts) == upper(texts) and cache.scored <= 100  # the first batch at least was whole
+        # the first batch at least was whole
+        assert cache(texts) == upper(texts) and cache.scored <= 100
         path.unlink()
         for rest in tmp_path.glob("c.sqlite-*"):
             rest.unlink()
@@ -88,7 +96,9 @@ def test_damaged_row_is_scored_again(tmp_path):
 
 
 def test_file_that_is_no_cache_costs_the_cache_only(tmp_path):
-    (tmp_path / "c.sqlite").write_text("not a database, not at all, and longer than a page header would be" * 9)
+    (tmp_path / "c.sqlite").write_text(
+        "not a database, not at all, and longer than a page header would be" * 9
+    )
     with pytest.warns(UserWarning, match="references are not kept on disk: .*delete it"):
         assert cached(tmp_path / "c.sqlite")(["a"]) == upper(["a"])
     with pytest.warns(UserWarning, match="point .MINIGRPO_CACHE elsewhere"):

@@ -1,4 +1,6 @@
-"""Reports cut down to this film, by rules and by a model; and reports that must not leave the machine do not."""
+"""Reports cut down to this film, by rules and by a model; and reports that must not leave the
+machine do not.
+"""
 
 import json
 import sys
@@ -12,19 +14,43 @@ from minigrpo.data.clean import COMPARES, clean_report
 from minigrpo.data.rewrite import PROMPT, Endpoint, is_loopback, key_of, rewrite_all
 
 CASES = [
-    ("Unchanged small left pleural effusion. Heart normal.", "Small left pleural effusion. Heart normal."),
+    (
+        "Unchanged small left pleural effusion. Heart normal.",
+        "Small left pleural effusion. Heart normal.",
+    ),
     ("The heart is unchanged. The lungs are clear.", "The lungs are clear."),  # not "The heart is."
-    ("As compared to the previous radiograph, there is no relevant change. Moderate cardiomegaly.", "Moderate cardiomegaly."),
-    ("Compared to the prior study, the left effusion has increased. Small right effusion, unchanged from prior.", "Small right effusion."),
+    (
+        (
+            "As compared to the previous radiograph, there is no relevant change. Moderate"
+            " cardiomegaly."
+        ),
+        "Moderate cardiomegaly.",
+    ),
+    (
+        (
+            "Compared to the prior study, the left effusion has increased. Small right effusion,"
+            " unchanged from prior."
+        ),
+        "Small right effusion.",
+    ),
     ("In comparison with the study of ___, there is little change.", ""),
     ("Stable cardiomegaly without edema.", "Cardiomegaly without edema."),
-    ("There is a new opacity in the right lower lobe. No pneumothorax.", "There is an opacity in the right lower lobe. No pneumothorax."),
+    (
+        "There is a new opacity in the right lower lobe. No pneumothorax.",
+        "There is an opacity in the right lower lobe. No pneumothorax.",
+    ),
     ("No new focal consolidation.", ""),  # an old one may be there
     ("Previously noted nodule is not seen. The heart is enlarged.", "The heart is enlarged."),
     ("Mild edema has improved since the prior exam. Low lung volumes.", "Low lung volumes."),
     ("There is again a large hiatal hernia.", "There is a large hiatal hernia."),
-    ("Findings were discussed with Dr. Smith by phone at 3 p.m. Lungs are clear.", "Lungs are clear."),
-    ("XXXX sternotomy. ET tube tip is 3.5 cm above the carina.", "ET tube tip is 3.5 cm above the carina."),
+    (
+        "Findings were discussed with Dr. Smith by phone at 3 p.m. Lungs are clear.",
+        "Lungs are clear.",
+    ),
+    (
+        "XXXX sternotomy. ET tube tip is 3.5 cm above the carina.",
+        "ET tube tip is 3.5 cm above the carina.",
+    ),
     ("Lungs are clear, without significant change.", "Lungs are clear."),
     ("Old healed rib fractures, stable.", "Old healed rib fractures."),
 ]
@@ -46,11 +72,13 @@ def test_reports_of_one_film_stay_word_for_word(samples):
     assert len(reports) == 12 and [clean_report(text) for text in reports] == reports
 
 
-# ---- a real server on this machine ------------------------------------------------------------------------------------
+# ---- a real server on this machine ---------------------------------------------------------------
 
 
 class Server:
-    """An OpenAI-compatible server: answers by `reply(body)`, a (status, dict) or a dict, and counts what it was asked."""
+    """An OpenAI-compatible server: answers by `reply(body)`, a (status, dict) or a dict, and counts
+    what it was asked.
+    """
 
     def __init__(self, reply):
         self.asked, outer = [], self
@@ -76,6 +104,7 @@ class Server:
 
             def log_message(self, *_):
                 pass
+
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         self.address = f"http://127.0.0.1:{self.server.server_port}/v1"
@@ -92,6 +121,7 @@ def serve():
     def serve(reply):
         servers.append(Server(reply))
         return servers[-1]
+
     yield serve
     for server in servers:
         server.server.shutdown()
@@ -103,18 +133,34 @@ def question(body):
 
 def test_each_text_is_asked_once_and_answers_keep_their_order(serve, tmp_path):
     server = serve(lambda body: said(question(body).upper()))
-    found = rewrite_all(Endpoint(server.address, "m", key="secret"), ["a", "b", "a", "c"], tmp_path / "cache.jsonl", workers=3)
+    found = rewrite_all(
+        Endpoint(server.address, "m", key="secret"),
+        ["a", "b", "a", "c"],
+        tmp_path / "cache.jsonl",
+        workers=3,
+    )
     assert found == ["A", "B", "A", "C"]
     assert sorted(question(body) for _, body, _ in server.asked) == ["a", "b", "c"]
     path, body, headers = server.asked[0]
     assert path == "/v1/chat/completions" and body["model"] == "m" and body["temperature"] == 0
-    assert body["messages"][0] == {"role": "system", "content": PROMPT} and headers["Authorization"] == "Bearer secret"
+    assert (
+        body["messages"][0] == {"role": "system", "content": PROMPT}
+        and headers["Authorization"] == "Bearer secret"
+    )
 
 
 def test_a_stopped_run_goes_on_where_it_was(serve, tmp_path, capsys):
-    """The server breaks at the third report: two answers are kept, a half-written line is asked again, nothing is asked twice."""
+    """The server breaks at the third report: two answers are kept, a half-written line is asked
+    again, nothing is asked twice.
+    """
     broken = True
-    server = serve(lambda body: (400, {"error": "no"}) if broken and question(body) == "three" else said(question(body) + "!"))
+    server = serve(
+        lambda body: (
+            (400, {"error": "no"})
+            if broken and question(body) == "three"
+            else said(question(body) + "!")
+        )
+    )
     endpoint, cache = Endpoint(server.address, "m"), tmp_path / "cache.jsonl"
     texts = ["one", "two", "three"]
     assert rewrite_all(endpoint, texts, cache, workers=1) == ["one!", "two!", None]
@@ -122,23 +168,42 @@ def test_a_stopped_run_goes_on_where_it_was(serve, tmp_path, capsys):
     assert "1 of 3 questions got no answer" in told and "answered 400" in told
     cache.write_text(cache.read_text() + '{"key": "half')
     broken, before = False, len(server.asked)
-    assert rewrite_all(endpoint, ["one", "two", "three", "four"], cache, workers=1) == ["one!", "two!", "three!", "four!"]
+    assert rewrite_all(endpoint, ["one", "two", "three", "four"], cache, workers=1) == [
+        "one!",
+        "two!",
+        "three!",
+        "four!",
+    ]
     assert [question(body) for _, body, _ in server.asked[before:]] == ["three", "four"]
-    assert rewrite_all(endpoint, ["four", "one"], cache, workers=1) == ["four!", "one!"] and len(server.asked) == before + 2
-    rewrite_all(Endpoint(server.address, "another model"), ["one"], cache, workers=1)  # its answers are its own
+    assert (
+        rewrite_all(endpoint, ["four", "one"], cache, workers=1) == ["four!", "one!"]
+        and len(server.asked) == before + 2
+    )
+    # its answers are its own
+    rewrite_all(Endpoint(server.address, "another model"), ["one"], cache, workers=1)
     assert len(server.asked) == before + 3
 
 
 def test_a_busy_server_is_asked_again(serve, tmp_path, monkeypatch):
     monkeypatch.setattr("minigrpo.data.rewrite.time.sleep", lambda _: None)
     tries = []
-    server = serve(lambda body: tries.append(1) or ((503, {}) if len(tries) < 3 else said("Clear.")))
-    assert rewrite_all(Endpoint(server.address, "m"), ["x"], tmp_path / "cache.jsonl") == ["Clear."] and len(tries) == 3
+    server = serve(
+        lambda body: tries.append(1) or ((503, {}) if len(tries) < 3 else said("Clear."))
+    )
+    assert (
+        rewrite_all(Endpoint(server.address, "m"), ["x"], tmp_path / "cache.jsonl") == ["Clear."]
+        and len(tries) == 3
+    )
 
 
-@pytest.mark.parametrize("reply, message", [
-    ({"unexpected": 1}, "OpenAI-compatible"), (said("Half a rep", finish_reason="length"), "cut off"),
-    ((401, {}), "answered 401")])
+@pytest.mark.parametrize(
+    "reply, message",
+    [
+        ({"unexpected": 1}, "OpenAI-compatible"),
+        (said("Half a rep", finish_reason="length"), "cut off"),
+        ((401, {}), "answered 401"),
+    ],
+)
 def test_bad_answers_are_errors_and_never_kept(serve, tmp_path, monkeypatch, reply, message):
     monkeypatch.setattr("minigrpo.data.rewrite.time.sleep", lambda _: None)
     server = serve(lambda body: reply)
@@ -147,10 +212,17 @@ def test_bad_answers_are_errors_and_never_kept(serve, tmp_path, monkeypatch, rep
     assert (tmp_path / "cache.jsonl").read_text() == ""
 
 
-@pytest.mark.parametrize("text, reason", [
-    ("Clear <image> lungs.", {}), ("Clear.<|im_end|>", {}),
-    ("The <answer>lungs</answer> clear.", {}),
-    ("<think>Hm", {}), ("\u200b\u2060", {}), ("Half a rep", {"finish_reason": "content_filter"})])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("Clear <image> lungs.", {}),
+        ("Clear.<|im_end|>", {}),
+        ("The <answer>lungs</answer> clear.", {}),
+        ("<think>Hm", {}),
+        ("\u200b\u2060", {}),
+        ("Half a rep", {"finish_reason": "content_filter"}),
+    ],
+)
 def test_what_no_report_may_hold_is_no_answer(serve, tmp_path, text, reason):
     """Bug: one such answer made a file that every program refuses as a whole; what a filter had
     cut was kept as a report."""
@@ -174,31 +246,64 @@ def test_a_redirect_is_not_followed(serve, tmp_path):
 
 
 def test_thinking_and_none_are_understood(serve, tmp_path):
-    server = serve(lambda body: said({"a": "<think>hm</think>\nLungs\n clear.", "b": "NONE", "c": "None seen."}[question(body)]))
-    assert rewrite_all(Endpoint(server.address, "m"), ["a", "b", "c"], tmp_path / "c.jsonl") == ["Lungs clear.", "", "None seen."]
+    server = serve(
+        lambda body: said(
+            {"a": "<think>hm</think>\nLungs\n clear.", "b": "NONE", "c": "None seen."}[
+                question(body)
+            ]
+        )
+    )
+    assert rewrite_all(Endpoint(server.address, "m"), ["a", "b", "c"], tmp_path / "c.jsonl") == [
+        "Lungs clear.",
+        "",
+        "None seen.",
+    ]
 
 
 def test_a_proxy_does_not_see_what_is_meant_for_this_machine(serve, tmp_path, monkeypatch):
     """urllib sends even 127.0.0.1 to the proxy that the environment names."""
-    server, proxy = serve(lambda body: said("Clear.")), serve(lambda body: said("seen by the proxy"))
+    server, proxy = (
+        serve(lambda body: said("Clear.")),
+        serve(lambda body: said("seen by the proxy")),
+    )
     monkeypatch.setenv("http_proxy", proxy.address.removesuffix("/v1"))
     monkeypatch.delenv("no_proxy", raising=False)
-    assert rewrite_all(Endpoint(server.address, "m"), ["x"], tmp_path / "c.jsonl") == ["Clear."] and not proxy.asked
+    assert (
+        rewrite_all(Endpoint(server.address, "m"), ["x"], tmp_path / "c.jsonl") == ["Clear."]
+        and not proxy.asked
+    )
 
 
-# ---- what may leave the machine ---------------------------------------------------------------------------------------
+# ---- what may leave the machine ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("address, here", [
-    ("http://127.0.0.1:8000/v1", True), ("http://localhost/v1", True), ("http://[::1]:80/v1", True), ("http://127.9.9.9/v1", True),
-    ("https://api.openai.com/v1", False), ("http://10.0.0.5/v1", False), ("http://localhost.example.com/v1", False),
-    ("http://127.0.0.1@example.com/v1", False), ("http://0.0.0.0/v1", False), ("http://127.0.0.1.example.com", False)])
+@pytest.mark.parametrize(
+    "address, here",
+    [
+        ("http://127.0.0.1:8000/v1", True),
+        ("http://localhost/v1", True),
+        ("http://[::1]:80/v1", True),
+        ("http://127.9.9.9/v1", True),
+        ("https://api.openai.com/v1", False),
+        ("http://10.0.0.5/v1", False),
+        ("http://localhost.example.com/v1", False),
+        ("http://127.0.0.1@example.com/v1", False),
+        ("http://0.0.0.0/v1", False),
+        ("http://127.0.0.1.example.com", False),
+    ],
+)
 def test_loopback_is_told_by_what_is_written(address, here):
     assert is_loopback(address) is here
 
 
 def report(number, source="mimic_cxr", answer="Unchanged small effusion. Heart normal."):
-    line = {"id": f"r{number}", "image": None, "task": "report", "question": "Report.", "answer": answer}
+    line = {
+        "id": f"r{number}",
+        "image": None,
+        "task": "report",
+        "question": "Report.",
+        "answer": answer,
+    }
     return line | ({"source": source} if source else {})
 
 
@@ -217,49 +322,122 @@ def write(tmp_path):
     def write(*records):
         (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
         return tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+
     return write
 
 
-@pytest.mark.parametrize("source", ["mimic_cxr", "chexpert_plus", "chest_imagenome", "vindr_cxr", "ms_cxr", "padchest_gr", None,
-                                    "our hospital"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "mimic_cxr",
+        "chexpert_plus",
+        "chest_imagenome",
+        "vindr_cxr",
+        "ms_cxr",
+        "padchest_gr",
+        None,
+        "our hospital",
+    ],
+)
 def test_credentialed_and_unknown_reports_stay_here(write, monkeypatch, capsys, source):
     """The message says why and what to do; nothing is connected to before."""
     monkeypatch.setattr("minigrpo.data.clean.rewrite_all", lambda *_: pytest.fail("was sent"))
     file, out = write(report(0, "openi"), report(1, source))
-    _, error = run(monkeypatch, capsys, file, "--output_file", out, "--endpoint", "http://198.51.100.7/v1", "--model", "m")
-    assert "data use agreements" in error and "--allow_sending_reports" in error and f"1 of {source or 'no source'}" in error
+    _, error = run(
+        monkeypatch,
+        capsys,
+        file,
+        "--output_file",
+        out,
+        "--endpoint",
+        "http://198.51.100.7/v1",
+        "--model",
+        "m",
+    )
+    assert (
+        "data use agreements" in error
+        and "--allow_sending_reports" in error
+        and f"1 of {source or 'no source'}" in error
+    )
     assert not out.exists()
 
 
 def test_open_reports_and_allowed_ones_are_sent(write, monkeypatch, capsys):
     sent = []
-    monkeypatch.setattr("minigrpo.data.clean.rewrite_all", lambda endpoint, texts, *_: sent.extend(texts) or list(texts))
+    monkeypatch.setattr(
+        "minigrpo.data.clean.rewrite_all",
+        lambda endpoint, texts, *_: sent.extend(texts) or list(texts),
+    )
     away = ["--endpoint", "http://198.51.100.7/v1", "--model", "m"]
     file, out = write(report(0, "openi"))
     assert run(monkeypatch, capsys, file, "--output_file", out, *away)[1] == "" and len(sent) == 1
     file, out = write(report(0, "mimic_cxr"))
     out.unlink()
-    assert run(monkeypatch, capsys, file, "--output_file", out, *away, "--allow_sending_reports")[1] == "" and len(sent) == 2
+    assert (
+        run(monkeypatch, capsys, file, "--output_file", out, *away, "--allow_sending_reports")[1]
+        == ""
+        and len(sent) == 2
+    )
 
 
 def test_the_command_by_rules_and_by_a_server(write, monkeypatch, capsys, serve, tmp_path):
-    box = {"id": "g", "image": None, "task": "grounding", "question": "Where?", "answer": "[0.10, 0.20, 0.30, 0.40]",
-           "boxes": [[0.1, 0.2, 0.3, 0.4]]}
-    talk = {"id": "c", "image": None, "task": "conversation", "turns": [["Effusion?", "Unchanged."]]}
+    box = {
+        "id": "g",
+        "image": None,
+        "task": "grounding",
+        "question": "Where?",
+        "answer": "[0.10, 0.20, 0.30, 0.40]",
+        "boxes": [[0.1, 0.2, 0.3, 0.4]],
+    }
+    talk = {
+        "id": "c",
+        "image": None,
+        "task": "conversation",
+        "turns": [["Effusion?", "Unchanged."]],
+    }
     file, out = write(report(0), report(1, answer="The heart is unchanged."), box, talk)
     printed, error = run(monkeypatch, capsys, file, "--output_file", out)
-    assert not error and "4 samples read, 3 kept, 1 dropped" in printed and "2 reports, 2 changed" in printed
+    assert (
+        not error
+        and "4 samples read, 3 kept, 1 dropped" in printed
+        and "2 reports, 2 changed" in printed
+    )
     first, *rest = read_jsonl(out)
-    assert first.answer == "Small effusion. Heart normal." and [s.id for s in rest] == ["g", "c"] and rest[1].turns == talk["turns"]
+    assert (
+        first.answer == "Small effusion. Heart normal."
+        and [s.id for s in rest] == ["g", "c"]
+        and rest[1].turns == talk["turns"]
+    )
     assert "exists already" in run(monkeypatch, capsys, file, "--output_file", out)[1]
     server = serve(lambda body: said("Heart normal."))
-    printed, error = run(monkeypatch, capsys, file, "--output_file", tmp_path / "deep/llm.jsonl", "--endpoint", server.address,
-                         "--model", "m")
-    assert not error and [s.answer for s in read_jsonl(tmp_path / "deep/llm.jsonl") if s.task == "report"] == ["Heart normal."] * 2
+    printed, error = run(
+        monkeypatch,
+        capsys,
+        file,
+        "--output_file",
+        tmp_path / "deep/llm.jsonl",
+        "--endpoint",
+        server.address,
+        "--model",
+        "m",
+    )
+    assert (
+        not error
+        and [s.answer for s in read_jsonl(tmp_path / "deep/llm.jsonl") if s.task == "report"]
+        == ["Heart normal."] * 2
+    )
     assert (tmp_path / "deep/llm.cache.jsonl").exists() and len(server.asked) == 2
 
 
 def test_films_are_found_from_the_new_place(phantom, monkeypatch, capsys, tmp_path):
-    _, error = run(monkeypatch, capsys, phantom / "train.jsonl", "--output_file", tmp_path / "elsewhere/train.jsonl")
+    _, error = run(
+        monkeypatch,
+        capsys,
+        phantom / "train.jsonl",
+        "--output_file",
+        tmp_path / "elsewhere/train.jsonl",
+    )
     assert not error
-    assert [s.image for s in read_jsonl(tmp_path / "elsewhere/train.jsonl")] == [s.image for s in read_jsonl(phantom / "train.jsonl")]
+    assert [s.image for s in read_jsonl(tmp_path / "elsewhere/train.jsonl")] == [
+        s.image for s in read_jsonl(phantom / "train.jsonl")
+    ]

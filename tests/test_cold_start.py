@@ -15,7 +15,9 @@ from minigrpo.data.traces import REASONS, check_reply, read_templates
 from tests.test_clean import said, serve  # noqa: F401  a fixture
 
 TEMPLATES = read_templates()
-GOLD = Sample("a", None, "report", "What does this show?", "The heart is enlarged. The lungs are clear.")
+GOLD = Sample(
+    "a", None, "report", "What does this show?", "The heart is enlarged. The lungs are clear."
+)
 TRACE = "The heart takes more than half of the chest, and both lungs are alike"
 
 
@@ -37,9 +39,19 @@ REFUSED = [
     ("holds a mark", reply(trace=f"{TRACE} <image>"), True),
     ("holds a mark", reply(trace=f"{TRACE} <answer>"), True),
     ("copies the answer", reply(trace=f"I see it: {GOLD.answer} So it is."), True),
-    *(("leaks the answer", reply(trace=f"{TRACE}, {leak}"), True) for leak in (
-        "as the given answer says", "which fits the reference report", "Consistent with the report.", "The ground truth names it",
-        "the answer states cardiomegaly", "I was told so", "to copy it word for word", "matching the provided boxes")),
+    *(
+        ("leaks the answer", reply(trace=f"{TRACE}, {leak}"), True)
+        for leak in (
+            "as the given answer says",
+            "which fits the reference report",
+            "Consistent with the report.",
+            "The ground truth names it",
+            "the answer states cardiomegaly",
+            "I was told so",
+            "to copy it word for word",
+            "matching the provided boxes",
+        )
+    ),
 ]
 
 
@@ -52,16 +64,37 @@ def test_every_reason_is_tested():
     assert {reason for reason, _, _ in REFUSED} == set(REASONS)
 
 
-@pytest.mark.parametrize("trace", [TRACE, "The question asks for the trachea. It is given a bend by the aorta; correct position of the tube.",
-                                   "Question of an effusion: the angle is sharp, so none. The heart is known to look wide in AP films."])
+@pytest.mark.parametrize(
+    "trace",
+    [
+        TRACE,
+        (
+            "The question asks for the trachea. It is given a bend by the aorta; correct position"
+            " of the tube."
+        ),
+        (
+            "Question of an effusion: the angle is sharp, so none. The heart is known to look wide"
+            " in AP films."
+        ),
+    ],
+)
 def test_an_honest_trace_is_kept(trace):
-    assert check_reply(reply(trace).replace("clear.", " clear.\n"), True, GOLD, TEMPLATES)[0] == trace
+    assert (
+        check_reply(reply(trace).replace("clear.", " clear.\n"), True, GOLD, TEMPLATES)[0] == trace
+    )
 
 
 def test_every_phantom_finding_belongs_to_one_system():
     labels = [label for step in TEMPLATES["search"] for label in step["labels"]]
     assert sorted(labels) == sorted(KINDS)
-    assert [step["system"] for step in TEMPLATES["search"]] == ["airways", "lungs", "pleura", "heart", "bones", "devices"]
+    assert [step["system"] for step in TEMPLATES["search"]] == [
+        "airways",
+        "lungs",
+        "pleura",
+        "heart",
+        "bones",
+        "devices",
+    ]
 
 
 def run(monkeypatch, *command):
@@ -70,23 +103,46 @@ def run(monkeypatch, *command):
 
 
 def test_the_drawing_is_read_as_it_was_drawn(phantom, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, phantom / "train.jsonl", "--teacher", "drawing", "--output_file", tmp_path / "think.jsonl")
+    run(
+        monkeypatch,
+        phantom / "train.jsonl",
+        "--teacher",
+        "drawing",
+        "--output_file",
+        tmp_path / "think.jsonl",
+    )
     direct, both = read_jsonl(phantom / "train.jsonl"), read_jsonl(tmp_path / "think.jsonl")
     spoken = [s for s in both if s.thinking]
     assert len(spoken) == len(direct) and "refused: none" in capsys.readouterr().out
-    assert [(s.id, s.image, s.answer) for s in both if not s.thinking] == [(s.id, s.image, s.answer) for s in direct]
+    assert [(s.id, s.image, s.answer) for s in both if not s.thinking] == [
+        (s.id, s.image, s.answer) for s in direct
+    ]
     for s in spoken:
         if s.task == "report":
             assert all(f"{step['system']}: " in s.thinking for step in TEMPLATES["search"])
             assert all((f["label"] in s.thinking) for f in s.findings)
-            assert all((kind in s.thinking) == any(f["label"] == kind for f in s.findings) for kind in KINDS)
+            assert all(
+                (kind in s.thinking) == any(f["label"] == kind for f in s.findings)
+                for kind in KINDS
+            )
     assert all(s.question.endswith("/think") for s in with_traces(spoken))
 
 
 def test_limit_draws_by_seed(phantom, tmp_path, monkeypatch):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run(monkeypatch, phantom / "train.jsonl", "--teacher", "drawing", "--limit", 5, "--seed", seed, "--traces_only", "--output_file",
-            tmp_path / f"{name}.jsonl")
+        run(
+            monkeypatch,
+            phantom / "train.jsonl",
+            "--teacher",
+            "drawing",
+            "--limit",
+            5,
+            "--seed",
+            seed,
+            "--traces_only",
+            "--output_file",
+            tmp_path / f"{name}.jsonl",
+        )
     a, b, c = ([s.id for s in read_jsonl(tmp_path / f"{name}.jsonl")] for name in "abc")
     assert a == b != c and len(a) == 5
 
@@ -100,16 +156,40 @@ def good(body):
     return said(f"<think>{TRACE}</think>{task_of(body).rpartition('word for word:')[2].strip()}")
 
 
-def test_an_endpoint_sees_film_question_and_answer_and_is_not_asked_twice(phantom, tmp_path, monkeypatch, serve, capsys):  # noqa: F811
-    server = serve(lambda body: said("I will not", finish_reason="length") if "report every finding" in task_of(body) else good(body))
-    command = [phantom / "train.jsonl", "--teacher", server.address, "--model", "m", "--limit", 6, "--cache", tmp_path / "cache.jsonl"]
+def test_an_endpoint_sees_film_question_and_answer_and_is_not_asked_twice(
+    phantom, tmp_path, monkeypatch, serve, capsys
+):  # noqa: F811
+    server = serve(
+        lambda body: (
+            said("I will not", finish_reason="length")
+            if "report every finding" in task_of(body)
+            else good(body)
+        )
+    )
+    command = [
+        phantom / "train.jsonl",
+        "--teacher",
+        server.address,
+        "--model",
+        "m",
+        "--limit",
+        6,
+        "--cache",
+        tmp_path / "cache.jsonl",
+    ]
     run(monkeypatch, *command, "--output_file", tmp_path / "think.jsonl")
     assert len(server.asked) == 6
     _, body, _ = server.asked[0]
     system, user = body["messages"]
-    assert "Never let on" in system["content"] and user["content"][0]["type"] == "image_url" and body["max_tokens"] == 2048
+    assert (
+        "Never let on" in system["content"]
+        and user["content"][0]["type"] == "image_url"
+        and body["max_tokens"] == 2048
+    )
     url = user["content"][0]["image_url"]["url"]
-    assert Image.open(BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,")))).size == (192, 192)
+    assert Image.open(
+        BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,")))
+    ).size == (192, 192)
     kept = [s for s in read_jsonl(tmp_path / "think.jsonl") if s.thinking]
     assert kept and all(s.thinking == TRACE for s in kept)
     run(monkeypatch, *command, "--output_file", tmp_path / "again.jsonl")
@@ -123,9 +203,19 @@ def test_a_server_that_breaks_leaves_what_it_gave(phantom, tmp_path, monkeypatch
     monkeypatch.setattr("minigrpo.data.rewrite.MOST_FAILURES", 2)
     broken = True
     server = serve(lambda body: (400, {}) if broken and len(server.asked) > 3 else good(body))
-    command = [phantom / "train.jsonl", "--teacher", server.address, "--model", "m", "--limit", 7,
-               "--workers", 1, "--output_file",
-               tmp_path / "think.jsonl"]
+    command = [
+        phantom / "train.jsonl",
+        "--teacher",
+        server.address,
+        "--model",
+        "m",
+        "--limit",
+        7,
+        "--workers",
+        1,
+        "--output_file",
+        tmp_path / "think.jsonl",
+    ]
     with pytest.raises(SystemExit, match="answered 400 .*2 questions in a row got no answer"):
         run(monkeypatch, *command)
     assert not (tmp_path / "think.jsonl").exists()
@@ -136,12 +226,29 @@ def test_a_server_that_breaks_leaves_what_it_gave(phantom, tmp_path, monkeypatch
 
 def test_films_of_credentialed_sets_do_not_leave_the_machine(phantom, tmp_path, monkeypatch):
     """Not reports alone: a grounding sample's film and phrase are the set's, too."""
-    lines = [json.loads(line) | {"source": "vindr"} for line in (phantom / "train.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) | {"source": "vindr"}
+        for line in (phantom / "train.jsonl").read_text().splitlines()
+    ]
     file = phantom / "closed.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines if line["task"] == "grounding"))
+    file.write_text(
+        "".join(json.dumps(line) + "\n" for line in lines if line["task"] == "grounding")
+    )
     asked = []
-    monkeypatch.setattr(cold_start.Endpoint, "chat", lambda self, *_, **__: asked.append(1) or ("", True))
-    command = [file, "--teacher", "https://models.example/v1", "--model", "m", "--limit", 2, "--output_file", tmp_path / "o.jsonl"]
+    monkeypatch.setattr(
+        cold_start.Endpoint, "chat", lambda self, *_, **__: asked.append(1) or ("", True)
+    )
+    command = [
+        file,
+        "--teacher",
+        "https://models.example/v1",
+        "--model",
+        "m",
+        "--limit",
+        2,
+        "--output_file",
+        tmp_path / "o.jsonl",
+    ]
     with pytest.raises(SystemExit, match="2 of vindr"):
         run(monkeypatch, *command)
     assert not asked and not (tmp_path / "o.jsonl").exists()
@@ -152,24 +259,43 @@ def test_films_of_credentialed_sets_do_not_leave_the_machine(phantom, tmp_path, 
 def test_a_checkpoint_on_this_machine_is_a_teacher(policy, phantom, tmp_path, monkeypatch, capsys):
     """The untrained model's replies are refused, each for a reason, and are not generated twice."""
     policy.save_pretrained(tmp_path / "model")
-    command = [phantom / "train.jsonl", "--teacher", "checkpoint", "--model", tmp_path / "model", "--limit", 3, "--max_new_tokens", 8,
-               "--workers", 2, "--cache", tmp_path / "cache.jsonl"]
+    command = [
+        phantom / "train.jsonl",
+        "--teacher",
+        "checkpoint",
+        "--model",
+        tmp_path / "model",
+        "--limit",
+        3,
+        "--max_new_tokens",
+        8,
+        "--workers",
+        2,
+        "--cache",
+        tmp_path / "cache.jsonl",
+    ]
     run(monkeypatch, *command, "--traces_only", "--output_file", tmp_path / "a.jsonl")
     told = capsys.readouterr().out
-    assert "3 samples asked, 0 traces kept" in told and any(f"3 {reason}" in told for reason in REASONS)
+    assert "3 samples asked, 0 traces kept" in told and any(
+        f"3 {reason}" in told for reason in REASONS
+    )
     assert len((tmp_path / "cache.jsonl").read_text().splitlines()) == 2, "a line a batch"
     from minigrpo import generate
+
     monkeypatch.setattr(generate, "generate", None)
     run(monkeypatch, *command, "--traces_only", "--output_file", tmp_path / "b.jsonl")
 
 
-@pytest.mark.parametrize("extra, mend", [
-    (["--teacher", "http://127.0.0.1:1/v1"], "needs --model"),
-    (["--teacher", "checkpoint"], "needs --model"),
-    (["--teacher", "somewhere", "--model", "m"], "write http://HOST:PORT/v1"),
-    (["--teacher", "drawing", "--limit", 0], "--limit must be at least 1"),
-    (["--teacher", "drawing", "--templates", "nowhere.yaml"], "no such file of templates"),
-])
+@pytest.mark.parametrize(
+    "extra, mend",
+    [
+        (["--teacher", "http://127.0.0.1:1/v1"], "needs --model"),
+        (["--teacher", "checkpoint"], "needs --model"),
+        (["--teacher", "somewhere", "--model", "m"], "write http://HOST:PORT/v1"),
+        (["--teacher", "drawing", "--limit", 0], "--limit must be at least 1"),
+        (["--teacher", "drawing", "--templates", "nowhere.yaml"], "no such file of templates"),
+    ],
+)
 def test_bad_input_is_said_at_once(extra, mend, phantom, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=mend):
         run(monkeypatch, phantom / "train.jsonl", "--output_file", tmp_path / "o.jsonl", *extra)
@@ -178,12 +304,26 @@ def test_bad_input_is_said_at_once(extra, mend, phantom, tmp_path, monkeypatch):
 
 def test_a_real_film_has_no_drawing_to_read(phantom, tmp_path, monkeypatch):
     line = json.loads((phantom / "train.jsonl").read_text().splitlines()[0])
-    (phantom / "real.jsonl").write_text(json.dumps({k: v for k, v in line.items() if k != "findings"}) + "\n")
-    with pytest.raises(SystemExit, match="real.jsonl:1: no line about this image says what was drawn"):
-        run(monkeypatch, phantom / "real.jsonl", "--teacher", "drawing", "--output_file", tmp_path / "o.jsonl")
+    (phantom / "real.jsonl").write_text(
+        json.dumps({k: v for k, v in line.items() if k != "findings"}) + "\n"
+    )
+    with pytest.raises(
+        SystemExit, match="real.jsonl:1: no line about this image says what was drawn"
+    ):
+        run(
+            monkeypatch,
+            phantom / "real.jsonl",
+            "--teacher",
+            "drawing",
+            "--output_file",
+            tmp_path / "o.jsonl",
+        )
 
 
-@pytest.mark.parametrize("text, mend", [("search: []", "lacks pin_down"), ("a: [", "is not YAML"), ("just words", "lacks search")])
+@pytest.mark.parametrize(
+    "text, mend",
+    [("search: []", "lacks pin_down"), ("a: [", "is not YAML"), ("just words", "lacks search")],
+)
 def test_templates_say_what_they_lack(text, mend, tmp_path):
     (tmp_path / "t.yaml").write_text(text)
     with pytest.raises(ValueError, match=mend):

@@ -1,4 +1,5 @@
-"""What docs/ says is true: lines that it quotes, tests and arguments that it names, numbers that it prints.
+"""What docs/ says is true: lines that it quotes, tests and arguments that it names, numbers that it
+prints.
 
 A reference to a line is a link and what stands there, with the function that it is in:
 [`train_grpo.py`, `main`](../train_grpo.py) `policy.encode(samples)`.
@@ -26,14 +27,18 @@ def source_of(path, name):
     text = (ROOT / path).read_text()
     node = ast.parse(text)
     for part in name.split("."):
-        node = next(child for child in ast.walk(node)
-                    if isinstance(child, ast.FunctionDef | ast.ClassDef) and child.name == part)
+        node = next(
+            child
+            for child in ast.walk(node)
+            if isinstance(child, ast.FunctionDef | ast.ClassDef) and child.name == part
+        )
     return ast.get_source_segment(text, node)
 
 
 def fix():
     sys.path.insert(0, str(ROOT))
     from tests.test_kl import table
+
     PAGE.write_text(TABLE.sub(lambda _: table(), PAGE.read_text()))
 
 
@@ -45,16 +50,27 @@ def test_quoted_lines_stand_where_the_page_says(named, function, path, quote):
 
 def test_no_reference_is_written_in_another_form():
     page = PAGE.read_text()
-    assert len(REFERENCE.findall(page)) == len(re.findall(r"\(\.\./[\w./]+\.py\) `", page)) > 25 and "#L" not in page
+    assert (
+        len(REFERENCE.findall(page)) == len(re.findall(r"\(\.\./[\w./]+\.py\) `", page)) > 25
+        and "#L" not in page
+    )
 
 
 def test_named_tests_arguments_and_configs_exist():
     from train_grpo import GrpoArguments
-    page, code = PAGE.read_text(), "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+
+    page, code = (
+        PAGE.read_text(),
+        "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py")),
+    )
     named = set(re.findall(r"`(test_\w+)`", page))
     assert len(named) > 20 and named <= set(re.findall(r"def (test_\w+)\(", code))
-    assert set(re.findall(r"--([a-z_]+)\b", page)) - {"fix"} <= {field.name for field in fields(GrpoArguments)}
-    assert all((ROOT / path).is_file() for path in re.findall(r"`((?:configs|minigrpo)/[\w./]+)`", page))
+    assert set(re.findall(r"--([a-z_]+)\b", page)) - {"fix"} <= {
+        field.name for field in fields(GrpoArguments)
+    }
+    assert all(
+        (ROOT / path).is_file() for path in re.findall(r"`((?:configs|minigrpo)/[\w./]+)`", page)
+    )
 
 
 def test_worked_example():
@@ -64,7 +80,11 @@ def test_worked_example():
         example = doctest.DocTestParser().get_doctest(block, names, "worked example", str(PAGE), 0)
         assert doctest.DocTestRunner().run(example, clear_globs=False).failed == 0
         names.update(example.globs)
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if re.match(r"\| \d, \d", line)]
+    table = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in section.splitlines()
+        if re.match(r"\| \d, \d", line)
+    ]
     for column, name in enumerate(("ratio", "loss", "kl", "gradient"), start=-4):
         by_hand = torch.tensor([float(row[column]) for row in table], dtype=torch.float64)
         torch.testing.assert_close(by_hand, names[name][names["mask"]].detach(), atol=1e-4, rtol=0)

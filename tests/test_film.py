@@ -40,8 +40,10 @@ def spotted(peak: int, spots: int, value: int) -> np.ndarray:
 # ---- bit depth ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("peak, bits", [(255, 8), (200, 8), (1023, 10), (900, 10), (2047, 12),
-                                        (4095, 12), (16383, 14), (65535, 16)])
+@pytest.mark.parametrize(
+    "peak, bits",
+    [(255, 8), (200, 8), (1023, 10), (900, 10), (2047, 12), (4095, 12), (16383, 14), (65535, 16)],
+)
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_values_of_any_depth_in_a_16_bit_file_keep_their_brightness(tmp_path, peak, bits, suffix):
     """Bug: a film of 8 or 10 bits in a 16-bit PNG came out at a mean of 6 or 25 grey levels."""
@@ -58,11 +60,16 @@ def test_true_films_are_read_as_ever(tmp_path, peak):
         pixels = np.random.default_rng(0).integers(0, peak + 1, shape)
         pixels[0, :2] = 0, peak
         expected = (pixels.astype(np.float64) * (255 / peak)).round().clip(0, 255).astype(np.uint8)
-        for name, kind in {"film.png": np.uint16, "film.tif": np.uint16, "big-endian.tif": ">u2",
-                           "film32.tif": np.int32}.items():
+        for name, kind in {
+            "film.png": np.uint16,
+            "film.tif": np.uint16,
+            "big-endian.tif": ">u2",
+            "film32.tif": np.int32,
+        }.items():
             image = load_image(saved(tmp_path / name, pixels.astype(kind)))
-            assert image.mode == "RGB" and all((np.asarray(image)[..., c] == expected).all()
-                                               for c in range(3)), name
+            assert image.mode == "RGB" and all(
+                (np.asarray(image)[..., c] == expected).all() for c in range(3)
+            ), name
 
 
 @pytest.mark.parametrize("spots, value", [(1, 65535), (1, 5000), (25, 30_000), (250, 65535)])
@@ -80,8 +87,9 @@ def test_what_may_be_film_is_not_cut_off(tmp_path, spots, value):
     assert look(str(path)).depth == ("16 bits in 16" if value == 65535 else "14 bits in 16")
 
 
-@pytest.mark.parametrize("low, high", [(-1000, 1000), (-2048, 2047), (-500_000, 500_000),
-                                       (-5, 250)])
+@pytest.mark.parametrize(
+    "low, high", [(-1000, 1000), (-2048, 2047), (-500_000, 500_000), (-5, 250)]
+)
 def test_negative_values_are_no_black_area(tmp_path, low, high):
     """Bug: everything below 0 became black: half of a signed film."""
     path = saved(tmp_path / "film.tif", (low + RAMP * (high - low)).round().astype(np.int32))
@@ -96,13 +104,22 @@ def test_one_negative_pixel_makes_no_film_signed(tmp_path):
 def png_with_sbit(path, bits: int) -> None:
     data = path.read_bytes()
     chunk = b"sBIT" + bytes([bits])
-    path.write_bytes(data[:33] + struct.pack(">I", 1) + chunk
-                     + struct.pack(">I", zlib.crc32(chunk)) + data[33:])
+    path.write_bytes(
+        data[:33] + struct.pack(">I", 1) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+    )
 
 
-@pytest.mark.parametrize("peak, bits, full", [(900, 12, 4095), (900, 10, 1023), (4000, 10, 4095),
-                                              (65535, 12, 65535), (900, 0, 1023),
-                                              (900, 16, 1023)])
+@pytest.mark.parametrize(
+    "peak, bits, full",
+    [
+        (900, 12, 4095),
+        (900, 10, 1023),
+        (4000, 10, 4095),
+        (65535, 12, 65535),
+        (900, 0, 1023),
+        (900, 16, 1023),
+    ],
+)
 def test_the_bits_that_a_png_states(tmp_path, peak, bits, full):
     """A dark film of 12 bits is dark where its file says 12; one whose bits were moved up, as the
     standard has it, is not made white."""
@@ -111,11 +128,13 @@ def test_the_bits_that_a_png_states(tmp_path, peak, bits, full):
     assert np.abs(grey(path) - RAMP * 255 * peak / full).max() <= 1
 
 
-@pytest.mark.parametrize("tag, value, full", [(281, 4095, 4095), (341, 16000, 16383),
-                                              (281, 65535, 1023), (281, 0, 1023)])
+@pytest.mark.parametrize(
+    "tag, value, full", [(281, 4095, 4095), (341, 16000, 16383), (281, 65535, 1023), (281, 0, 1023)]
+)
 def test_the_largest_value_that_a_tiff_states(tmp_path, tag, value, full):
-    path = saved(tmp_path / "film.tif", (RAMP * 900).round().astype(np.uint16),
-                 tiffinfo={tag: value})
+    path = saved(
+        tmp_path / "film.tif", (RAMP * 900).round().astype(np.uint16), tiffinfo={tag: value}
+    )
     assert np.abs(grey(path) - RAMP * 255 * 900 / full).max() <= 1
 
 
@@ -137,8 +156,11 @@ def test_16_bit_colour_of_which_pillow_reads_half_is_counted(tmp_path):
     rows = b"".join(b"\0" + row.tobytes() for row in values)
     path = saved(tmp_path / "film.png", np.zeros((150, 200, 3), np.uint8))
     data = path.read_bytes()[:8]
-    for kind, content in {b"IHDR": struct.pack(">IIBBBBB", 200, 150, 16, 2, 0, 0, 0),
-                          b"IDAT": zlib.compress(rows), b"IEND": b""}.items():
+    for kind, content in {
+        b"IHDR": struct.pack(">IIBBBBB", 200, 150, 16, 2, 0, 0, 0),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }.items():
         data += struct.pack(">I", len(content)) + kind + content
         data += struct.pack(">I", zlib.crc32(kind + content))
     path.write_bytes(data)
@@ -151,21 +173,32 @@ def test_16_bit_colour_of_which_pillow_reads_half_is_counted(tmp_path):
 
 def jpeg_with_notes(path, entries: list[tuple[int, int, int, bytes]]) -> None:
     """A JPEG of 9 x 6 with EXIF entries (tag, type, count, 4 bytes), unchecked."""
-    ifd = struct.pack(">H", len(entries)) + b"".join(struct.pack(">HHI", *entry[:3]) + entry[3]
-                                                     for entry in entries) + bytes(4)
+    ifd = (
+        struct.pack(">H", len(entries))
+        + b"".join(struct.pack(">HHI", *entry[:3]) + entry[3] for entry in entries)
+        + bytes(4)
+    )
     Image.new("L", (9, 6), 77).save(path, exif=b"Exif\0\0MM\0*\0\0\0\x08" + ifd)
 
 
-@pytest.mark.parametrize("note", [(0x0100, 2, 4, b"wid\0"), (0x0111, 2, 4, b"abc\0"),
-                                  (0x0128, 2, 2, b"a\0\0\0"), (0x0100, 9, 1, b"\xff\xff\xff\xff"),
-                                  (0x0100, 11, 1, b"\x7f\x80\0\0"),
-                                  (0x8769, 4, 1, b"\0\0\xff\xff"), (0x9286, 99, 1, b"abcd")])
+@pytest.mark.parametrize(
+    "note",
+    [
+        (0x0100, 2, 4, b"wid\0"),
+        (0x0111, 2, 4, b"abc\0"),
+        (0x0128, 2, 2, b"a\0\0\0"),
+        (0x0100, 9, 1, b"\xff\xff\xff\xff"),
+        (0x0100, 11, 1, b"\x7f\x80\0\0"),
+        (0x8769, 4, 1, b"\0\0\xff\xff"),
+        (0x9286, 99, 1, b"abcd"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_wrong_notes_of_a_camera(write, tmp_path, note):  # noqa: F811
     """Bug: `exif_transpose` writes all notes anew, so that one of a wrong type stopped a run in its
     middle; the reader did not turn the film, and found nothing wrong."""
     jpeg_with_notes(tmp_path / "film.jpg", sorted([(0x0112, 3, 1, b"\0\6\0\0"), note]))
-    sample, = read_jsonl(write(REPORT | {"image": "film.jpg"}))
+    (sample,) = read_jsonl(write(REPORT | {"image": "film.jpg"}))
     assert load_image(sample.image).size == look(sample.image).size == (6, 9)
 
 
@@ -181,8 +214,9 @@ def test_no_program_is_started_for_an_eps(tmp_path, monkeypatch, name):
     ghost.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
-    (tmp_path / name).write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 "
-                                 "8\n%%EndComments\nshowpage\n")
+    (tmp_path / name).write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    )
     for read in (lambda: look(str(tmp_path / name)), lambda: load_image(tmp_path / name)):
         try:
             assert "is no PNG, JPEG, TIFF" in read().error
@@ -198,9 +232,11 @@ def test_formats_of_no_film_are_refused_with_what_to_do(tmp_path, suffix):
     except (OSError, KeyError):
         pytest.skip(f"this Pillow writes no {suffix}")
     (tmp_path / f"film.{suffix}").rename(tmp_path / "film.png")
-    with pytest.raises(ValueError,
-                       match="film.png cannot be read .*is no PNG, JPEG, TIFF, BMP, WEBP or PGM "
-                             "image.*store it as one"):
+    with pytest.raises(
+        ValueError,
+        match="film.png cannot be read .*is no PNG, JPEG, TIFF, BMP, WEBP or PGM "
+        "image.*store it as one",
+    ):
         load_image(tmp_path / "film.png")
 
 
@@ -215,16 +251,17 @@ def progressive(scans: int, size: int = 64) -> bytes:
     30 bytes."""
     Image.new("RGB", (size, size), "grey").save(stream := io.BytesIO(), "JPEG", progressive=True)
     data = stream.getvalue()
-    starts = [place for place in range(len(data)) if data[place:place + 2] == b"\xff\xda"]
-    return data[:-2] + data[starts[-2]:starts[-1]] * scans + b"\xff\xd9"
+    starts = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
+    return data[:-2] + data[starts[-2] : starts[-1]] * scans + b"\xff\xd9"
 
 
 def test_a_jpeg_of_thousands_of_scans(write, tmp_path):  # noqa: F811
     """Bug: 58 kB took 15 s to decode, 353 kB over 45 s."""
     (tmp_path / "bomb.jpg").write_bytes(progressive(5000))
     for read in (load_image, lambda path: read_jsonl(write(REPORT | {"image": str(path)}))):
-        with pytest.raises(ValueError,
-                           match="bomb.jpg cannot be read .*more than 100 scans.*store it anew"):
+        with pytest.raises(
+            ValueError, match="bomb.jpg cannot be read .*more than 100 scans.*store it anew"
+        ):
             read(tmp_path / "bomb.jpg")
 
 
@@ -234,8 +271,11 @@ def test_scans_of_honest_jpegs(tmp_path):
     note = b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0" + progressive(300)
     data = progressive(0)
     with_note = data[:2] + b"\xff\xe1" + struct.pack(">H", len(note) + 2) + note + data[2:]
-    for name, content in {"plain": data, "note": with_note, "behind": data
-                          + progressive(5000)}.items():
+    for name, content in {
+        "plain": data,
+        "note": with_note,
+        "behind": data + progressive(5000),
+    }.items():
         (tmp_path / f"{name}.jpg").write_bytes(content)
         assert load_image(tmp_path / f"{name}.jpg").size == (64, 64)
 
@@ -243,6 +283,7 @@ def test_scans_of_honest_jpegs(tmp_path):
 def test_many_scans_of_a_large_film(monkeypatch, tmp_path):
     """What counts is how often a pixel is passed over: fewer scans of more pixels."""
     from minigrpo.data import film
+
     monkeypatch.setattr(film, "MOST_SCANNED", 64 * 64 * 50)
     (tmp_path / "film.jpg").write_bytes(progressive(20))
     assert load_image(tmp_path / "film.jpg").size == (64, 64)
@@ -255,8 +296,16 @@ def test_many_scans_of_a_large_film(monkeypatch, tmp_path):
 def test_a_tiff_of_a_million_tiles(tmp_path, big):
     """A tile a pixel: 8 MB took half a minute and 600 MB."""
     side, count = 1000, 1_000_000
-    tags = [(256, 4, 1, side), (257, 4, 1, side), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1),
-            (322, 4, 1, 1), (323, 4, 1, 1), (324, 4, count, 16)]
+    tags = [
+        (256, 4, 1, side),
+        (257, 4, 1, side),
+        (258, 3, 1, 8),
+        (259, 3, 1, 1),
+        (262, 3, 1, 1),
+        (322, 4, 1, 1),
+        (323, 4, 1, 1),
+        (324, 4, count, 16),
+    ]
     if big:  # BigTIFF, big-endian
         head, number, entry = struct.pack(">2sHHHQ", b"MM", 43, 8, 0, 16 + 4 * count), ">Q", ">HHQQ"
     else:
@@ -269,13 +318,18 @@ def test_a_tiff_of_a_million_tiles(tmp_path, big):
 
 def test_films_in_tiles_and_strips_are_read(tmp_path):
     for name, settings in {"strips.tif": {278: 1}, "one.tif": {278: 150}}.items():
-        saved(tmp_path / name, (RAMP * 255).astype(np.uint8), tiffinfo=settings,
-              compression="tiff_lzw")
+        saved(
+            tmp_path / name,
+            (RAMP * 255).astype(np.uint8),
+            tiffinfo=settings,
+            compression="tiff_lzw",
+        )
         assert np.abs(grey(tmp_path / name) - RAMP * 255).max() <= 1
 
 
-@pytest.mark.parametrize("head", [b"P2\n2100 2000\n255\n", b"P5\n2100 2000\n4095\n",
-                                  b"P3\n2100 2000\n255\n"])
+@pytest.mark.parametrize(
+    "head", [b"P2\n2100 2000\n255\n", b"P5\n2100 2000\n4095\n", b"P3\n2100 2000\n255\n"]
+)
 def test_a_large_ppm_that_python_would_decode(tmp_path, head):
     (tmp_path / "film.pgm").write_bytes(head + b"0 " * 100)
     with pytest.raises(ValueError, match="takes minutes to decode: store it as PNG"):
@@ -300,17 +354,25 @@ def test_damaged_images_are_named_and_nothing_else(tmp_path):
     """Bits, lengths and bytes at random: decoders raise a dozen kinds of errors, all of which must
     be one that a program catches."""
     rng, refused = random.Random(0), 0
-    kinds = {"png": np.uint16, "tif": np.uint16, "jpg": np.uint8, "bmp": np.uint8,
-             "webp": np.uint8, "pgm": np.uint8}
+    kinds = {
+        "png": np.uint16,
+        "tif": np.uint16,
+        "jpg": np.uint8,
+        "bmp": np.uint8,
+        "webp": np.uint8,
+        "pgm": np.uint8,
+    }
     for suffix, kind in kinds.items():
-        whole = saved(tmp_path / f"whole.{suffix}", (RAMP[::5,
-                                                          ::5] * 255).astype(kind)).read_bytes()
+        whole = saved(
+            tmp_path / f"whole.{suffix}", (RAMP[::5, ::5] * 255).astype(kind)
+        ).read_bytes()
         for _ in range(60):
             data = bytearray(whole)
             for _ in range(rng.randint(1, 6)):
                 place = rng.randrange(min(len(data), rng.choice([40, 10_000])))
-                data[place:place + rng.choice([0, 1, 1, 4])] = rng.randbytes(rng.choice([0, 1, 1,
-                                                                                         4]))
+                data[place : place + rng.choice([0, 1, 1, 4])] = rng.randbytes(
+                    rng.choice([0, 1, 1, 4])
+                )
             path = tmp_path / f"film.{suffix}"
             path.write_bytes(data)
             try:
@@ -334,9 +396,11 @@ def test_every_image_is_opened_with_a_list_of_formats():
 
 def test_a_film_that_vanishes_in_a_run(policy, write, tmp_path):  # noqa: F811
     """Bug: a FileNotFoundError from within Pillow named neither the JSONL file nor the line."""
-    sample, = read_jsonl(write("", REPORT))
+    (sample,) = read_jsonl(write("", REPORT))
     (tmp_path / "film.png").unlink()
-    with pytest.raises(DataError,
-                       match=r"data.jsonl:2: image .*film.png cannot be read \(no such file\): put "
-                             r"it back"):
+    with pytest.raises(
+        DataError,
+        match=r"data.jsonl:2: image .*film.png cannot be read \(no such file\): put "
+        r"it back",
+    ):
         policy.encode([sample])

@@ -17,35 +17,143 @@ from tests.hub import write_checkpoint
 
 SECONDS = 10
 DEEP = json.loads("[" * 200 + "]" * 200)
-VALUES = [None, True, False, 0, 1, -1, 2, 3, 14, 16, 0.5, -0.0, 1e308, 2**31, 2**63, 10**70, "", "x", "é\ud800", "\x1b[2J",
-          "../../x", "/etc/passwd", "<|im_end|>", "x" * 10_000, [], [[]], [0], [1, 2, 3], list(range(10_000)), {}, {"a": {}},
-          {"x": None}, DEEP, {"": DEEP}]
-KEYS = ["auto_map", "transformers_weights", "attn_implementation", "_attn_implementation", "quantization_config", "rope_scaling",
-        "rope_parameters", "rope_theta", "dtype", "torch_dtype", "architectures", "id2label", "num_labels", "tokenizer_file",
-        "tokenizer_class", "added_tokens_decoder", "extra_special_tokens", "model_max_length", "chat_template", "min_pixels",
-        "max_pixels", "size", "do_resize", "rescale_factor", "temperature", "do_sample", "max_length", "eos_token_id", "pad_token_id",
-        "bos_token", "unk_token", "image_processor", "video_processor", "tie_word_embeddings", "layer_types", "initializer_range",
-        "truncation", "padding", "normalizer", "dropout", "weight_map", "use_cache", "sliding_window", "pruned_heads", "x"]
-TEXTS = ["", " ", "{", "[]", "null", "7", '"x"', "{}", "[" * 100_000, '{"a":' * 50_000, "9" * 6_000, '{"a": NaN}', '{"a": 1e999}', "\ufeff{}",
-         "\x00", "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n", "{% for a in range(9) %}", "{{ 1 / 0 }}",
-         "{{ raise_exception('no') }}", "{{ messages[0].content }}", "{% set x = namespace() %}{{ x.y.z }}"]
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    3,
+    14,
+    16,
+    0.5,
+    -0.0,
+    1e308,
+    2**31,
+    2**63,
+    10**70,
+    "",
+    "x",
+    "é\ud800",
+    "\x1b[2J",
+    "../../x",
+    "/etc/passwd",
+    "<|im_end|>",
+    "x" * 10_000,
+    [],
+    [[]],
+    [0],
+    [1, 2, 3],
+    list(range(10_000)),
+    {},
+    {"a": {}},
+    {"x": None},
+    DEEP,
+    {"": DEEP},
+]
+KEYS = [
+    "auto_map",
+    "transformers_weights",
+    "attn_implementation",
+    "_attn_implementation",
+    "quantization_config",
+    "rope_scaling",
+    "rope_parameters",
+    "rope_theta",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "id2label",
+    "num_labels",
+    "tokenizer_file",
+    "tokenizer_class",
+    "added_tokens_decoder",
+    "extra_special_tokens",
+    "model_max_length",
+    "chat_template",
+    "min_pixels",
+    "max_pixels",
+    "size",
+    "do_resize",
+    "rescale_factor",
+    "temperature",
+    "do_sample",
+    "max_length",
+    "eos_token_id",
+    "pad_token_id",
+    "bos_token",
+    "unk_token",
+    "image_processor",
+    "video_processor",
+    "tie_word_embeddings",
+    "layer_types",
+    "initializer_range",
+    "truncation",
+    "padding",
+    "normalizer",
+    "dropout",
+    "weight_map",
+    "use_cache",
+    "sliding_window",
+    "pruned_heads",
+    "x",
+]
+TEXTS = [
+    "",
+    " ",
+    "{",
+    "[]",
+    "null",
+    "7",
+    '"x"',
+    "{}",
+    "[" * 100_000,
+    '{"a":' * 50_000,
+    "9" * 6_000,
+    '{"a": NaN}',
+    '{"a": 1e999}',
+    "\ufeff{}",
+    "\x00",
+    "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n",
+    "{% for a in range(9) %}",
+    "{{ 1 / 0 }}",
+    "{{ raise_exception('no') }}",
+    "{{ messages[0].content }}",
+    "{% set x = namespace() %}{{ x.y.z }}",
+]
 
 
 @pytest.fixture(scope="module")
 def sources(policy, tmp_path_factory):
-    """Folders to damage: one as on the hub, a Thinking one, one of ours, and one with processor_config.json alone."""
+    """Folders to damage: one as on the hub, a Thinking one, one of ours, and one with
+    processor_config.json alone.
+    """
     place = tmp_path_factory.mktemp("sources")
     write_checkpoint(place / "hub")
     write_checkpoint(place / "thinking", "8B", thinking=True)
     policy.save_pretrained(place / "ours")
     policy.save_pretrained(place / "nested")
-    read = lambda name: json.loads((place / "nested" / name).read_text())
-    (place / "nested/processor_config.json").write_text(json.dumps({
-        "image_processor": read("preprocessor_config.json"), "video_processor": read("video_preprocessor_config.json"),
-        "processor_class": "Qwen3VLProcessor"}))
+
+    def read(name):
+        return json.loads((place / "nested" / name).read_text())
+
+    (place / "nested/processor_config.json").write_text(
+        json.dumps(
+            {
+                "image_processor": read("preprocessor_config.json"),
+                "video_processor": read("video_preprocessor_config.json"),
+                "processor_class": "Qwen3VLProcessor",
+            }
+        )
+    )
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         (place / "nested" / name).unlink()
-    return {folder.name: {path.name: path.read_bytes() for path in folder.iterdir()} for folder in place.iterdir()}
+    return {
+        folder.name: {path.name: path.read_bytes() for path in folder.iterdir()}
+        for folder in place.iterdir()
+    }
 
 
 def objects(value):
@@ -78,12 +186,14 @@ def damage(files: dict[str, bytes], chance: random.Random) -> None:
             place[key] = copy.deepcopy(chance.choice(VALUES))
         files[name] = json.dumps(content).encode()
     elif way < 0.85:
-        files[name] = files[name][:chance.randrange(len(files[name]) + 1)]
+        files[name] = files[name][: chance.randrange(len(files[name]) + 1)]
     elif way < 0.9:
         files[name] = chance.choice(TEXTS).encode("utf-8", "surrogatepass")
     elif way < 0.93:
         place = chance.randrange(len(files[name]) + 1)
-        files[name] = files[name][:place] + chance.randbytes(chance.choice([1, 100])) + files[name][place:]
+        files[name] = (
+            files[name][:place] + chance.randbytes(chance.choice([1, 100])) + files[name][place:]
+        )
     elif way < 0.96:
         start, end = sorted(chance.randrange(len(files[name]) + 1) for _ in range(2))
         files[name] = files[name][:start] + files[name][end:]
@@ -94,7 +204,9 @@ def damage(files: dict[str, bytes], chance: random.Random) -> None:
 
 
 def outcomes(sources, folder, numbers, use) -> tuple[Counter, float]:
-    """How often `use(folder)` refused which file, or went well, for the damaged checkpoints of these numbers; and the longest time."""
+    """How often `use(folder)` refused which file, or went well, for the damaged checkpoints of
+    these numbers; and the longest time.
+    """
     kinds, longest = Counter(), 0.0
     for number in numbers:
         chance = random.Random(number)

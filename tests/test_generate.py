@@ -14,19 +14,29 @@ def test_greedy_is_transformers_token_for_token(policy, mixed):
     prompts = policy.encode(mixed)
     rollout = generate(policy, prompts, max_new_tokens=24, temperature=0)
     for b in range(len(mixed)):
-        ids = prompts.ids[b, :int(prompts.mask[b].sum())][None]
+        ids = prompts.ids[b, : int(prompts.mask[b].sum())][None]
         kinds = (ids == policy.model.config.image_token_id).int()
         policy.model.model.rope_deltas = None  # stale state of the last call
-        peer = policy.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds,
-                                     **images_of(prompts, b), max_new_tokens=24, do_sample=False)[0, ids.shape[1]:]
+        peer = policy.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=kinds,
+            **images_of(prompts, b),
+            max_new_tokens=24,
+            do_sample=False,
+        )[0, ids.shape[1] :]
         assert rollout.tokens[b][rollout.mask[b]].tolist() == peer.tolist()
 
 
 def test_sampled_logprob_is_the_scored_one(policy, mixed):
-    """Sampler and scorer must agree, or the ratio is not 1 at step 0: M-RoPE, padding, images, temperature, end tokens."""
+    """Sampler and scorer must agree, or the ratio is not 1 at step 0: M-RoPE, padding, images,
+    temperature, end tokens.
+    """
     prompts = policy.encode(mixed)
     for temperature in (1.0, 0.7):
-        rollout = generate(policy, prompts, group_size=3, max_new_tokens=20, temperature=temperature, seed=1)
+        rollout = generate(
+            policy, prompts, group_size=3, max_new_tokens=20, temperature=temperature, seed=1
+        )
         scored = policy.score(prompts, rollout.tokens, rollout.mask, temperature=temperature)
         assert rollout.tokens.shape == scored.shape == (12, rollout.tokens.shape[1])
         torch.testing.assert_close(rollout.logprob, scored.detach(), atol=1e-4, rtol=0)
@@ -34,7 +44,9 @@ def test_sampled_logprob_is_the_scored_one(policy, mixed):
 
 @pytest.fixture(scope="module")
 def short(policy):
-    """Every tenth token ends an answer here, so rows and groups leave the batch at different steps."""
+    """Every tenth token ends an answer here, so rows and groups leave the batch at different
+    steps.
+    """
     short = copy_of(policy)
     short.end_ids = list(range(0, len(policy.tokenizer), 10))
     return short
@@ -45,16 +57,21 @@ def test_rows_that_ended_are_dropped_without_a_trace(short, mixed, group):
     prompts = short.encode(mixed * 2)
     rollout = generate(short, prompts, group_size=group, max_new_tokens=40, seed=0)
     last = rollout.mask.sum(1).view(-1, group).amax(1).sort()[0]
-    assert last[2] < last[-1] - 2, "more than a quarter of the groups ended early, so some were dropped"
+    assert last[2] < last[-1] - 2, (
+        "more than a quarter of the groups ended early, so some were dropped"
+    )
     scored = short.score(prompts, rollout.tokens, rollout.mask)
     torch.testing.assert_close(rollout.logprob, scored.detach(), atol=1e-4, rtol=0)
     for tokens, mask, finished in zip(rollout.tokens, rollout.mask, rollout.finished.tolist()):
-        assert [t in short.end_ids for t in tokens[mask].tolist()] == [False] * (int(mask.sum()) - 1) + [finished]
+        assert [t in short.end_ids for t in tokens[mask].tolist()] == [False] * (
+            int(mask.sum()) - 1
+        ) + [finished]
 
 
 def test_an_answer_does_not_depend_on_its_company(short, mixed, monkeypatch):
-    """Rows draw from streams of their own: alone, at another place in another batch, in a larger group, with and without
-    compaction, and under another limit, an answer stays what it is."""
+    """Rows draw from streams of their own: alone, at another place in another batch, in a larger
+    group, with and without compaction, and under another limit, an answer stays what it is.
+    """
     prompts, settings = short.encode(mixed), dict(max_new_tokens=30, seed=3)
     whole = generate(short, prompts, group_size=3, **settings)
 
@@ -62,13 +79,24 @@ def test_an_answer_does_not_depend_on_its_company(short, mixed, monkeypatch):
         width = min(rollout.tokens.shape[1], whole.tokens.shape[1])
         assert torch.equal(rollout.mask[:, :width], whole.mask[rows, :width])
         assert torch.equal(rollout.tokens[:, :width], whole.tokens[rows, :width])
-        torch.testing.assert_close(rollout.logprob[:, :width], whole.logprob[rows, :width], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            rollout.logprob[:, :width], whole.logprob[rows, :width], atol=1e-5, rtol=0
+        )
 
     for b in range(4):
-        same(generate(short, prompts.select(slice(b, b + 1)), group_size=3, **settings), slice(3 * b, 3 * b + 3))
+        same(
+            generate(short, prompts.select(slice(b, b + 1)), group_size=3, **settings),
+            slice(3 * b, 3 * b + 3),
+        )
     backwards = replace(short.encode(mixed[::-1]), stream_id=prompts.stream_id.flip(0))
-    same(generate(short, backwards, group_size=3, **settings), torch.arange(12).view(4, 3).flip(0).flatten())
-    same(generate(short, prompts, group_size=2, **settings), torch.arange(12).view(4, 3)[:, :2].flatten())
+    same(
+        generate(short, backwards, group_size=3, **settings),
+        torch.arange(12).view(4, 3).flip(0).flatten(),
+    )
+    same(
+        generate(short, prompts, group_size=2, **settings),
+        torch.arange(12).view(4, 3)[:, :2].flatten(),
+    )
     same(generate(short, prompts, group_size=3, **settings | {"max_new_tokens": 7}), slice(0, 12))
     for rows in (1, 3, 6, 9):  # waiting prompts take the rows of groups that have ended
         same(generate(short, prompts, group_size=3, rows_at_once=rows, **settings), slice(0, 12))
@@ -76,27 +104,49 @@ def test_an_answer_does_not_depend_on_its_company(short, mixed, monkeypatch):
     for rows in (6, None):
         same(generate(short, prompts, group_size=3, rows_at_once=rows, **settings), slice(0, 12))
     kept = []
-    monkeypatch.setattr("minigrpo.generate.rows_to_keep", lambda going: kept.append(rows_to_keep(going)[1].tolist()) or (
-        torch.ones(len(going), dtype=torch.bool), torch.arange(going.numel())))
+    monkeypatch.setattr(
+        "minigrpo.generate.rows_to_keep",
+        lambda going: (
+            kept.append(rows_to_keep(going)[1].tolist())
+            or (torch.ones(len(going), dtype=torch.bool), torch.arange(going.numel()))
+        ),
+    )
     same(generate(short, prompts, group_size=3, **settings), slice(0, 12))
     assert min(map(len, kept)) < 8, "compaction would have dropped rows"
 
 
 def test_waiting_prompts_take_over_rows(short, mixed):
-    """Many waves: the ring of keys comes round, an answer never sees those of the one whose row it took, and fewer rows idle."""
-    prompts = short.encode(mixed * 6)  # 24 prompts: streams go by their number, so that equal prompts differ
+    """Many waves: the ring of keys comes round, an answer never sees those of the one whose row it
+    took, and fewer rows idle.
+    """
+    # 24 prompts: streams go by their number, so that equal prompts differ
+    prompts = short.encode(mixed * 6)
     settings = dict(group_size=2, max_new_tokens=25, seed=5)
-    whole, waves = generate(short, prompts, **settings), generate(short, prompts, rows_at_once=6, **settings)
-    assert torch.equal(whole.tokens, waves.tokens) and torch.equal(whole.mask, waves.mask) and whole.texts == waves.texts
+    whole, waves = (
+        generate(short, prompts, **settings),
+        generate(short, prompts, rows_at_once=6, **settings),
+    )
+    assert (
+        torch.equal(whole.tokens, waves.tokens)
+        and torch.equal(whole.mask, waves.mask)
+        and whole.texts == waves.texts
+    )
     torch.testing.assert_close(whole.logprob, waves.logprob, atol=1e-5, rtol=0)
     useful, longest = int(waves.mask.sum()), waves.mask.sum(1).view(-1, 3, 2).amax((1, 2))
-    assert useful <= waves.row_steps < 6 * int(longest.sum()), "fewer than one batch of three prompts after the other"
-    greedy = [generate(short, prompts, max_new_tokens=25, temperature=0, rows_at_once=rows).tokens for rows in (None, 5)]
+    assert useful <= waves.row_steps < 6 * int(longest.sum()), (
+        "fewer than one batch of three prompts after the other"
+    )
+    greedy = [
+        generate(short, prompts, max_new_tokens=25, temperature=0, rows_at_once=rows).tokens
+        for rows in (None, 5)
+    ]
     assert torch.equal(*greedy)
 
 
 def test_prompts_survive_waiting_prompts(short, mixed):
-    """A waiting prompt once wrote its mask through a view into the prompts' own: the next call saw other prompts."""
+    """A waiting prompt once wrote its mask through a view into the prompts' own: the next call saw
+    other prompts.
+    """
     prompts = short.encode(mixed)
     before = {name: value.clone() for name, value in vars(prompts).items()}
     generate(short, prompts, max_new_tokens=9, seed=0, rows_at_once=1)
@@ -107,19 +157,35 @@ def test_rows_to_keep_by_hand():
     going = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]]).bool()
     groups, rows = rows_to_keep(going)
     assert groups.tolist() == [True, False, True]
-    assert rows.tolist() == [0, 2, 11, 8], "the third group has one open row, and an ended one to be as large as the first"
+    assert rows.tolist() == [0, 2, 11, 8], (
+        "the third group has one open row, and an ended one to be as large as the first"
+    )
 
 
 def test_random_streams_are_uniform_and_independent():
-    """Streams are seeded by neighbouring numbers, so bad seeding would show between rows, prompts, seeds or first numbers."""
+    """Streams are seeded by neighbouring numbers, so bad seeding would show between rows, prompts,
+    seeds or first numbers.
+    """
     a, b = (random_streams(seed, list(range(64)), 8, 64) for seed in (0, 1))
     assert a.shape == (512, 64) and a.dtype == torch.float64 and 0 <= a.min() and a.max() < 1
-    pairs = [(a[1:], a[:-1]), (a[8:], a[:-8]), (a, b), (a[:, 1:], a[:, :-1]), (a[1:, :1], a[:-1, :1]), (a[:, :1], b[:, :1])]
+    pairs = [
+        (a[1:], a[:-1]),
+        (a[8:], a[:-8]),
+        (a, b),
+        (a[:, 1:], a[:, :-1]),
+        (a[1:, :1], a[:-1, :1]),
+        (a[:, :1], b[:, :1]),
+    ]
     for numbers in (a.flatten(), a[:, 0], b[:, 0], a[0]):
         assert stats.kstest(numbers, "uniform").pvalue > 1e-3
     for x, y in pairs:
-        assert abs(torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1]) < 4 / x.numel()**0.5
-    assert torch.equal(random_streams(0, [5], 2, 9), a[40:42, :9]), "the row is its prompt's number and its place, nothing else"
+        assert (
+            abs(torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1])
+            < 4 / x.numel() ** 0.5
+        )
+    assert torch.equal(random_streams(0, [5], 2, 9), a[40:42, :9]), (
+        "the row is its prompt's number and its place, nothing else"
+    )
     assert random_streams(-1, [0], 1, 1) != random_streams(1, [0], 1, 1)
 
 
@@ -134,13 +200,24 @@ def test_draw_finds_the_share_that_the_number_falls_into(size):
     end = weight.double().cumsum(1)
     expected = torch.searchsorted(end, uniform[:, None] * end[:, -1:], right=True)[:, 0]
     found = draw(weight, uniform)
-    assert (found == expected)[2:].float().mean() > 0.99, "the fp32 sums of blocks move a border by 1e-7"
+    assert (found == expected)[2:].float().mean() > 0.99, (
+        "the fp32 sums of blocks move a border by 1e-7"
+    )
     assert (weight.gather(1, found[:, None]) > 0).all()
 
 
 def test_end_token_is_inside_the_mask(policy, samples):
-    """Bug of tiny-grpo, simple_GRPO, nanochat: the end token masked out of the loss, so the model never learns to stop."""
-    rollout = generate(policy, policy.encode(samples[:2]), group_size=16, max_new_tokens=200, temperature=1.5, seed=0)
+    """Bug of tiny-grpo, simple_GRPO, nanochat: the end token masked out of the loss, so the model
+    never learns to stop.
+    """
+    rollout = generate(
+        policy,
+        policy.encode(samples[:2]),
+        group_size=16,
+        max_new_tokens=200,
+        temperature=1.5,
+        seed=0,
+    )
     assert rollout.finished.any(), "a random model of 800 tokens ends some of 32 answers within 200"
     for row in range(32):
         tokens = rollout.tokens[row][rollout.mask[row]].tolist()
@@ -151,7 +228,9 @@ def test_end_token_is_inside_the_mask(policy, samples):
 
 
 def test_every_end_token_ends(policy, samples):
-    """Bug: only one of the generation config's end tokens honoured, so answers run on past the end."""
+    """Bug: only one of the generation config's end tokens honoured, so answers run on past the
+    end.
+    """
     prompts = policy.encode(samples[:1])
     first = generate(policy, prompts, max_new_tokens=6, temperature=0).tokens[0].tolist()
     other = copy_of(policy)
@@ -168,12 +247,19 @@ def test_same_seed_same_answers(policy, samples):
 
 
 def test_sampling_follows_the_distribution():
-    """Bug of R1-V, VLM-R1: `generate` sampled from the top 50 of the generation config while the scorer saw all tokens."""
+    """Bug of R1-V, VLM-R1: `generate` sampled from the top 50 of the generation config while the
+    scorer saw all tokens.
+    """
     torch.manual_seed(0)
-    hidden, head = torch.randn(1, 6, dtype=torch.float64) / 3, torch.randn(300, 6, dtype=torch.float64)
+    hidden, head = (
+        torch.randn(1, 6, dtype=torch.float64) / 3,
+        torch.randn(300, 6, dtype=torch.float64),
+    )
     for temperature in (1.0, 0.5):
         p = (hidden @ head.T / temperature).softmax(-1)[0]
-        uniform = torch.rand(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        uniform = torch.rand(
+            100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
         tokens, logprob = sample(hidden.expand(100_000, -1), head, temperature, uniform)
         counted = torch.bincount(tokens, minlength=300) / len(tokens)
         assert (counted - p).abs().max() < 4 * (p * (1 - p) / len(tokens)).sqrt().max() + 1e-4

@@ -1,16 +1,19 @@
-"""The step is what it says: short, and by hand with the plain node the very weights of the program."""
+"""The step is what it says: short, and by hand with the plain node the very weights of the
+program.
+"""
 
 import ast
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+
 import train_grpo
 from minigrpo import grpo
 from minigrpo.data import batch_at, read_jsonl
 from minigrpo.policy import Policy
 from minigrpo.rewards import reward_fn
 from minigrpo.run.args import parse_args
-from safetensors.torch import load_file
 from tests import processes
 
 ROOT = Path(__file__).parent.parent
@@ -33,10 +36,32 @@ def test_the_step_fits_on_a_screen():
 def test_by_hand_it_is_the_program(trained, phantom, tmp_path):
     """Two steps of two updates with KL, bit for bit."""
     model = trained / "sft/final"
-    words = ["--model", model, "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "run",
-             "--max_steps", 2, "--prompts_per_step", 4, "--group_size", 4, "--updates_per_rollout", 2,
-             "--max_new_tokens", 8, "--learning_rate", 1e-3, "--kl_coef", 0.1, "--reward", "dice",
-             "--task", "grounding"]
+    words = [
+        "--model",
+        model,
+        "--train_data",
+        phantom / "train.jsonl",
+        "--output_dir",
+        tmp_path / "run",
+        "--max_steps",
+        2,
+        "--prompts_per_step",
+        4,
+        "--group_size",
+        4,
+        "--updates_per_rollout",
+        2,
+        "--max_new_tokens",
+        8,
+        "--learning_rate",
+        1e-3,
+        "--kl_coef",
+        0.1,
+        "--reward",
+        "dice",
+        "--task",
+        "grounding",
+    ]
     processes.python("train_grpo.py", *words)
     args = parse_args(train_grpo.GrpoArguments, "", [str(word) for word in words])
     torch.manual_seed(0)
@@ -48,8 +73,13 @@ def test_by_hand_it_is_the_program(trained, phantom, tmp_path):
     for step in range(2):
         samples = batch_at(train, step, args.prompts_per_step, args.seed)
         seed = args.seed * 1_000_003 + step
-        grpo.grpo_step(policy, reference, optimizer,
-                       lambda: grpo.collect(policy, samples, reward, args, seed), args)
+        grpo.grpo_step(
+            policy,
+            reference,
+            optimizer,
+            lambda: grpo.collect(policy, samples, reward, args, seed),
+            args,
+        )
     ours, theirs = policy.model.state_dict(), load_file(tmp_path / "run/final/model.safetensors")
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
     start = load_file(Path(model) / "model.safetensors")
@@ -63,4 +93,6 @@ def test_the_ten_lines_of_the_readme():
     weights = [p for p in names["policy"].parameters() if p.grad is not None]
     assert any(p.grad.abs().sum() > 0 for p in weights) or not names["advantage"].any()
     assert names["advantage"].abs().sum() > 0, "some answer has an a"
-    assert abs(names["loss"].item()) < 1e-5 and names["logprob"].shape == names["rollout"].mask.shape
+    assert (
+        abs(names["loss"].item()) < 1e-5 and names["logprob"].shape == names["rollout"].mask.shape
+    )

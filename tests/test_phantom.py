@@ -11,15 +11,32 @@ import pytest
 from PIL import Image
 
 from minigrpo.data import parse_boxes, phantom, read_jsonl, scenes, templates
-from minigrpo.data.phantom import DETAILS, KINDS, REMARKS, SIDES, Arguments, box_of, draw_film, film_samples, report, write_phantom
+from minigrpo.data.phantom import (
+    DETAILS,
+    KINDS,
+    REMARKS,
+    SIDES,
+    Arguments,
+    box_of,
+    draw_film,
+    film_samples,
+    report,
+    write_phantom,
+)
 from tests.processes import python
 
 SIZE = 96
 NAMES = {  # how a report calls a finding
-    "cardiomegaly": r"cardiomegaly|(heart|silhouette) is \w*ly enlarged", "pleural effusion": r"effusions?\b",
-    "consolidation": "consolidation", "nodule": r"nodules?\b", "pneumothorax": "pneumothorax", "atelectasis": "atelectasis",
-    "pacemaker": "pacemaker", "endotracheal tube": "endotracheal tube", "nasogastric tube": "nasogastric tube",
-}  # fmt: skip
+    "cardiomegaly": r"cardiomegaly|(heart|silhouette) is \w*ly enlarged",
+    "pleural effusion": r"effusions?\b",
+    "consolidation": "consolidation",
+    "nodule": r"nodules?\b",
+    "pneumothorax": "pneumothorax",
+    "atelectasis": "atelectasis",
+    "pacemaker": "pacemaker",
+    "endotracheal tube": "endotracheal tube",
+    "nasogastric tube": "nasogastric tube",
+}
 NEGATED = re.compile(r"\b(no|not|without)\b", re.IGNORECASE)
 
 
@@ -30,7 +47,10 @@ def films():
 
 @pytest.fixture(scope="module")
 def samples(films):
-    return [film_samples(film, f"p{k}", f"films/p{k}.png", np.random.default_rng(k)) for k, film in enumerate(films)]
+    return [
+        film_samples(film, f"p{k}", f"films/p{k}.png", np.random.default_rng(k))
+        for k, film in enumerate(films)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +67,31 @@ def lines(path: Path) -> list[dict]:
 def test_same_seed_same_bytes_whatever_the_count_and_the_workers(folder, tmp_path):
     write_phantom(tmp_path, Arguments(train=4, test=4, seed=5, size=SIZE), workers=1)
     for name in ("phantom-train-00003", "phantom-test-00002"):
-        assert (tmp_path / "films" / f"{name}.png").read_bytes() == (folder / "films" / f"{name}.png").read_bytes()
+        assert (tmp_path / "films" / f"{name}.png").read_bytes() == (
+            folder / "films" / f"{name}.png"
+        ).read_bytes()
     for split, shared in (("train", 4), ("test", 3)):
         first, second = (lines(path / f"{split}.jsonl") for path in (folder, tmp_path))
-        first, second = ([x for x in group if int(x["patient"][-5:]) < shared] for group in (first, second))
-        assert first == second and {x["patient"][-5:] for x in first} == {f"{k:05d}" for k in range(shared)}
+        first, second = (
+            [x for x in group if int(x["patient"][-5:]) < shared] for group in (first, second)
+        )
+        assert first == second and {x["patient"][-5:] for x in first} == {
+            f"{k:05d}" for k in range(shared)
+        }
 
 
 def test_another_seed_and_another_split_draw_other_films():
-    pixels = [draw_film(*which, SIZE).pixels for which in ((3, 0, 0), (4, 0, 0), (3, 1, 0), (3, 0, 1))]
+    pixels = [
+        draw_film(*which, SIZE).pixels for which in ((3, 0, 0), (4, 0, 0), (3, 1, 0), (3, 0, 1))
+    ]
     for k, a in enumerate(pixels):
         assert all(not np.array_equal(a, b) for b in pixels[k + 1 :])
 
 
 def test_patients_of_train_and_test_are_disjoint(folder):
-    train, test = ({x["patient"] for x in lines(folder / f"{split}.jsonl")} for split in ("train", "test"))
+    train, test = (
+        {x["patient"] for x in lines(folder / f"{split}.jsonl")} for split in ("train", "test")
+    )
     assert (len(train), len(test)) == (6, 3) and not train & test
 
 
@@ -79,9 +109,21 @@ def test_schema_and_number_of_samples(samples):
         assert film[0]["task"] == "report" and all(x["task"] == "grounding" for x in film[1:])
         assert asked in ([[True], [True, False]] if film[0]["findings"] else [[False]])
         for x in film:
-            assert {"id", "image", "task", "question", "answer", "boxes", "source", "patient"} <= set(x)
+            assert {
+                "id",
+                "image",
+                "task",
+                "question",
+                "answer",
+                "boxes",
+                "source",
+                "patient",
+            } <= set(x)
             assert x["source"] == "phantom" and not Path(x["image"]).is_absolute()
-        assert all(x["kind"] in ("anatomy", "abnormality", "phrase") and x["label"] and x["boxes"] for x in film[1:])
+        assert all(
+            x["kind"] in ("anatomy", "abnormality", "phrase") and x["label"] and x["boxes"]
+            for x in film[1:]
+        )
 
 
 def test_a_findings_box_is_the_bounding_box_of_its_mask(films):
@@ -100,13 +142,17 @@ def test_boxes_are_valid_also_as_two_decimals(samples):
 
 def test_a_grounding_answer_says_its_boxes_from_left_to_right(samples):
     for x in (x for film in samples for x in film[1:]):
-        assert x["boxes"] == sorted(x["boxes"]) or x["label"] == "all findings"  # those follow the order of the names
+        # those follow the order of the names
+        assert x["boxes"] == sorted(x["boxes"]) or x["label"] == "all findings"
         np.testing.assert_allclose(parse_boxes(x["answer"]), x["boxes"], atol=0.0051)
 
 
 def test_an_abnormality_is_answered_with_all_boxes_of_its_label(films, samples):
     for film, written in zip(films, samples, strict=True):
-        asked, drawn = {x["label"]: x["boxes"] for x in written if x.get("kind") == "abnormality"}, {}
+        asked, drawn = (
+            {x["label"]: x["boxes"] for x in written if x.get("kind") == "abnormality"},
+            {},
+        )
         for f in film.findings:
             drawn.setdefault(f.label, []).append(f.box)
         assert asked.pop("all findings", []) == [f.box for f in film.findings]
@@ -116,7 +162,10 @@ def test_an_abnormality_is_answered_with_all_boxes_of_its_label(films, samples):
 def test_all_findings_are_named_before_their_boxes(films, samples):
     for film, written in zip(films, samples, strict=True):
         for x in (x for x in written if x.get("label") == "all findings"):
-            names = re.split(r" at \[[^\]]*\](?:, | and |\.)", re.sub("^(I see|Seen:|On this film:) ", "", x["answer"]))
+            names = re.split(
+                r" at \[[^\]]*\](?:, | and |\.)",
+                re.sub("^(I see|Seen:|On this film:) ", "", x["answer"]),
+            )
             wanted = [f"{f.side or ''} {f.label}".strip() for f in film.findings]
             assert names == [*wanted, ""]
 
@@ -124,21 +173,31 @@ def test_all_findings_are_named_before_their_boxes(films, samples):
 def test_a_phrase_is_in_the_report_and_its_boxes_are_what_it_describes(films, samples):
     for film, written in zip(films, samples, strict=True):
         for x in (x for x in written if x.get("kind") == "phrase"):
-            phrase = next(s for s in written[0]["answer"].split(".") if s and s.strip() in x["question"]).strip()
+            phrase = next(
+                s for s in written[0]["answer"].split(".") if s and s.strip() in x["question"]
+            ).strip()
             of_label = [f for f in film.findings if f.label == x["label"]]
             for side in SIDES:  # a phrase that names one side only must not point to the other
-                if side in phrase and not any(word in phrase for word in (*(set(SIDES) - {side}), "bilateral")):
+                if side in phrase and not any(
+                    word in phrase for word in (*(set(SIDES) - {side}), "bilateral")
+                ):
                     assert all(f.side == side for f in of_label if f.box in x["boxes"])
             if len(of_label) == 1:
                 assert x["boxes"] == [of_label[0].box]
 
 
 def test_the_patients_right_is_on_the_images_left(films):
-    middle = lambda box: (box[0] + box[2]) / 2
+    def middle(box):
+        return (box[0] + box[2]) / 2
+
     for film in films:
         for part in ("lung", "clavicle"):
-            assert box_of(film.regions[f"right {part}"])[2] < middle(box_of(film.regions[f"left {part}"]))
-        assert middle(box_of(film.regions["aortic arch"])) > middle(box_of(film.regions["upper mediastinum"]))
+            assert box_of(film.regions[f"right {part}"])[2] < middle(
+                box_of(film.regions[f"left {part}"])
+            )
+        assert middle(box_of(film.regions["aortic arch"])) > middle(
+            box_of(film.regions["upper mediastinum"])
+        )
         for f in film.findings:
             if f.side:
                 assert abs(middle(f.box) - middle(box_of(film.regions[f"{f.side} lung"]))) < 0.2
@@ -146,9 +205,12 @@ def test_the_patients_right_is_on_the_images_left(films):
 
 def test_the_heart_is_wide_exactly_when_it_is_called_so(films):
     for film in films:
-        heart, right, left = (box_of(film.regions[name]) for name in ("cardiac silhouette", "right lung", "left lung"))
+        heart, right, left = (
+            box_of(film.regions[name]) for name in ("cardiac silhouette", "right lung", "left lung")
+        )
         ratio = (heart[2] - heart[0]) / (left[2] - right[0])
-        enlarged = any(f.label == "cardiomegaly" for f in film.findings)  # drawn above 0.515; at 96 pixels, 0.03 is one
+        # drawn above 0.515; at 96 pixels, 0.03 is one
+        enlarged = any(f.label == "cardiomegaly" for f in film.findings)
         assert ratio > 0.485 if enlarged else ratio < 0.53
 
 
@@ -159,7 +221,9 @@ def test_a_report_states_exactly_what_was_drawn(films, samples):
         assert 3 <= len(sentences) <= 12
         stated, denied = set(), set()
         for sentence in sentences:
-            named = {label for label, name in NAMES.items() if re.search(name, sentence, re.IGNORECASE)}
+            named = {
+                label for label, name in NAMES.items() if re.search(name, sentence, re.IGNORECASE)
+            }
             (denied if NEGATED.search(sentence) else stated).update(named)
         assert stated == present and not denied & present
         text = written[0]["answer"].lower()
@@ -175,11 +239,26 @@ def test_a_report_states_exactly_what_was_drawn(films, samples):
 
 
 def test_the_likeliest_report_is_shorter_than_most(films):
-    """What makes room for RL: after the findings, stopping beats each single remark, yet most reports go on."""
-    film = next(film for film in films if len(film.findings) == 2 and all(f.label in DETAILS for f in film.findings))
+    """What makes room for RL: after the findings, stopping beats each single remark, yet most
+    reports go on.
+    """
+    film = next(
+        film
+        for film in films
+        if len(film.findings) == 2 and all(f.label in DETAILS for f in film.findings)
+    )
     remarks = [text.split()[0] for text in (*REMARKS, *(DETAILS[f.label] for f in film.findings))]
-    told = [" ".join(s.text for s in report(film.findings, np.random.default_rng(k))) for k in range(600)]
-    first = [min(((text.find(remark), remark) for remark in remarks if remark in text), default=(0, "stop"))[1] for text in told]
+    told = [
+        " ".join(s.text for s in report(film.findings, np.random.default_rng(k)))
+        for k in range(600)
+    ]
+    first = [
+        min(
+            ((text.find(remark), remark) for remark in remarks if remark in text),
+            default=(0, "stop"),
+        )[1]
+        for text in told
+    ]
     shares = {name: first.count(name) / len(told) for name in first}
     assert max(shares, key=shares.get) == "stop" and shares["stop"] < 0.5 and len(shares) == 4
 
@@ -187,7 +266,9 @@ def test_the_likeliest_report_is_shorter_than_most(films):
 def test_the_number_of_boxes_is_a_real_question(films):
     for label in ("pleural effusion", "nodule", "consolidation"):
         count = [sum(f.label == label for f in film.findings) for film in films]
-        assert any(n == 1 for n in count) and sum(n > 1 for n in count) > 0.15 * sum(n > 0 for n in count)
+        assert any(n == 1 for n in count) and sum(n > 1 for n in count) > 0.15 * sum(
+            n > 0 for n in count
+        )
     kinds = [len({f.label for f in film.findings}) for film in films]
     assert set(kinds) == {0, 1, 2, 3, 4} and 0.03 < np.mean(np.array(kinds) == 0) < 0.3
     assert {f.label for film in films for f in film.findings} == set(KINDS)
@@ -196,7 +277,10 @@ def test_the_number_of_boxes_is_a_real_question(films):
 def test_the_same_run_again_is_told_and_leaves_the_files(folder):
     before = (folder / "train.jsonl").stat().st_mtime_ns
     flags = ["--output_dir", folder, "--train=6", "--test=3", "--seed=5", f"--size={SIZE}"]
-    assert "already" in python("-m", "minigrpo.data.phantom", *flags) and (folder / "train.jsonl").stat().st_mtime_ns == before
+    assert (
+        "already" in python("-m", "minigrpo.data.phantom", *flags)
+        and (folder / "train.jsonl").stat().st_mtime_ns == before
+    )
 
 
 def test_films_need_no_seed(tmp_path, monkeypatch):
@@ -205,8 +289,13 @@ def test_films_need_no_seed(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, flags)])
         module.main()
     assert json.loads((tmp_path / "0/phantom.json").read_text())["seed"] == 0
-    drawn, film = np.array(Image.open(next(tmp_path.glob("0/films/*train*.png")))), draw_film(0, 0, 0, 32)
-    assert (drawn == film.pixels).all() and len((tmp_path / "1/train.jsonl").read_text().splitlines()) > 1
+    drawn, film = (
+        np.array(Image.open(next(tmp_path.glob("0/films/*train*.png")))),
+        draw_film(0, 0, 0, 32),
+    )
+    assert (drawn == film.pixels).all() and len(
+        (tmp_path / "1/train.jsonl").read_text().splitlines()
+    ) > 1
 
 
 def test_another_runs_folder_is_refused(folder, tmp_path):
@@ -218,11 +307,26 @@ def test_another_runs_folder_is_refused(folder, tmp_path):
 
 
 def test_templates():
-    fields = lambda text: [name for _, name, _, _ in Formatter().parse(text) if name]
-    for group, count, names in ((templates.REPORT_QUESTIONS, 15, []), (templates.REGION_QUESTIONS, 20, ["label"]),
-                                (templates.REGION_ANSWERS, 20, ["boxes", "label"]), (templates.PHRASE_QUESTIONS, 8, ["label"]),
-                                (templates.PHRASE_ANSWERS, 8, ["boxes"])):  # fmt: skip
-        assert len(set(group)) == len(group) == count and all(sorted(fields(text)) == names for text in group)
-    turns = [templates.region_turn("heart", "[0.10, 0.20, 0.30, 0.40]", np.random.default_rng(k)) for k in (0, 0, 1, 2, 3)]
+    def fields(text):
+        return [name for _, name, _, _ in Formatter().parse(text) if name]
+
+    for group, count, names in (
+        (templates.REPORT_QUESTIONS, 15, []),
+        (templates.REGION_QUESTIONS, 20, ["label"]),
+        (templates.REGION_ANSWERS, 20, ["boxes", "label"]),
+        (templates.PHRASE_QUESTIONS, 8, ["label"]),
+        (templates.PHRASE_ANSWERS, 8, ["boxes"]),
+    ):
+        assert len(set(group)) == len(group) == count and all(
+            sorted(fields(text)) == names for text in group
+        )
+    turns = [
+        templates.region_turn("heart", "[0.10, 0.20, 0.30, 0.40]", np.random.default_rng(k))
+        for k in (0, 0, 1, 2, 3)
+    ]
     assert turns[0] == turns[1] and len(set(turns)) > 1
-    assert "{" not in "".join(turns[0]) and "heart" in turns[0][0] and parse_boxes(turns[0][1]) == [(0.1, 0.2, 0.3, 0.4)]
+    assert (
+        "{" not in "".join(turns[0])
+        and "heart" in turns[0][0]
+        and parse_boxes(turns[0][1]) == [(0.1, 0.2, 0.3, 0.4)]
+    )

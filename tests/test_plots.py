@@ -25,47 +25,93 @@ def pages(monkeypatch):
         def add_axes(self, *args, **more):
             found.append(super().add_axes(*args, **more))
             return found[-1]
+
     monkeypatch.setattr(plots, "Figure", Kept)
     return found
 
 
 def test_samples_show_different_questions():
-    """200 samples, five questions about each of 40 films: even steps of 25 showed "Where is the right lung?" eight times."""
+    """200 samples, five questions about each of 40 films: even steps of 25 showed "Where is the
+    right lung?" eight times.
+    """
     shown = spread(list(range(200)), 8)
     assert len(set(shown)) == 8 and len({sample % 5 for sample in shown}) > 2
-    assert shown == spread(list(range(200)), 8) == sorted(shown), "the same before and after, so that pictures compare"
+    assert shown == spread(list(range(200)), 8) == sorted(shown), (
+        "the same before and after, so that pictures compare"
+    )
     assert spread([3, 7], 8) == [3, 7] and spread([], 8) == []
 
 
 def word_pieces(texts, marks):
     """[(x, baseline, text, colour behind it or None)] of what a page shows, in reading order."""
-    behind = lambda text: next((p.get_facecolor() for p in marks if p.get_facecolor()[3] and abs(p.get_x() + 0.02 - text._x) < 1e-6
-                                and p.get_y() < text._y < p.get_y() + p.get_height()), None)
+
+    def behind(text):
+        return next(
+            (
+                p.get_facecolor()
+                for p in marks
+                if p.get_facecolor()[3]
+                and abs(p.get_x() + 0.02 - text._x) < 1e-6
+                and p.get_y() < text._y < p.get_y() + p.get_height()
+            ),
+            None,
+        )
+
     return sorted((t._y, t._x, t.get_text(), behind(t)) for t in texts)
 
 
 def test_words_that_differ_are_marked_and_others_are_not(tmp_path, pages):
     """Every prediction was painted red, whatever it said."""
     sample = Sample("r", None, "report", "What is seen?", "The heart is large. No effusion.")
-    draw_samples(tmp_path / "s.png", [sample], ["No effusion. The heart is small."], ["The heart is large. No pneumothorax."])
+    draw_samples(
+        tmp_path / "s.png",
+        [sample],
+        ["No effusion. The heart is small."],
+        ["The heart is large. No pneumothorax."],
+    )
     page = pages[0]
-    shown = [(text, color and to_hex(color)) for _, _, text, color in word_pieces(page.texts, page.patches)]
-    assert shown[2:] == [("What is seen?", None), ("reference", None), ("The heart is", None), ("large.", plots.ONLY_REFERENCE), ("No effusion.", None),
-                         ("before", None), ("The heart is large. No", None), ("pneumothorax.", plots.NOT_REFERENCE),
-                         ("prediction", None), ("No effusion. The heart is", None), ("small.", plots.NOT_REFERENCE)]
+    shown = [
+        (text, color and to_hex(color))
+        for _, _, text, color in word_pieces(page.texts, page.patches)
+    ]
+    assert shown[2:] == [
+        ("What is seen?", None),
+        ("reference", None),
+        ("The heart is", None),
+        ("large.", plots.ONLY_REFERENCE),
+        ("No effusion.", None),
+        ("before", None),
+        ("The heart is large. No", None),
+        ("pneumothorax.", plots.NOT_REFERENCE),
+        ("prediction", None),
+        ("No effusion. The heart is", None),
+        ("small.", plots.NOT_REFERENCE),
+    ]
 
 
 def test_nothing_overlaps_or_leaves_the_page_whatever_was_said(tmp_path, pages):
     Image.radial_gradient("L").resize((300, 100)).save(tmp_path / "wide.png")
     Image.radial_gradient("L").resize((50, 200)).save(tmp_path / "high.png")
-    wide, high, long = str(tmp_path / "wide.png"), str(tmp_path / "high.png"), "Is there an effusion, or is there none? " * 9
+    wide, high, long = (
+        str(tmp_path / "wide.png"),
+        str(tmp_path / "high.png"),
+        "Is there an effusion, or is there none? " * 9,
+    )
     boxes = [[0.1, 0.2, 0.5, 0.9]]
-    samples = [Sample("1", wide, "grounding", long, "At [0.1, 0.2, 0.5, 0.9].", boxes=boxes),
-               Sample("2", high, "grounding", "Where?", "At [0.1, 0.2, 0.5, 0.9].", boxes=boxes),
-               Sample("3", wide, "report", long, "The lungs are clear. " * 30), Sample("4", None, "conversation", "What?", "W" * 400),
-               Sample("5", high, "report", "What?", "No effusion.")]
-    answers = ["[0.3, 0.2, 0.1, 0.4] and [-1, 5, 2, 9]", "", "<think>$x_1$ so</think>It costs $5 or $6 \ud800\x00 " + "[0.12, 0.3] " * 80, "Mi" * 300,
-               "<think>broken"]
+    samples = [
+        Sample("1", wide, "grounding", long, "At [0.1, 0.2, 0.5, 0.9].", boxes=boxes),
+        Sample("2", high, "grounding", "Where?", "At [0.1, 0.2, 0.5, 0.9].", boxes=boxes),
+        Sample("3", wide, "report", long, "The lungs are clear. " * 30),
+        Sample("4", None, "conversation", "What?", "W" * 400),
+        Sample("5", high, "report", "What?", "No effusion."),
+    ]
+    answers = [
+        "[0.3, 0.2, 0.1, 0.4] and [-1, 5, 2, 9]",
+        "",
+        "<think>$x_1$ so</think>It costs $5 or $6 \ud800\x00 " + "[0.12, 0.3] " * 80,
+        "Mi" * 300,
+        "<think>broken",
+    ]
     draw_samples(tmp_path / "s.png", samples, answers, answers)
     page = pages[0]
     figure = page.figure
@@ -75,24 +121,37 @@ def test_nothing_overlaps_or_leaves_the_page_whatever_was_said(tmp_path, pages):
     films = [image.get_window_extent(renderer) for image in page.images]
     assert len(films) == 4 and len(extents) > 40
     for box in extents + films:
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+        assert (
+            box.x0 >= 0
+            and box.y0 >= 0
+            and box.x1 <= figure.bbox.width
+            and box.y1 <= figure.bbox.height
+        )
     boxes = [box.shrunk(0.99, 0.99) for box in extents + films]
     assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
     shapes = sorted(round(film.width / film.height, 1) for film in films)
     assert shapes == [0.2, 0.2, 3.0, 3.0], "films were drawn wider than they are"
     assert page.texts[1].get_text().endswith("…"), "a long question"
     headings = [text.get_text() for text in page.texts]
-    assert "prediction, its thinking left out" in headings and "prediction, its think block broken" in headings and headings.count("…") == 2
+    assert (
+        "prediction, its thinking left out" in headings
+        and "prediction, its think block broken" in headings
+        and headings.count("…") == 2
+    )
 
 
-# ---- curves -----------------------------------------------------------------------------------------------------------
+# ---- curves --------------------------------------------------------------------------------------
 
 
 def write_log(folder, **figures):
     """A run's log: the values of each figure, None where a step has none."""
     folder.mkdir(parents=True)
     steps = range(max(map(len, figures.values())))
-    rows = [{"step": step} | {name: values[step] for name, values in figures.items() if values[step] is not None} for step in steps]
+    rows = [
+        {"step": step}
+        | {name: values[step] for name, values in figures.items() if values[step] is not None}
+        for step in steps
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -104,16 +163,30 @@ def drawn(monkeypatch):
 
     class Recorded(plots.Figure):
         def savefig(self, *args, **more):
-            pictures.append({axis.get_title(): [(list(line.get_xdata()), list(line.get_ydata()), line.get_color()) for line in axis.lines]
-                             for axis in self.axes if axis.lines})
+            pictures.append(
+                {
+                    axis.get_title(): [
+                        (list(line.get_xdata()), list(line.get_ydata()), line.get_color())
+                        for line in axis.lines
+                    ]
+                    for axis in self.axes
+                    if axis.lines
+                }
+            )
             super().savefig(*args, **more)
+
     monkeypatch.setattr(plots, "Figure", Recorded)
     return pictures
 
 
 def test_curves_hold_what_validation_found(tmp_path, drawn):
     sft = write_log(tmp_path / "sft", loss=[3.0, 2.0, 1.0, 1.0], eval_loss=[None, 2.5, None, 1.5])
-    grpo = write_log(tmp_path / "grpo", loss=[0.0] * 4, reward=[0.1, 0.2, 0.3, 0.4], eval_reward=[None, 0.25, None, 0.5])
+    grpo = write_log(
+        tmp_path / "grpo",
+        loss=[0.0] * 4,
+        reward=[0.1, 0.2, 0.3, 0.4],
+        eval_reward=[None, 0.25, None, 0.5],
+    )
     for folder in (sft, grpo):
         draw_curves(folder)
         assert Image.open(folder / "curves.png").format == "PNG"
@@ -122,23 +195,59 @@ def test_curves_hold_what_validation_found(tmp_path, drawn):
     assert "loss (nats per token)" not in drawn[1], "GRPO's loss says little"
 
 
-@pytest.mark.parametrize("program, more", [(train_sft, []), (train_grpo, ["--reward", "tests.test_train_grpo:letters", "--max_new_tokens", 4,
-                                                                         "--prompts_per_step", 4, "--group_size", 2])])
-def test_curves_grow_while_a_run_trains_and_never_end_it(program, more, policy, phantom, tmp_path, monkeypatch, capsys):
-    """They were drawn once, after the last step; a full disk or a fault of the drawing was a traceback then."""
+@pytest.mark.parametrize(
+    "program, more",
+    [
+        (train_sft, []),
+        (
+            train_grpo,
+            [
+                "--reward",
+                "tests.test_train_grpo:letters",
+                "--max_new_tokens",
+                4,
+                "--prompts_per_step",
+                4,
+                "--group_size",
+                2,
+            ],
+        ),
+    ],
+)
+def test_curves_grow_while_a_run_trains_and_never_end_it(
+    program, more, policy, phantom, tmp_path, monkeypatch, capsys
+):
+    """They were drawn once, after the last step; a full disk or a fault of the drawing was a
+    traceback then.
+    """
     seen, run = [], tmp_path / "run"
 
     def failing(runs, path):
         seen.append((len(next(iter(runs.values()))), (run / "final").exists()))
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(plots, "draw_runs", failing)
     monkeypatch.setattr(program, "due", lambda: lambda: True)
     policy.save_pretrained(tmp_path / "model")
-    words = ["--model", tmp_path / "model", "--train_data", phantom / "train.jsonl", "--output_dir", run, "--max_steps", 2, *more]
+    words = [
+        "--model",
+        tmp_path / "model",
+        "--train_data",
+        phantom / "train.jsonl",
+        "--output_dir",
+        run,
+        "--max_steps",
+        2,
+        *more,
+    ]
     monkeypatch.setattr(sys, "argv", [program.__name__, *map(str, words)])
     program.main()
-    assert seen == [(1, False), (2, False), (2, False)], "after each step, and once more before final/ says that all is done"
-    assert (run / "final").exists() and capsys.readouterr().err.count("could not be drawn (OSError: [Errno 28] No space left") == 3
+    assert seen == [(1, False), (2, False), (2, False)], (
+        "after each step, and once more before final/ says that all is done"
+    )
+    assert (run / "final").exists() and capsys.readouterr().err.count(
+        "could not be drawn (OSError: [Errno 28] No space left"
+    ) == 3
 
 
 def test_pictures_are_redrawn_once_in_a_while(monkeypatch):
@@ -158,6 +267,7 @@ def test_a_picture_is_whole_or_the_one_before(tmp_path, monkeypatch):
     def half(self, path, **_):
         path.write_bytes(before[:100])
         raise KeyboardInterrupt
+
     monkeypatch.setattr(plots.Figure, "savefig", half)
     with pytest.raises(KeyboardInterrupt):
         draw_curves(run)
@@ -182,24 +292,48 @@ def test_runs_are_laid_over_one_another(tmp_path, drawn, monkeypatch):
     third = write_log(tmp_path / "c/sft", loss=[2.0, 1.0])
     out, names = tmp_path / "all.png", []
     legend = plots.Figure.legend
-    monkeypatch.setattr(plots.Figure, "legend", lambda self, lines, labels, **more: names.append(labels) or legend(self, lines, labels, **more))
+    monkeypatch.setattr(
+        plots.Figure,
+        "legend",
+        lambda self, lines, labels, **more: (
+            names.append(labels) or legend(self, lines, labels, **more)
+        ),
+    )
     for _ in range(2):  # its own picture may be drawn anew
         overlay(monkeypatch, one, other / "metrics.jsonl", third, "--output", out)
-    assert names[-1] == ["a/report", "b/report", "c/sft"] and Image.open(out).info["Software"] == plots.DRAWN_BY
-    assert set(drawn[0]) == {"reward", "KL to the reference (nats per token)", "loss (nats per token)"}
+    assert (
+        names[-1] == ["a/report", "b/report", "c/sft"]
+        and Image.open(out).info["Software"] == plots.DRAWN_BY
+    )
+    assert set(drawn[0]) == {
+        "reward",
+        "KL to the reference (nats per token)",
+        "loss (nats per token)",
+    }
     colors = {panel: [color for _, _, color in lines] for panel, lines in drawn[0].items()}
-    assert colors["reward"] == [plots.COLORS[0]] * 2 + [plots.COLORS[1]] * 2, "thin and bold of each"
+    assert colors["reward"] == [plots.COLORS[0]] * 2 + [plots.COLORS[1]] * 2, (
+        "thin and bold of each"
+    )
     assert colors["loss (nats per token)"] == [plots.COLORS[2]] * 2
     overlay(monkeypatch, one, other, "--labels", "small", "large", "--output", out)
     assert names[-1] == ["small", "large"]
 
 
-@pytest.mark.parametrize("words, message", [
-    (["nowhere"], "nowhere does not exist"), (["empty"], "empty is no run: it holds no metrics.jsonl"),
-    (["begun"], "begun/metrics.jsonl is empty: the run has not finished a step yet"), (["odd"], "odd/metrics.jsonl:2 is not a step's figures"),
-    (["run", "run/../run"], "stands there twice"), (["run", "--labels", "a", "b"], "2 --labels for 1 runs"),
-    (["run", "other", "--labels", "a", "a"], "--labels a stands there twice"), (["run", "--output", "run/x.pdf"], "ends in .png"),
-    (["run", "--output", "nowhere/x.png"], "there is no folder nowhere"), (["run", "--output", "mine.png"], "mine.png is a file that holds no curves")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["nowhere"], "nowhere does not exist"),
+        (["empty"], "empty is no run: it holds no metrics.jsonl"),
+        (["begun"], "begun/metrics.jsonl is empty: the run has not finished a step yet"),
+        (["odd"], "odd/metrics.jsonl:2 is not a step's figures"),
+        (["run", "run/../run"], "stands there twice"),
+        (["run", "--labels", "a", "b"], "2 --labels for 1 runs"),
+        (["run", "other", "--labels", "a", "a"], "--labels a stands there twice"),
+        (["run", "--output", "run/x.pdf"], "ends in .png"),
+        (["run", "--output", "nowhere/x.png"], "there is no folder nowhere"),
+        (["run", "--output", "mine.png"], "mine.png is a file that holds no curves"),
+    ],
+)
 def test_what_cannot_be_laid_over_is_named(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("run", "other", "odd"):

@@ -1,10 +1,13 @@
-"""The papers' settings stand in one place: what files of configs/ and the defaults say is the same."""
+"""The papers' settings stand in one place: what files of configs/ and the defaults say is the
+same.
+"""
 
 import inspect
 
 import pytest
 import torch
 import yaml
+
 from minigrpo.loss import PRESETS, group_advantages, grpo_loss
 from tests.test_grpo import ROOT
 from train_grpo import GrpoArguments
@@ -14,7 +17,9 @@ KNOWN = inspect.signature(grpo_loss).parameters
 
 def settings_of(args) -> dict:
     """Of the loss, without what the function has as its default anyway."""
-    return {name: value for name, value in args.loss_settings().items() if value != KNOWN[name].default}
+    return {
+        name: value for name, value in args.loss_settings().items() if value != KNOWN[name].default
+    }
 
 
 @pytest.mark.parametrize("name", ["dapo", "dr_grpo", "gspo", "cispo"])
@@ -38,7 +43,14 @@ def test_each_is_taken(name):
     torch.manual_seed(0)
     logprob = torch.randn(4, 5, requires_grad=True)
     advantage = group_advantages(torch.randn(1, 4)).view(-1)
-    loss, _ = grpo_loss(logprob, logprob.detach() + 0.1, advantage, torch.ones(4, 5),
-                        ref_logprob=torch.randn(4, 5), max_tokens=5, **PRESETS[name])
+    loss, _ = grpo_loss(
+        logprob,
+        logprob.detach() + 0.1,
+        advantage,
+        torch.ones(4, 5),
+        ref_logprob=torch.randn(4, 5),
+        max_tokens=5,
+        **PRESETS[name],
+    )
     loss.backward()
     assert loss.isfinite() and logprob.grad.abs().sum() > 0

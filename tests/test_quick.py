@@ -1,4 +1,6 @@
-"""The first minute: what its pictures, captions and reward are, and that a small run of it leaves all its files."""
+"""The first minute: what its pictures, captions and reward are, and that a small run of it leaves
+all its files.
+"""
 
 import json
 from dataclasses import replace
@@ -14,7 +16,12 @@ from tests.processes import python
 
 def sample(*things):
     return Sample(
-        id="a", image=None, task="classification", question=quick.QUESTION, answer="", findings=things
+        id="a",
+        image=None,
+        task="classification",
+        question=quick.QUESTION,
+        answer="",
+        findings=things,
     )
 
 
@@ -59,9 +66,7 @@ def test_a_picture_shows_what_it_is_said_to():
 def test_train_and_test_share_no_picture(tmp_path):
     quick.write_pictures(tmp_path, train=30, test=20, seed=0)
     train, test = (read_jsonl(tmp_path / f"{split}.jsonl") for split in quick.SPLITS)
-    pixels = {
-        s.images[0]: np.asarray(Image.open(s.images[0])).tobytes() for s in [*train, *test]
-    }
+    pixels = {s.images[0]: np.asarray(Image.open(s.images[0])).tobytes() for s in [*train, *test]}
     assert len(train) == 30 * quick.CAPTIONS and len(test) == 20
     assert len(set(pixels.values())) == len(pixels) == 50
     assert all(quick.reward([s.answer], [s]) == [1] for s in test)
@@ -74,7 +79,10 @@ def test_the_constant_answer_is_the_best_of_its_length():
     for number in range(60):
         things = [str(thing) for thing in rng.choice(quick.KINDS[:4], 2, replace=False)]
         train.append(replace(sample(*things), image=str(number)))
-    worth = lambda text: np.mean(quick.reward([text] * len(train), train))
+
+    def worth(text):
+        return np.mean(quick.reward([text] * len(train), train))
+
     best = worth(quick.constant_answer(train))
     pairs = [f"{a}, {b}" for a in quick.KINDS[:4] for b in quick.KINDS[:4] if a != b]
     assert best >= max(map(worth, quick.KINDS)) and best >= max(map(worth, pairs)) - 0.02
@@ -97,8 +105,20 @@ def test_measure_is_paired():
 
 def test_a_small_run(tmp_path):
     out = tmp_path / "quick"
-    said = python("-m", "minigrpo.quick", "--output_dir", out, "--train", 16, "--test", 6,
-                  "--sft_steps", 2, "--grpo_steps", 1)
+    said = python(
+        "-m",
+        "minigrpo.quick",
+        "--output_dir",
+        out,
+        "--train",
+        16,
+        "--test",
+        6,
+        "--sft_steps",
+        2,
+        "--grpo_steps",
+        1,
+    )
     results = json.loads((out / "results.json").read_text())
     for how in ("sampled", "greedy"):
         for name in ("before", "after", "gain"):

@@ -1,4 +1,6 @@
-"""report.html: parsed as HTML everywhere, template_opens_think and sorted in a real browser where a Chromium is found."""
+"""report.html: parsed as HTML everywhere, template_opens_think and sorted in a real browser where a
+Chromium is found.
+"""
 
 import json
 import os
@@ -16,13 +18,18 @@ from minigrpo.metrics import evaluate_answers
 from minigrpo.run import report
 from minigrpo.run.report import differences, write_report
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-ATTACK = """<script>document.title="owned"</script>'"><img src=x onerror="document.title='owned'"> &amp; {{ 7*7 }} </script>"""
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+ATTACK = """<script>document.title="owned"</script>'"><img src=x \
+onerror="document.title='owned'"> &amp; {{ 7*7 }} </script>"""
 VOID = {"meta", "input", "image", "use", "rect", "br", "img", "link"}
 
 
 class Page(HTMLParser):
-    """Every tag with its attributes, the text inside each article, and whether tags close in order."""
+    """Every tag with its attributes, the text inside each article, and whether tags close in
+    order.
+    """
 
     def __init__(self, text):
         super().__init__()
@@ -51,55 +58,123 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def shown(tmp_path):
-    """(path of the page, samples, answers, items): two questions on one film, a report on another, one without a film."""
+    """(path of the page, samples, answers, items): two questions on one film, a report on another,
+    one without a film.
+    """
     for name, size in (("a", (600, 300)), ("b", (100, 200))):
         Image.radial_gradient("L").resize(size).save(tmp_path / f"{name}.png")
     a, b = str(tmp_path / "a.png"), str(tmp_path / "b.png")
-    samples = [Sample("g1", a, "grounding", "Where is the heart?", "At [0.1, 0.1, 0.5, 0.5].", boxes=[[0.1, 0.1, 0.5, 0.5]], label="heart"),
-               Sample("g2", a, "grounding", "Where is the lung?", "At [0.5, 0.5, 1, 1].", boxes=[[0.5, 0.5, 1.0, 1.0]], label=ATTACK),
-               Sample("r1", [b, a], "report", ATTACK, "No effusion. The heart is large.", source="x"),
-               Sample("c1", None, "conversation", "What?", "Nothing.", turns=[["What?", "Nothing."]])]
-    answers = ["[0.1, 0.1, 0.5, 0.45] \ud800", "[1e300, 0.2, -5, 0.4] [0.6, 0.5, 0.5, 0.1]", f"<think>{ATTACK}</think>The heart is large. {ATTACK}",
-               "<think>broken"]
+    samples = [
+        Sample(
+            "g1",
+            a,
+            "grounding",
+            "Where is the heart?",
+            "At [0.1, 0.1, 0.5, 0.5].",
+            boxes=[[0.1, 0.1, 0.5, 0.5]],
+            label="heart",
+        ),
+        Sample(
+            "g2",
+            a,
+            "grounding",
+            "Where is the lung?",
+            "At [0.5, 0.5, 1, 1].",
+            boxes=[[0.5, 0.5, 1.0, 1.0]],
+            label=ATTACK,
+        ),
+        Sample("r1", [b, a], "report", ATTACK, "No effusion. The heart is large.", source="x"),
+        Sample("c1", None, "conversation", "What?", "Nothing.", turns=[["What?", "Nothing."]]),
+    ]
+    answers = [
+        "[0.1, 0.1, 0.5, 0.45] \ud800",
+        "[1e300, 0.2, -5, 0.4] [0.6, 0.5, 0.5, 0.1]",
+        f"<think>{ATTACK}</think>The heart is large. {ATTACK}",
+        "<think>broken",
+    ]
     items = evaluate_answers(samples, answers)["items"]
-    return write_report(tmp_path / "report.html", samples, answers, items, title=ATTACK), samples, answers, items
+    return (
+        write_report(tmp_path / "report.html", samples, answers, items, title=ATTACK),
+        samples,
+        answers,
+        items,
+    )
 
 
 def test_the_page_is_whole_and_holds_everything(shown):
     page = Page(shown[0].read_text())
-    assert len(page.articles) == 4 and "Where is the heart?" in page.articles[0] and "no text" in page.articles[3]
+    assert (
+        len(page.articles) == 4
+        and "Where is the heart?" in page.articles[0]
+        and "no text" in page.articles[3]
+    )
     assert "first of 2 films" in page.articles[2]
-    assert "think block is broken" in page.articles[3] and "think block is broken" not in page.articles[2]
+    assert (
+        "think block is broken" in page.articles[3]
+        and "think block is broken" not in page.articles[2]
+    )
     tags = [tag for tag, _ in page.tags]
-    assert tags.count("image") == 2 and tags.count("use") == 3  # a film that two questions share is stored once
+    # a film that two questions share is stored once
+    assert tags.count("image") == 2 and tags.count("use") == 3
     rects = [attributes for tag, attributes in page.tags if tag == "rect"]
     assert [r["class"] for r in rects] == ["true", "found", "true", "found", "found"]
-    assert (rects[0]["x"], rects[0]["y"], rects[0]["width"], rects[0]["height"]) == ("44.8", "22.4", "179.2", "89.6")  # 448 x 224
-    assert all(float(r[side]) >= 0 for r in rects for side in ("width", "height"))  # SVG draws no reversed box
-    scores = [json.loads(attributes["data-scores"]) for tag, attributes in page.tags if tag == "article"]
-    assert scores[0]["soft_f1"] == round(shown[3][0]["soft_f1"], 3) and 0 < scores[2]["gleu"] < 1 and "bleu4" in scores[2]
+    # 448 x 224
+    assert (rects[0]["x"], rects[0]["y"], rects[0]["width"], rects[0]["height"]) == (
+        "44.8",
+        "22.4",
+        "179.2",
+        "89.6",
+    )
+    # SVG draws no reversed box
+    assert all(float(r[side]) >= 0 for r in rects for side in ("width", "height"))
+    scores = [
+        json.loads(attributes["data-scores"]) for tag, attributes in page.tags if tag == "article"
+    ]
+    assert (
+        scores[0]["soft_f1"] == round(shown[3][0]["soft_f1"], 3)
+        and 0 < scores[2]["gleu"] < 1
+        and "bleu4" in scores[2]
+    )
 
 
 def test_nothing_is_fetched_and_no_text_is_markup(shown):
     text = shown[0].read_text()
     page = Page(text)
     tags = [tag for tag, _ in page.tags]
-    assert tags.count("script") == 1 and "img" not in tags and "link" not in tags and "iframe" not in tags
+    assert (
+        tags.count("script") == 1
+        and "img" not in tags
+        and "link" not in tags
+        and "iframe" not in tags
+    )
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     for _, attributes in page.tags:
         for name in ("src", "href", "action"):
             assert re.match(r"data:image/jpeg;base64,|#film\d+$", attributes.get(name, "#film0"))
-    assert "url(" not in text and "@import" not in text and "http" not in re.sub(r'http-equiv="Content', "", text)
+    assert (
+        "url(" not in text
+        and "@import" not in text
+        and "http" not in re.sub(r'http-equiv="Content', "", text)
+    )
     assert "default-src 'none'" in text
     assert "".join(page.articles).count(ATTACK) == 4  # as label, question, thinking and answer
     assert "{{ 7*7 }}" in text
 
 
 def test_differences():
-    words = lambda side, flag: [part["text"] for part in side if part["changed"] is flag]
-    left, right = differences("The heart is normal. No large effusion at [0.1, 0.2, 0.3, 0.4].", "Small effusion at [0, 0, 1, 1]. The HEART is normal!")
-    assert words(left, True) == ["No large"] and words(right, True) == ["Small"]  # the first sentence moved, the box is drawn
-    assert " ".join(part["text"] for part in left).split() == "The heart is normal. No large effusion at [0.1, 0.2, 0.3, 0.4].".split()
+    def words(side, flag):
+        return [part["text"] for part in side if part["changed"] is flag]
+
+    left, right = differences(
+        "The heart is normal. No large effusion at [0.1, 0.2, 0.3, 0.4].",
+        "Small effusion at [0, 0, 1, 1]. The HEART is normal!",
+    )
+    # the first sentence moved, the box is drawn
+    assert words(left, True) == ["No large"] and words(right, True) == ["Small"]
+    assert (
+        " ".join(part["text"] for part in left).split()
+        == "The heart is normal. No large effusion at [0.1, 0.2, 0.3, 0.4].".split()
+    )
     assert differences("", "") == ([], []) and words(differences("", "a b")[1], True) == ["a b"]
     left, right = differences("No mass. No mass. Clear.", "No mass. Clear.")
     assert len(words(left, True)) == 1 and not words(right, True)  # said twice, found once
@@ -109,15 +184,26 @@ def test_differences():
 
 def test_the_file_stays_small(shown, tmp_path, monkeypatch):
     _, samples, answers, items = shown
-    one = lambda i: replace(samples[0], id=str(i), image=str(tmp_path / f"copy{i}.png"))
+
+    def one(i):
+        return replace(samples[0], id=str(i), image=str(tmp_path / f"copy{i}.png"))
+
     for i in range(8):
         shutil.copy(samples[0].image, tmp_path / f"copy{i}.png")
     many = [one(i) for i in range(8)]
     film = len(report.small_film(samples[0], samples[0].image)["href"])
     monkeypatch.setattr(report, "BUDGET", 3 * film)
-    page = Page(write_report(tmp_path / "small.html", many, answers[:1] * 8, items[:1] * 8, title="t").read_text())
+    page = Page(
+        write_report(
+            tmp_path / "small.html", many, answers[:1] * 8, items[:1] * 8, title="t"
+        ).read_text()
+    )
     assert len(page.articles) == 3
-    page = Page(write_report(tmp_path / "count.html", many, answers[:1] * 8, items[:1] * 8, title="t", count=2).read_text())
+    page = Page(
+        write_report(
+            tmp_path / "count.html", many, answers[:1] * 8, items[:1] * 8, title="t", count=2
+        ).read_text()
+    )
     assert len(page.articles) == 2
 
 
@@ -125,8 +211,22 @@ def browse(path, tmp_path, script=""):
     """The page as Chromium has it after its scripts and `script` ran."""
     copy = tmp_path / "template_opens_think.html"
     copy.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", copy.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"HOME": str(tmp_path)}).stdout
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+        copy.as_uri(),
+    ]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"HOME": str(tmp_path)},
+    ).stdout
 
 
 def body_of(dom):
@@ -146,27 +246,44 @@ def body_of(dom):
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
 def test_a_browser_opens_sorts_and_filters_it(shown, tmp_path):
     script = """
-    const set = (id, value) => { const c = document.getElementById(id); c.value = value; c.dispatchEvent(new Event("input")) };
-    const ids = () => [...document.querySelectorAll("article:not([hidden])")].map(a => a.querySelector(".about").textContent.split(" ")[0]).join();
+    const told = (control) => control.dispatchEvent(new Event("input"));
+    const set = (id, value) => {
+        const control = document.getElementById(id);
+        control.value = value;
+        told(control);
+    };
+    const about = (article) => article.querySelector(".about").textContent.split(" ")[0];
+    const ids = () => [...document.querySelectorAll("article:not([hidden])")].map(about).join();
     const out = {}; out.start = ids();
-    set("sort", "length"); out.up = ids(); down.checked = true; set("sort", "length"); out.down = ids();
-    set("sort", "soft_f1"); out.f1 = ids(); set("sort", "gleu"); out.gleu = ids(); set("sort", ""); down.checked = false; set("sort", "");
+    set("sort", "length"); out.up = ids();
+    down.checked = true;
+    set("sort", "length"); out.down = ids();
+    set("sort", "soft_f1"); out.f1 = ids();
+    set("sort", "gleu"); out.gleu = ids();
+    set("sort", ""); down.checked = false; set("sort", "");
     set("search", "THE LUNG"); out.search = ids(); set("search", "");
-    const task = document.querySelector("select[data-field=task]"); task.value = "report"; task.dispatchEvent(new Event("input"));
-    out.task = ids(); out.count = document.getElementById("shown").textContent; out.title = document.title;
-    task.value = ""; task.dispatchEvent(new Event("input"));
-    const film = document.querySelector("use").getBoundingClientRect(); out.film = [film.width > 300, film.height > 100];
+    const task = document.querySelector("select[data-field=task]");
+    task.value = "report"; told(task);
+    out.task = ids(); out.title = document.title;
+    out.count = document.getElementById("shown").textContent;
+    task.value = ""; told(task);
+    const film = document.querySelector("use").getBoundingClientRect();
+    out.film = [film.width > 300, film.height > 100];
     document.querySelector("svg.film").dispatchEvent(new MouseEvent("click", {bubbles: true}));
     out.large = document.querySelectorAll(".film.large").length;
-    const box = document.querySelector("input.boxes[value=true]"); box.checked = false; box.dispatchEvent(new Event("input"));
+    const box = document.querySelector("input.boxes[value=true]");
+    box.checked = false; told(box);
     out.hidden = getComputedStyle(document.querySelector("rect.true")).display;
     document.body.dataset.out = JSON.stringify(out)"""
     dom = browse(shown[0], tmp_path, script)
     out = json.loads(body_of(dom)["data-out"])
     lengths = {item["id"]: item["length"] for item in shown[3]}
-    assert out["start"] == "g1,g2,r1,c1" and out["up"].split(",") == sorted(lengths, key=lengths.get)
+    assert out["start"] == "g1,g2,r1,c1" and out["up"].split(",") == sorted(
+        lengths, key=lengths.get
+    )
     assert out["down"].split(",") == sorted(lengths, key=lambda name: -lengths[name])
-    assert out["f1"].startswith("g1,g2,") and out["gleu"] == "r1,c1,g1,g2"  # those without the score come last
+    # those without the score come last
+    assert out["f1"].startswith("g1,g2,") and out["gleu"] == "r1,c1,g1,g2"
     assert out["search"] == "g2" and out["task"] == "r1" and out["count"] == "1"
     assert out["title"] == ATTACK != "owned"
     assert out["film"] == [True, True] and out["large"] == 1 and out["hidden"] == "none"

@@ -1,4 +1,6 @@
-"""Drawn scenes: boxes that are true, nothing of a film in them, and the same scene from the same seed."""
+"""Drawn scenes: boxes that are true, nothing of a film in them, and the same scene from the same
+seed.
+"""
 
 import json
 import re
@@ -8,7 +10,16 @@ import pytest
 from PIL import Image
 
 from minigrpo.data import Sample, parse_boxes, read_jsonl
-from minigrpo.data.scenes import ALL, ANSWERS, CAPTIONS, ONE, THINGS, draw_scene, where, write_scenes
+from minigrpo.data.scenes import (
+    ALL,
+    ANSWERS,
+    CAPTIONS,
+    ONE,
+    THINGS,
+    draw_scene,
+    where,
+    write_scenes,
+)
 from minigrpo.data.traces import drawn_trace, read_templates
 
 OF_FILMS = re.compile("x-ray|film|lung|heart|chest|report", re.IGNORECASE)
@@ -32,11 +43,18 @@ def test_a_thing_fills_its_box(monkeypatch):
         differs = np.abs(pixels - ground).max(2) > 35
         for thing in things:
             x1, y1, x2, y2 = (round(256 * edge) for edge in thing["box"])
-            grown = differs[max(0, y1 - 4):y2 + 4, max(0, x1 - 4):x2 + 4]
+            grown = differs[max(0, y1 - 4) : y2 + 4, max(0, x1 - 4) : x2 + 4]
             if differs[y1:y2, x1:x2].mean() < 0.15:
                 continue  # a thing of the ground's own colour
             rows, columns = np.flatnonzero(grown.any(1)), np.flatnonzero(grown.any(0))
-            found = np.array([columns[0] + max(0, x1 - 4), rows[0] + max(0, y1 - 4), columns[-1] + 1 + max(0, x1 - 4), rows[-1] + 1 + max(0, y1 - 4)])
+            found = np.array(
+                [
+                    columns[0] + max(0, x1 - 4),
+                    rows[0] + max(0, y1 - 4),
+                    columns[-1] + 1 + max(0, x1 - 4),
+                    rows[-1] + 1 + max(0, y1 - 4),
+                ]
+            )
             assert np.abs(found - (x1, y1, x2, y2)).max() <= 4, (thing, found)
             seen.add(thing["label"])
     assert seen == set(THINGS)
@@ -47,7 +65,9 @@ def test_things_do_not_overlap():
         boxes = [thing["box"] for thing in draw_scene(np.random.default_rng(seed), 32)[1]]
         for i, a in enumerate(boxes):
             assert all(0 <= v <= 1 for v in a)
-            assert all(a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1] for b in boxes[i + 1:])
+            assert all(
+                a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1] for b in boxes[i + 1 :]
+            )
 
 
 def test_the_file_is_one_that_training_reads(folder):
@@ -61,8 +81,11 @@ def test_the_file_is_one_that_training_reads(folder):
 def test_no_film_and_no_word_of_a_film_beside_the_reading(folder):
     """The general start must not have seen films: its only chests are in texts without an image."""
     for s in read_jsonl(folder / "train.jsonl"):
-        assert (s.image is None) == s.id.startswith("reading") and (s.image is None or not OF_FILMS.search(f"{s.question} {s.answer}"))
-    templates = (*CAPTIONS, *ALL, *ONE, *ANSWERS)  # one of 20 answers, "On this film ...", once came along
+        assert (s.image is None) == s.id.startswith("reading") and (
+            s.image is None or not OF_FILMS.search(f"{s.question} {s.answer}")
+        )
+    # one of 20 answers, "On this film ...", once came along
+    templates = (*CAPTIONS, *ALL, *ONE, *ANSWERS)
     assert len(ANSWERS) > 15 and not any(map(OF_FILMS.search, templates))
     assert not set(p.suffix for p in (folder / "scenes").iterdir()) - {".png"}
 
@@ -72,15 +95,27 @@ def test_the_same_seed_draws_the_same(folder, tmp_path):
     for name in ("train.jsonl", "test.jsonl"):
         assert (tmp_path / "again" / name).read_text() == (folder / name).read_text()
     for path in (folder / "scenes").iterdir():
-        assert (np.asarray(Image.open(path)) == np.asarray(Image.open(tmp_path / "again/scenes" / path.name))).all()
+        assert (
+            np.asarray(Image.open(path))
+            == np.asarray(Image.open(tmp_path / "again/scenes" / path.name))
+        ).all()
     with pytest.raises(SystemExit, match="is not empty"):
         write_scenes(folder, train=1, test=0, reading=0, seed=0, size=32)
 
 
 def test_a_scene_is_thought_about_in_its_own_words():
-    things = [{"label": "ball", "colour": "red", "severity": "small", "box": [0.1, 0.1, 0.2, 0.2]},
-              {"label": "tree", "colour": "green", "severity": "large", "box": [0.4, 0.4, 0.6, 0.6]}]
+    things = [
+        {"label": "ball", "colour": "red", "severity": "small", "box": [0.1, 0.1, 0.2, 0.2]},
+        {"label": "tree", "colour": "green", "severity": "large", "box": [0.4, 0.4, 0.6, 0.6]},
+    ]
     sample = Sample("a", "x.png", "classification", "?", "...", source="scenes")
-    assert drawn_trace(sample, things, read_templates()) == "upper left, small red ball; middle, large green tree."
-    assert [where(box) for box in ([0.4, 0, 0.6, 0.1], [0, 0.4, 0.1, 0.6], [0.4, 0.9, 0.6, 1])] == ["top", "left", "bottom"]
+    assert (
+        drawn_trace(sample, things, read_templates())
+        == "upper left, small red ball; middle, large green tree."
+    )
+    assert [where(box) for box in ([0.4, 0, 0.6, 0.1], [0, 0.4, 0.1, 0.6], [0.4, 0.9, 0.6, 1])] == [
+        "top",
+        "left",
+        "bottom",
+    ]
     assert json.dumps(things)

@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 import train_grpo
 from minigrpo import grpo
 from minigrpo.generate import Rollout
-from minigrpo.run import node
 from minigrpo.rewards import BadReward, Scores
-from minigrpo.run import guard
+from minigrpo.run import guard, node
 from minigrpo.run.distributed import PATIENCE
 from minigrpo.run.guard import in_time
 from train_grpo import GrpoArguments
@@ -34,17 +33,41 @@ def model(policy, tmp_path_factory):
 @pytest.fixture
 def train(model, phantom, tmp_path, monkeypatch):
     """train(reward, *arguments) runs the program in this process and returns its folder."""
+
     def run(reward, *arguments, folder=None, steps=1):
         folder = folder or tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        words = ["--model", model, "--task", "report", "--train_data", phantom / "train.jsonl",
-                 "--output_dir", folder, "--max_steps", steps,
-                 "--reward", f"{MINE}:{reward}", "--prompts_per_step", 2, "--group_size", 4,
-                 "--updates_per_rollout", 1, "--max_new_tokens", 8,
-                 "--learning_rate", 1e-3, "--max_unscored", 1, *arguments]
+        words = [
+            "--model",
+            model,
+            "--task",
+            "report",
+            "--train_data",
+            phantom / "train.jsonl",
+            "--output_dir",
+            folder,
+            "--max_steps",
+            steps,
+            "--reward",
+            f"{MINE}:{reward}",
+            "--prompts_per_step",
+            2,
+            "--group_size",
+            4,
+            "--updates_per_rollout",
+            1,
+            "--max_new_tokens",
+            8,
+            "--learning_rate",
+            1e-3,
+            "--max_unscored",
+            1,
+            *arguments,
+        ]
         monkeypatch.setattr("sys.argv", ["train_grpo.py", *map(str, words)])
         monkeypatch.setattr(train_grpo, "draw_curves", lambda folder: None)  # takes its time
         train_grpo.main()
         return folder
+
     return run
 
 
@@ -67,11 +90,20 @@ def nothing(answers, samples):
     return [None] * len(answers)
 
 
-@pytest.mark.parametrize("settings", [
-    ["--aggregation", "token-mean"], ["--aggregation", "constant", "--advantage_scale", "none"],
-    pytest.param(["--aggregation", "sequence-mean"], marks=pytest.mark.slow),
-    pytest.param(["--advantage_scale", "batch", "--leave_one_out", "true"], marks=pytest.mark.slow),
-    pytest.param(["--ratio_level", "sequence", "--aggregation", "sequence-mean"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--aggregation", "token-mean"],
+        ["--aggregation", "constant", "--advantage_scale", "none"],
+        pytest.param(["--aggregation", "sequence-mean"], marks=pytest.mark.slow),
+        pytest.param(
+            ["--advantage_scale", "batch", "--leave_one_out", "true"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["--ratio_level", "sequence", "--aggregation", "sequence-mean"], marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_the_gradient_is_that_of_a_batch_without_them(train, monkeypatch, settings):
     """Bug: they stayed in the count of tokens and in the KL, which pulled every token of them back
     to the reference. k1 with the ratio, since k3 has no gradient where policy and reference are
@@ -85,9 +117,15 @@ def test_the_gradient_is_that_of_a_batch_without_them(train, monkeypatch, settin
     def without(policy, prompts, **more):
         r = sampled[0]
         kept = torch.tensor([n % 4 != 1 for n in range(len(r.texts))])
-        return Rollout(r.tokens[kept], r.mask[kept], r.logprob[kept], r.finished[kept],
-                                  [text for n, text in enumerate(r.texts) if n % 4 != 1],
-                                  r.row_steps, r.bytes_read)
+        return Rollout(
+            r.tokens[kept],
+            r.mask[kept],
+            r.logprob[kept],
+            r.finished[kept],
+            [text for n, text in enumerate(r.texts) if n % 4 != 1],
+            r.row_steps,
+            r.bytes_read,
+        )
 
     def keeping(parameters, *rest):
         gradients.append([p.grad.clone() for p in parameters if p.grad is not None])
@@ -114,10 +152,15 @@ def test_a_step_without_any_score_changes_no_weight(train, model):
     after = load_file(folder / "final/model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     for row in rows(folder):
-        assert row["unscored"] == 1 and not {"reward", "loss",
-                                             f"reward_{MINE}:nothing"} & row.keys()
-    assert {answer["reward"] for row in rows(folder, "rollouts") for group in row["groups"]
-            for answer in group["answers"]} == {None}
+        assert (
+            row["unscored"] == 1 and not {"reward", "loss", f"reward_{MINE}:nothing"} & row.keys()
+        )
+    assert {
+        answer["reward"]
+        for row in rows(folder, "rollouts")
+        for group in row["groups"]
+        for answer in group["answers"]
+    } == {None}
 
 
 # ---- validation ----------------------------------------------------------------------------------
@@ -135,15 +178,26 @@ def worse_each_time(answers, samples, calls=[]):
     calls.append(1)
     if len(calls) == 1:
         return [-1.0] * len(answers)
-    return [[None] * len(answers), [float("nan")] * len(answers),
-            [9.0] + [None] * (len(answers) - 1)][(len(calls) - 2) % 3]
+    return [
+        [None] * len(answers),
+        [float("nan")] * len(answers),
+        [9.0] + [None] * (len(answers) - 1),
+    ][(len(calls) - 2) % 3]
 
 
 def test_a_validation_without_scores_has_no_value_and_is_no_best(train, phantom, capsys):
     """Bug: its value was 0.0, better than any negative reward: best/ was replaced by whatever was
     there. One answer of many does not speak for all of them either."""
-    folder = train("worse_each_time", "--eval_data", phantom / "test.jsonl", "--eval_steps", 1,
-                   "--max_unscored", 0.5, steps=4)
+    folder = train(
+        "worse_each_time",
+        "--eval_data",
+        phantom / "test.jsonl",
+        "--eval_steps",
+        1,
+        "--max_unscored",
+        0.5,
+        steps=4,
+    )
     assert [row.get("eval_reward") for row in rows(folder)] == [-1.0, None, None, None]
     assert [path.name for path in (folder / "best").iterdir()] == ["step-000001"]
     assert capsys.readouterr().err.count(": this validation has no value") == 3
@@ -164,9 +218,14 @@ def too_few(answers, samples):
     return [1.0]
 
 
-@pytest.mark.parametrize("reward, said",
-                         [("a_dict", "gave dict"), ("too_few", "gave 1 values for 8 answers"),
-                          ("dict_in_validation", "gave dict")])
+@pytest.mark.parametrize(
+    "reward, said",
+    [
+        ("a_dict", "gave dict"),
+        ("too_few", "gave 1 values for 8 answers"),
+        ("dict_in_validation", "gave dict"),
+    ],
+)
 def test_a_reward_of_wrong_shape_ends_with_a_message(train, phantom, reward, said):
     """Bug: the right last line, under a traceback."""
     with pytest.raises(SystemExit) as ended:
@@ -198,11 +257,17 @@ def test_a_reward_that_wanders_takes_no_file_along(train, phantom, tmp_path, mon
     """Bug: the rest of a run whose --output_dir and --train_data are relative was looked for, and
     written, from where the reward was."""
     monkeypatch.chdir(tmp_path)
-    with pytest.warns(UserWarning,
-                      match=f"reward '{MINE}:wanders' changed the working directory to .*away: it "
-                      "is put back"):
-        train("wanders", "--train_data", os.path.relpath(phantom / "train.jsonl"),
-              folder=Path("here"), steps=2)
+    with pytest.warns(
+        UserWarning,
+        match=f"reward '{MINE}:wanders' changed the working directory to .*away: it is put back",
+    ):
+        train(
+            "wanders",
+            "--train_data",
+            os.path.relpath(phantom / "train.jsonl"),
+            folder=Path("here"),
+            steps=2,
+        )
     assert (tmp_path / "here/final/model.safetensors").is_file()
     assert len(rows(tmp_path / "here")) == 2
     assert not any((tmp_path / "away").iterdir())
@@ -223,8 +288,10 @@ def test_a_phase_has_one_budget_below_the_others_patience(monkeypatch, samples, 
 
     monkeypatch.setattr(guard, "_within", hangs)
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    for seconds in (GrpoArguments.reward_timeout,
-                    getattr(guard, "LONGEST_TIMEOUT", GrpoArguments.reward_timeout)):
+    for seconds in (
+        GrpoArguments.reward_timeout,
+        getattr(guard, "LONGEST_TIMEOUT", GrpoArguments.reward_timeout),
+    ):
         given.clear()
         found = in_time(None, ["a"] * 2 * groups, [samples[0]] * 2 * groups, 2, seconds)
         assert not any(found.valid) and len(found.valid) == 2 * groups
@@ -252,20 +319,26 @@ def test_a_timeout_that_the_others_would_not_wait_for(monkeypatch):
     monkeypatch.setattr(guard, "ranks", lambda: 2)
     guard.check_timeout(GrpoArguments.reward_timeout)
     for seconds in (676, float("inf")):
-        with pytest.raises(ValueError,
-                           match=r"--reward_timeout (676|inf) with 2 processes: .* after 30 "
-                           r"minutes .* give 675 seconds at most"):
+        with pytest.raises(
+            ValueError,
+            match=r"--reward_timeout (676|inf) with 2 processes: .* after 30 "
+            r"minutes .* give 675 seconds at most",
+        ):
             guard.check_timeout(seconds)
 
 
 def test_a_problem_of_one_rank_ends_all(monkeypatch, capsys):
     """The message comes from the first rank, whoever had the problem; the others leave with a code,
     and nobody waits."""
+
     def wrong():
         raise BadReward("reward 'mine' gave nonsense")
+
     fine = Scores([1.0], [True])
-    for work, theirs in ((wrong, ([True], [], None)),
-                         (lambda: fine, (None, None, "reward 'mine' gave nonsense"))):
+    for work, theirs in (
+        (wrong, ([True], [], None)),
+        (lambda: fine, (None, None, "reward 'mine' gave nonsense")),
+    ):
         for first, code in ((True, "error: reward 'mine' gave nonsense"), (False, 1)):
             monkeypatch.setattr(guard, "gathered", lambda mine: [mine, theirs])
             monkeypatch.setattr(guard, "first", lambda: first)

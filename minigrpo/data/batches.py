@@ -12,8 +12,9 @@ T = TypeVar("T")
 
 
 def batch_at(items: list[T], step: int, size: int, seed: int) -> list[T]:
-    """What step 0, 1, 2... trains on: reshuffled every epoch, none dropped, and a function of (seed, step) alone, so that
-    a resumed run goes on where it was."""
+    """What step 0, 1, 2... trains on: reshuffled every epoch, none dropped, and a function of
+    (seed, step) alone, so that a resumed run goes on where it was.
+    """
     batch = []
     for position in range(step * size, (step + 1) * size):
         epoch, index = divmod(position, len(items))
@@ -22,14 +23,16 @@ def batch_at(items: list[T], step: int, size: int, seed: int) -> list[T]:
 
 
 def prefetch(make: Callable[[int], T], steps: range) -> Iterator[tuple[int, T]]:
-    """(step, make(step)) for steps that go up by one, the next one made in a thread while the caller works on this one.
+    """(step, make(step)) for steps that go up by one, the next one made in a thread while the
+    caller works on this one.
 
-    The thread does torch's work without helpers: with more threads than cores OpenMP waits asleep, and every operation of the
-    caller pays for waking.
+    The thread does torch's work without helpers: with more threads than cores OpenMP waits asleep,
+    and every operation of the caller pays for waking.
     """
     with ThreadPoolExecutor(1) as pool:
         threads = torch.get_num_threads()
-        pool.submit(lambda: (torch.get_num_threads(), torch.set_num_threads(1))).result()  # asked first: asking sets it, once a thread
+        # asked first: asking sets it, once a thread
+        pool.submit(lambda: (torch.get_num_threads(), torch.set_num_threads(1))).result()
         torch.set_num_threads(threads)  # of threads to come, which the line before has set, too
         coming = pool.submit(make, steps.start) if steps else None
         for step in steps:
@@ -40,7 +43,9 @@ def prefetch(make: Callable[[int], T], steps: range) -> Iterator[tuple[int, T]]:
 
 
 def group_by_image(samples: list[Sample]) -> list[list[Sample]]:
-    """The samples about each image, in the order in which the images first appear; those without image stay alone."""
+    """The samples about each image, in the order in which the images first appear; those without
+    image stay alone.
+    """
     by_image: dict[tuple, list[Sample]] = {}
     for sample in samples:
         by_image.setdefault(tuple(sample.images) or (sample.id,), []).append(sample)

@@ -18,8 +18,12 @@ FORMS: dict[str, Form] = {
     "[x1, y1, x2, y2]": lambda a, b, c, d: (a, b, c, d),
     "[x, y, width, height]": lambda a, b, c, d: (a, b, a + c, b + d),
     "[y1, x1, y2, x2]": lambda a, b, c, d: (b, a, d, c),
-    "[middle x, middle y, width, height]":
-        lambda a, b, c, d: (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
+    "[middle x, middle y, width, height]": lambda a, b, c, d: (
+        a - c / 2,
+        b - d / 2,
+        a + c / 2,
+        b + d / 2,
+    ),
     "[x1, x2, y1, y2]": lambda a, b, c, d: (a, c, b, d),
     "[x2, y2, x1, y1]": lambda a, b, c, d: (c, d, a, b),
 }
@@ -39,8 +43,10 @@ def contradiction(answer: str, boxes: Boxes) -> str | None:
         guess = counted(said, boxes, near)
     else:
         guess = next(guesses(said[:MOST_PAIRED], boxes[:MOST_PAIRED], near), "they are other boxes")
-    return (f'the boxes in the answer are not "boxes" ({guess}): write {mend} in the answer, or '
-            'mend "boxes"')
+    return (
+        f'the boxes in the answer are not "boxes" ({guess}): write {mend} in the answer, or '
+        'mend "boxes"'
+    )
 
 
 def same_boxes(said: Boxes, boxes: Boxes, near: float) -> bool:
@@ -103,20 +109,31 @@ def pixels_of(said: Boxes, boxes: Boxes, near: float) -> tuple[int, int] | None:
     return (round(width), round(height)) if same_boxes(scaled, boxes, near) else None
 
 
-def scale_note(answers: Sequence[str], samples: Sequence, template_opens_think: bool = False,
-               box_scale: float = 1.0) -> str | None:
+def scale_note(
+    answers: Sequence[str],
+    samples: Sequence,
+    template_opens_think: bool = False,
+    box_scale: float = 1.0,
+) -> str | None:
     """What to say where most boxes that a model wrote, for the grounding samples, are read at the
     wrong scale."""
-    texts = [split_thinking(answer, template_opens_think)[1] for answer, sample in zip(answers, samples)
-             if sample.task == "grounding"]
+    texts = [
+        split_thinking(answer, template_opens_think)[1]
+        for answer, sample in zip(answers, samples)
+        if sample.task == "grounding"
+    ]
     largest = [max(map(abs, box)) for text in texts for box in parse_boxes(text)]
     outside = sum(value > 1.001 * box_scale for value in largest)
     if 2 * outside > len(largest):
         thousands = 2 * sum(value <= 1000 for value in largest) > len(largest)
-        return (f"{outside:,} of {len(largest):,} boxes that the model wrote leave 0..1 and so "
-                f"score nothing (--box_scale is {box_scale:g}): should it be "
-                f"{'1000' if thousands else 'the side of the image in pixels'}?")
+        return (
+            f"{outside:,} of {len(largest):,} boxes that the model wrote leave 0..1 and so "
+            f"score nothing (--box_scale is {box_scale:g}): should it be "
+            f"{'1000' if thousands else 'the side of the image in pixels'}?"
+        )
     if box_scale >= 100 and largest and 2 * sum(value <= 1 for value in largest) > len(largest):
-        return (f"most of the {len(largest):,} boxes that the model wrote are fractions already, "
-                f"and --box_scale {box_scale:g} divides them: should it be 1?")
+        return (
+            f"most of the {len(largest):,} boxes that the model wrote are fractions already, "
+            f"and --box_scale {box_scale:g} divides them: should it be 1?"
+        )
     return None

@@ -1,10 +1,11 @@
 """Look at data before a run does: everything that a run would read, all errors at once.
 
-    python -m minigrpo.data.check data/phantom/train.jsonl data/phantom/test.jsonl --model models/tiny
+    python -m minigrpo.data.check data/phantom/train.jsonl data/phantom/test.jsonl --model
+    models/tiny
 
-Prints for each file its counts, lengths, film sizes, boxes and labels, then every error as `file:line: what, and how to mend it`,
-and draws a contact sheet of films with their boxes. Each film is decoded once, in parallel, as a
-run decodes it. Exit status 1 if there is an error.
+Prints for each file its counts, lengths, film sizes, boxes and labels, then every error as
+`file:line: what, and how to mend it`, and draws a contact sheet of films with their boxes. Each
+film is decoded once, in parallel, as a run decodes it. Exit status 1 if there is an error.
 
 Leakage is looked for between sides: the same id, patient, or film (by a hash of its pixels,
 whatever it is called) on two sides is an error. A file is for train, valid or test as its name or
@@ -55,10 +56,12 @@ class Film:
     error: str | None = None
 
 
-FAULTS = {"grey": "nearly all of one grey",
-          "dark": "dark: 95 of 100 pixels are below a quarter of white",
-          "clipped": "clipped: a large part is pure white, or nearly all pure black",
-          "signed": "of values below 0: black is the least of them"}
+FAULTS = {
+    "grey": "nearly all of one grey",
+    "dark": "dark: 95 of 100 pixels are below a quarter of white",
+    "clipped": "clipped: a large part is pure white, or nearly all pure black",
+    "signed": "of values below 0: black is the least of them",
+}
 
 
 @dataclass
@@ -82,38 +85,62 @@ def look(path: str) -> Film:
         digest.update(pixels)
     counts = (image if image.mode == "L" else image.convert("L")).histogram()
     passed = list(accumulate(counts))  # pixels at most so bright
-    aside = 0.05 if image.mode == "L" else 0.001  # a thing on a plain ground is no film, and no fault
+    # a thing on a plain ground is no film, and no fault
+    aside = 0.05 if image.mode == "L" else 0.001
     low, high = (bisect_left(passed, share * passed[-1]) for share in (aside, 1 - aside))
-    faults = {"grey": high - low < FAINT and high >= DARK, "dark": high < DARK,
-              "signed": depth == "signed values",
-              "clipped": high - low >= FAINT and (counts[255] > WHITE * passed[-1]
-                                                  or counts[0] > BLACK * passed[-1])}
-    return Film(image.size, digest.digest(), high - low, depth,
-                tuple(name for name, holds in faults.items() if holds))
+    faults = {
+        "grey": high - low < FAINT and high >= DARK,
+        "dark": high < DARK,
+        "signed": depth == "signed values",
+        "clipped": (
+            high - low >= FAINT
+            and (counts[255] > WHITE * passed[-1] or counts[0] > BLACK * passed[-1])
+        ),
+    }
+    return Film(
+        image.size,
+        digest.digest(),
+        high - low,
+        depth,
+        tuple(name for name, holds in faults.items() if holds),
+    )
 
 
 def look_at_all(files: list[File], workers: int) -> dict[str, Film]:
     """Each distinct image of all files, decoded once; decoding and hashing release the GIL."""
     paths = list(dict.fromkeys(path for file in files for path in file.users))
     with ThreadPoolExecutor(workers) as pool:
-        found = tqdm(pool.map(look, paths, chunksize=16), total=len(paths), desc="films", unit="film")
+        found = tqdm(
+            pool.map(look, paths, chunksize=16), total=len(paths), desc="films", unit="film"
+        )
         films = dict(zip(paths, found))
     for file in files:
-        file.errors += [(line, films[path].error) for path, line in file.users.items() if path in films and films[path].error]
+        file.errors += [
+            (line, films[path].error)
+            for path, line in file.users.items()
+            if path in films and films[path].error
+        ]
     return films
 
 
 def find_oddities(file: File, films: dict[str, Film]) -> None:
-    """What may be meant but should be known, as notes: samples and films that stand twice, films on which nothing is to be seen."""
+    """What may be meant but should be known, as notes: samples and films that stand twice, films on
+    which nothing is to be seen.
+    """
     said = Counter((tuple(s.images), s.question, s.answer) for s in file.samples)
     if again := sum(said.values()) - len(said):
         file.notes.append(f"{again:,} samples repeat another's film, question and answer")
-    shown = {path: films[path].digest for path in file.users if path in films and films[path].digest}
+    shown = {
+        path: films[path].digest for path in file.users if path in films and films[path].digest
+    }
     if again := len(shown) - len(set(shown.values())):
         file.notes.append(f"{again:,} film files hold the pixels of another")
     for name, text in FAULTS.items():
-        note(file, f"films are {text}", [(Path(path).name, file.users[path]) for path in shown
-                                         if name in films[path].faults])
+        note(
+            file,
+            f"films are {text}",
+            [(Path(path).name, file.users[path]) for path in shown if name in films[path].faults],
+        )
     reports = [sample for sample in file.samples if sample.task == "report"]
     headed = [(s.id, s.line) for s in reports if HEADING.search(s.answer)]
     note(file, "reports hold the heading of a section", headed)
@@ -157,15 +184,28 @@ def find_leaks(files: list[File], films: dict[str, Film]) -> None:
             if side[other.path] != side[file.path]:
                 kind, name = thing
                 name = "its pixels" if kind == "film" else repr(name)
-                file.errors.append((line, f"leak: {kind} {name} stands in {other.path}:{first} too: remove it from one of them"))
+                file.errors.append(
+                    (
+                        line,
+                        (
+                            f"leak: {kind} {name} stands in {other.path}:{first} too: remove it"
+                            " from one of them"
+                        ),
+                    )
+                )
 
 
 def spread(values: Iterable[float], form: str = "{:,.0f}") -> str:
-    """"median 4, 1 to 9, 95% at most 8"; "none" for nothing."""
+    """ "median 4, 1 to 9, 95% at most 8"; "none" for nothing."""
     ordered = sorted(values)
     if not ordered:
         return "none"
-    figures = (statistics.median(ordered), ordered[0], ordered[-(-95 * len(ordered) // 100) - 1], ordered[-1])
+    figures = (
+        statistics.median(ordered),
+        ordered[0],
+        ordered[-(-95 * len(ordered) // 100) - 1],
+        ordered[-1],
+    )
     middle, low, high, most = (form.format(value) for value in figures)
     return f"median {middle}, {low} to {most}, 95% at most {high}"
 
@@ -180,31 +220,53 @@ def summary(file: File, films: dict[str, Film], tokenizer=None, processor=None) 
     unit = "tokens" if tokenizer else "words"
 
     def lengths(texts: list[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if tokenizer and texts else \
-            [len(text.split()) for text in texts]
+        return (
+            [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+            if tokenizer and texts
+            else [len(text.split()) for text in texts]
+        )
+
     shown = [films[path] for path in file.users if path in films and not films[path].error]
     boxes = [box for sample in samples for box in sample.boxes]
     depths = Counter(film.depth for film in shown)
-    outside, other = (sum(part in text for _, text in file.errors)
-                      for part in ("leaves 0..1", 'answer are not "boxes"'))
+    outside, other = (
+        sum(part in text for _, text in file.errors)
+        for part in ("leaves 0..1", 'answer are not "boxes"')
+    )
     tasks, labels = Counter(s.task for s in samples), Counter(s.label for s in samples if s.label)
-    lines = [f"{file.path}", f"  samples    {len(samples):,}: " + ", ".join(f"{n:,} {task}" for task, n in tasks.most_common()),
-             f"  films      {len(shown):,} read; {len({s.patient for s in samples if s.patient}):,} patients named",
-             f"  width      {spread(film.size[0] for film in shown)} pixels",
-             f"  height     {spread(film.size[1] for film in shown)} pixels",
-             f"  depth      {', '.join(f'{n:,} of {d}' for d, n in depths.most_common()) or 'none'}"]
+    lines = [
+        f"{file.path}",
+        f"  samples    {len(samples):,}: "
+        + ", ".join(f"{n:,} {task}" for task, n in tasks.most_common()),
+        (
+            f"  films      {len(shown):,} read; {len({s.patient for s in samples if s.patient}):,}"
+            " patients named"
+        ),
+        f"  width      {spread(film.size[0] for film in shown)} pixels",
+        f"  height     {spread(film.size[1] for film in shown)} pixels",
+        f"  depth      {', '.join(f'{n:,} of {d}' for d, n in depths.most_common()) or 'none'}",
+    ]
     if processor and shown:
-        patches = [processor.get_number_of_image_patches(film.size[1], film.size[0], {}) for film in shown]
+        patches = [
+            processor.get_number_of_image_patches(film.size[1], film.size[0], {}) for film in shown
+        ]
         lines.append(f"  film       {spread(n // processor.merge_size**2 for n in patches)} tokens")
     for name, place in (("question", 0), ("answer", 1)):
-        lines.append(f"  {name:<10} {spread(lengths([turn[place] for s in samples for turn in texts_of(s)]))} {unit}")
-    lines += [f"  boxes      {len(boxes):,}; a grounding sample has "
-              f"{spread(len(s.boxes) for s in samples if s.task == 'grounding')}"
-              + f"; in lines with errors {outside:,} leave 0..1, and {other:,} answers say other "
-                "boxes" * bool(outside or other),
-              f"  box area   {spread(((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes), '{:.3f}')} of the film",
-              "  labels     " + (", ".join(f"{n:,} {label}" for label, n in labels.most_common(8)) or "none")
-              + (f", and {len(labels) - 8} more" if len(labels) > 8 else "")]  # fmt: skip
+        lines.append(
+            f"  {name:<10}"
+            f" {spread(lengths([turn[place] for s in samples for turn in texts_of(s)]))} {unit}"
+        )
+    areas = ((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes)
+    lines += [
+        f"  boxes      {len(boxes):,}; a grounding sample has "
+        f"{spread(len(s.boxes) for s in samples if s.task == 'grounding')}"
+        + f"; in lines with errors {outside:,} leave 0..1, and {other:,} answers say other "
+        "boxes" * bool(outside or other),
+        f"  box area   {spread(areas, '{:.3f}')} of the film",
+        "  labels     "
+        + (", ".join(f"{n:,} {label}" for label, n in labels.most_common(8)) or "none")
+        + (f", and {len(labels) - 8} more" if len(labels) > 8 else ""),
+    ]
     return "\n".join(map(message, lines + [f"  note       {text}" for text in file.notes]))
 
 
@@ -218,11 +280,14 @@ def sides_text(paths: list[Path]) -> str:
     return message(f"sides  {text}{alone}")
 
 
-def check(paths: list[Path], *, model: str | None = None, workers: int | None = None) -> tuple[str, list[str], list[File]]:
+def check(
+    paths: list[Path], *, model: str | None = None, workers: int | None = None
+) -> tuple[str, list[str], list[File]]:
     """(summary of all files, all errors as "file:line: text" in order, the files)."""
     tokenizer = processor = None
     if model:
         from minigrpo.checkpoint import open_checkpoint  # imports torch
+
         opened = open_checkpoint(model, weights=False)
         tokenizer, processor = opened.tokenizer, opened.images
     files = [File(path, *scan_jsonl(path)) for path in paths]
@@ -232,18 +297,40 @@ def check(paths: list[Path], *, model: str | None = None, workers: int | None = 
             file.errors.append((1, "the file is empty: write one JSON object a line"))
         find_oddities(file, films)
     find_leaks(files, films)
-    errors = [message(f"{file.path}:{line}: {text}")
-              for file in files for line, text in sorted(file.errors)]
-    return "\n".join([*(summary(file, films, tokenizer, processor) for file in files),
-                      sides_text(paths)]), errors, files
+    errors = [
+        message(f"{file.path}:{line}: {text}")
+        for file in files
+        for line, text in sorted(file.errors)
+    ]
+    return (
+        "\n".join(
+            [*(summary(file, films, tokenizer, processor) for file in files), sides_text(paths)]
+        ),
+        errors,
+        files,
+    )
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("files", nargs="+", type=Path, help="JSONL files; name train and test together to find leaks")
-    parser.add_argument("--model", help="checkpoint whose tokenizer and image processor count; without it, words are counted")
-    parser.add_argument("--sheet", type=Path, help="PNG of films with their boxes; default: beside the first file, as NAME-check.png")
-    parser.add_argument("--workers", type=int, help="threads that decode films; default: one a core")
+    parser.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        help="JSONL files; name train and test together to find leaks",
+    )
+    parser.add_argument(
+        "--model",
+        help="checkpoint whose tokenizer and image processor count; without it, words are counted",
+    )
+    parser.add_argument(
+        "--sheet",
+        type=Path,
+        help="PNG of films with their boxes; default: beside the first file, as NAME-check.png",
+    )
+    parser.add_argument(
+        "--workers", type=int, help="threads that decode films; default: one a core"
+    )
     args = parser.parse_args()
     if len(set(map(os.path.abspath, args.files))) < len(args.files):
         parser.error("the same file is named twice")
@@ -255,15 +342,24 @@ def main() -> None:
     except (DataError, OSError, ValueError) as error:
         fail(error)
     seconds, count = time.process_time() - began, sum(len(file.samples) for file in files)
-    print(f"{text}\nread {count:,} samples in {seconds:.1f} s of processor time, {count / max(seconds, 1e-9):,.0f} a second")
+    print(
+        f"{text}\nread {count:,} samples in {seconds:.1f} s of processor time,"
+        f" {count / max(seconds, 1e-9):,.0f} a second"
+    )
     sheet = args.sheet or args.files[0].with_name(f"{args.files[0].stem}-check.png")
     replaced = sheet.exists()
     try:
-        if draw_sheet(sheet, [sample for file in files for sample in file.samples], bad={line for file in files for line in bad_images(file)}):
+        if draw_sheet(
+            sheet,
+            [sample for file in files for sample in file.samples],
+            bad={line for file in files for line in bad_images(file)},
+        ):
             print(f"{sheet}: films with their boxes{', replaced' if replaced else ''}; look at it")
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        errors.append(f"--sheet {sheet} cannot be written ({reason}): name a .png in a folder that exists")
+        errors.append(
+            f"--sheet {sheet} cannot be written ({reason}): name a .png in a folder that exists"
+        )
     if errors:
         print(*errors, sep="\n")
         sys.exit(f"{len(errors):,} errors")

@@ -2,11 +2,11 @@
 
     python -m minigrpo.data.chexpert_plus --root DIR --split train --output_dir OUT
 
-DIR holds `df_chexpert_plus_240401.csv` (path_to_image, frontal_lateral, split, section_findings, ...) and the films at `path_to_image`
-below DIR, or below `PNG/` and as .png. One report sample for each frontal film with a findings section (about a quarter of all
-rows have one), up to the heading of another section, if it holds one. The official split has train
-and valid alone, so a tenth of the training patients, by hash, is test.
-Chambon et al., 2405.19538.
+DIR holds `df_chexpert_plus_240401.csv` (path_to_image, frontal_lateral, split, section_findings,
+...) and the films at `path_to_image` below DIR, or below `PNG/` and as .png. One report sample for
+each frontal film with a findings section (about a quarter of all rows have one), up to the heading
+of another section, if it holds one. The official split has train and valid alone, so a tenth of the
+training patients, by hash, is test. Chambon et al., 2405.19538.
 """
 
 from pathlib import Path, PurePosixPath
@@ -21,7 +21,11 @@ CSV = "df_chexpert_plus_240401.csv"
 
 
 def read(root: Path, split: str, ledger: Ledger) -> list[Draft]:
-    rows = read_rows(find_file(root, CSV), ("path_to_image", "frontal_lateral", "split", "section_findings"), ledger)
+    rows = read_rows(
+        find_file(root, CSV),
+        ("path_to_image", "frontal_lateral", "split", "section_findings"),
+        ledger,
+    )
     splits = patient_splits((patient_of(row["path_to_image"]), row["split"]) for _, row in rows)
     drafts = []
     for key, row in rows:
@@ -34,24 +38,35 @@ def read(root: Path, split: str, ledger: Ledger) -> list[Draft]:
             ledger.drop([key], "empty findings")
         else:
             note_section(findings, ledger)
-            name = "chexpert-" + "-".join(path.with_suffix("").parts[-3:])  # patient00001-study1-view1_frontal
-            sample = report_sample(name, one_paragraph(findings.text), source="chexpert_plus",
-                                   patient=f"chexpert-{patient_of(row['path_to_image'])}")
+            # patient00001-study1-view1_frontal
+            name = "chexpert-" + "-".join(path.with_suffix("").parts[-3:])
+            sample = report_sample(
+                name,
+                one_paragraph(findings.text),
+                source="chexpert_plus",
+                patient=f"chexpert-{patient_of(row['path_to_image'])}",
+            )
             drafts.append(Draft([key], film_path(root, path), name, sample))
     return drafts
 
 
 def patient_of(path: str) -> str:
-    """"train/patient00001/study1/view1_frontal.jpg" -> "patient00001"."""
+    """ "train/patient00001/study1/view1_frontal.jpg" -> "patient00001"."""
     found = [part for part in PurePosixPath(path).parts if part.startswith("patient")]
     if not found:
-        raise ValueError(f"{CSV}: path_to_image {path!r} names no patientNNNNN folder: is it the released file?")
+        raise ValueError(
+            f"{CSV}: path_to_image {path!r} names no patientNNNNN folder: is it the released file?"
+        )
     return found[0]
 
 
 def film_path(root: Path, path: PurePosixPath) -> Path:
     """Where the film lies: the releases differ in folder and in suffix."""
-    places = [root / folder / path.with_suffix(suffix) for folder in ("", "PNG", "PNG/PNG") for suffix in (path.suffix, ".png")]
+    places = [
+        root / folder / path.with_suffix(suffix)
+        for folder in ("", "PNG", "PNG/PNG")
+        for suffix in (path.suffix, ".png")
+    ]
     return next((place for place in places if place.is_file()), places[0])
 
 

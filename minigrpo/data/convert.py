@@ -1,7 +1,9 @@
-"""The program that every adapter is: read a set's own files, write `OUT/SPLIT.jsonl` and its films, say what became of each row.
+"""The program that every adapter is: read a set's own files, write `OUT/SPLIT.jsonl` and its films,
+say what became of each row.
 
-An adapter is a function (root, split, ledger) -> drafts; `convert` reads the films in parallel, writes what can be read, closes
-the ledger and prints it. It is no program by itself: each set has its own, such as
+An adapter is a function (root, split, ledger) -> drafts; `convert` reads the films in parallel,
+writes what can be read, closes the ledger and prints it. It is no program by itself: each set has
+its own, such as
 
     python -m minigrpo.data.openi --help
 """
@@ -25,7 +27,8 @@ from .ledger import Ledger
 from .rows import Draft
 from .splits import SPLITS
 
-PIXELS = 1024 * 1024  # above what any run sees (the paper's largest is 451,584), far below what a detector writes
+# above what any run sees (the paper's largest is 451,584), far below what a detector writes
+PIXELS = 1024 * 1024
 Reader = Callable[[Path, str, Ledger], list[Draft]]
 
 
@@ -34,10 +37,15 @@ def shrink(film: Image.Image, pixels: int) -> Image.Image:
     scale = math.sqrt(pixels / (film.width * film.height))
     if scale >= 1:
         return film
-    return film.resize((max(1, int(film.width * scale)), max(1, int(film.height * scale))), Image.Resampling.LANCZOS)
+    return film.resize(
+        (max(1, int(film.width * scale)), max(1, int(film.height * scale))),
+        Image.Resampling.LANCZOS,
+    )
 
 
-def write_film(source: Path, stem: Path, pixels: int, load: Callable[[Path], Image.Image]) -> tuple[str, str | None]:
+def write_film(
+    source: Path, stem: Path, pixels: int, load: Callable[[Path], Image.Image]
+) -> tuple[str, str | None]:
     """(suffix of the film written as `stem` + suffix, None), or ("", the reason why there is none).
 
     A fitting 8-bit PNG or JPEG is copied byte for byte; all else becomes an 8-bit grey PNG.
@@ -65,24 +73,42 @@ def write_film(source: Path, stem: Path, pixels: int, load: Callable[[Path], Ima
     return suffix, None
 
 
-def convert(read: Reader, unit: str, root: Path, split: str, out: Path, *, pixels: int = PIXELS, load=load_image,
-            workers: int | None = None) -> Ledger:
-    """Write one split of one set; the ledger of its rows. A split or a film that is there already is never written over."""
+def convert(
+    read: Reader,
+    unit: str,
+    root: Path,
+    split: str,
+    out: Path,
+    *,
+    pixels: int = PIXELS,
+    load=load_image,
+    workers: int | None = None,
+) -> Ledger:
+    """Write one split of one set; the ledger of its rows. A split or a film that is there already
+    is never written over.
+    """
     target, films = out / f"{split}.jsonl", out / "films"
     if not root.is_dir():
-        raise FileNotFoundError(f"--root {root} is no folder: give the one that holds the set's files (docs/data.md)")
+        raise FileNotFoundError(
+            f"--root {root} is no folder: give the one that holds the set's files (docs/data.md)"
+        )
     if target.exists():
         raise ValueError(f"{target} exists already: remove it, or give another --output_dir")
     ledger = Ledger(unit)
     drafts = read(root, split, ledger)
     check_drafts(drafts)
     films.mkdir(parents=True, exist_ok=True)
-    source = {draft.name: draft.film for draft in drafts}  # each film once, whatever is asked about it
+    # each film once, whatever is asked about it
+    source = {draft.name: draft.film for draft in drafts}
     taken = {path.stem for path in films.iterdir()}
     if clash := [name for name in source if name in taken]:
-        raise ValueError(f"{films} already holds {clash[0]} and {len(clash) - 1} more films of this split, left by a run that did not "
-                         "finish or by another split: remove them, or give another --output_dir")
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:  # decoding releases the GIL
+        raise ValueError(
+            f"{films} already holds {clash[0]} and {len(clash) - 1} more films of this split, left"
+            " by a run that did not finish or by another split: remove them, or give another"
+            " --output_dir"
+        )
+    # decoding releases the GIL
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         write = pool.map(lambda name: write_film(source[name], films / name, pixels, load), source)
         written = dict(zip(source, tqdm(write, total=len(source), desc="films", unit="film")))
     lines = []
@@ -92,7 +118,9 @@ def convert(read: Reader, unit: str, root: Path, split: str, out: Path, *, pixel
             ledger.drop(draft.rows, reason)
         else:
             ledger.keep(draft.rows)
-            lines.append({"id": draft.sample["id"], "image": f"films/{draft.name}{suffix}"} | draft.sample)
+            lines.append(
+                {"id": draft.sample["id"], "image": f"films/{draft.name}{suffix}"} | draft.sample
+            )
     ledger.samples = Counter(line["task"] for line in lines)
     table = ledger.table()  # fails on a row that nobody closed, before anything is written
     if not lines:
@@ -106,28 +134,53 @@ def check_drafts(drafts: list[Draft]) -> None:
     """Ids and film names must be the adapter's own doing, each for one thing."""
     twice = [name for name, n in Counter(draft.sample["id"] for draft in drafts).items() if n > 1]
     if twice:
-        raise ValueError(f"id {twice[0]!r} and {len(twice) - 1} more would stand for two samples: the set's files name one film twice")
+        raise ValueError(
+            f"id {twice[0]!r} and {len(twice) - 1} more would stand for two samples: the set's"
+            " files name one film twice"
+        )
     films: dict[str, Path] = {}
     for draft in drafts:
         if films.setdefault(draft.name, draft.film) != draft.film:
-            raise ValueError(f"two films are called {draft.name}: {films[draft.name]} and {draft.film}")
+            raise ValueError(
+                f"two films are called {draft.name}: {films[draft.name]} and {draft.film}"
+            )
 
 
-def adapter_main(read: Reader, unit: str, doc: str, load=load_image, more: Callable | None = None) -> None:
-    """`python -m minigrpo.data.NAME --root DIR --split test --output_dir OUT`; `more` adds an adapter's own arguments."""
+def adapter_main(
+    read: Reader, unit: str, doc: str, load=load_image, more: Callable | None = None
+) -> None:
+    """`python -m minigrpo.data.NAME --root DIR --split test --output_dir OUT`; `more` adds an
+    adapter's own arguments.
+    """
     parser = Parser(doc)
-    parser.add_argument("--root", type=Path, required=True, help="folder of the set as it was downloaded")
+    parser.add_argument(
+        "--root", type=Path, required=True, help="folder of the set as it was downloaded"
+    )
     parser.add_argument("--split", choices=SPLITS, required=True)
-    parser.add_argument("--output_dir", type=Path, required=True, help="gets SPLIT.jsonl and films/; splits may share it")
-    parser.add_argument("--pixels", type=int, default=PIXELS, help=f"larger films are shrunk to this many, aspect kept (default {PIXELS:,})")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        required=True,
+        help="gets SPLIT.jsonl and films/; splits may share it",
+    )
+    parser.add_argument(
+        "--pixels",
+        type=int,
+        default=PIXELS,
+        help=f"larger films are shrunk to this many, aspect kept (default {PIXELS:,})",
+    )
     if more:
         more(parser)
     options = vars(parser.parse_args())
-    root, split, out, pixels = (options.pop(name) for name in ("root", "split", "output_dir", "pixels"))
+    root, split, out, pixels = (
+        options.pop(name) for name in ("root", "split", "output_dir", "pixels")
+    )
     if pixels < 32 * 32:
         parser.error(f"--pixels {pixels} is less than one image token (1024)")
     try:
-        ledger = convert(lambda *given: read(*given, **options), unit, root, split, out, pixels=pixels, load=load)
+        ledger = convert(
+            lambda *given: read(*given, **options), unit, root, split, out, pixels=pixels, load=load
+        )
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     print(ledger.table())

@@ -18,6 +18,7 @@ def _read(path: str | os.PathLike, **settings):
     """The data set. A deflated one is refused: some megabytes of it can unpack to all of memory."""
     need("a DICOM film", "pydicom")
     import pydicom
+
     syntax = pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID")
     if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:
         raise ValueError(f"{path} is deflated as a whole: store it in another transfer syntax")
@@ -62,6 +63,7 @@ def check_film(film, path: str | os.PathLike) -> None:
         raise ValueError(f"{path} holds {frames} frames of {samples} colours, not one grey film")
     if film.file_meta.TransferSyntaxUID.is_encapsulated:
         from pydicom.encaps import generate_frames
+
         for frame in generate_frames(film.PixelData, number_of_frames=1):
             if frame.startswith(b"\xff\xd8"):
                 check_scans(frame, film.Columns * film.Rows)
@@ -94,8 +96,11 @@ def drop_unusable(film) -> None:
         del film.VOILUTFunction
     least = 1 if film.get("VOILUTFunction", "LINEAR") == "LINEAR" else 1e-9
     pairs = zip(numbers(film, "WindowCenter"), numbers(film, "WindowWidth"))
-    windows = [(centre, width) for centre, width in pairs
-               if math.isfinite(centre) and least <= width < math.inf]
+    windows = [
+        (centre, width)
+        for centre, width in pairs
+        if math.isfinite(centre) and least <= width < math.inf
+    ]
     first = windows[0] if windows else (None, None)
     for name, value in zip(("WindowCenter", "WindowWidth"), first):
         if name in film:
@@ -114,6 +119,7 @@ def shown_blocks(film, pixels: np.ndarray) -> Iterator[tuple[slice, np.ndarray, 
     """(rows, their values as shown [rows, width], which of them are padding) of some rows at a
     time: a float copy of a whole film takes eight times its file."""
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
     stored = stored_values(film, pixels)
     step = max(1, BLOCK // pixels.shape[1])
     for top in range(0, len(pixels), step):
@@ -153,9 +159,11 @@ def stored_range(film) -> tuple[int, int]:
 
 
 def shown_range(film, pixels: np.ndarray) -> tuple[float, float]:
-    """What is black and what is white: the window's output range if there is a window, else the film's own extremes.
+    """What is black and what is white: the window's output range if there is a window, else the
+    film's own extremes.
 
-    pydicom maps a window onto the range of the stored bits (after the rescale), so that range, not the film's, is black to white.
+    pydicom maps a window onto the range of the stored bits (after the rescale), so that range, not
+    the film's, is black to white.
     """
     if "WindowWidth" not in film or "VOILUTSequence" in film or "ModalityLUTSequence" in film:
         return own_range(shown[~padding] for _, shown, padding in shown_blocks(film, pixels))

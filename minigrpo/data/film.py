@@ -28,10 +28,15 @@ MOST_SLOW = 4_000_000  # pixels of a PPM that Pillow decodes in Python: 6 s
 LARGE = 16_000_000  # pixels; larger images are decoded one at a time, so that threads don't add up
 BLOCK = 1 << 20  # pixels that are scaled at a time
 DEPTHS = (8, 10, 12, 14, 16)  # bits of detectors; whatever they give is stored in 8 or 16
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}  # EXIF's orientations
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF's orientations
 MARKER = re.compile(rb"\xff+([^\x00\xff])")  # of a JPEG; ff 00 is a byte of the image
 _one_at_a_time = threading.Lock()
 
@@ -88,8 +93,10 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Image.Image, BinaryIO]]:
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
-            raise ValueError(f"it is no {', '.join(FORMATS[:-1])} or PGM image, or its header is "
-                             "damaged: store it as one") from None
+            raise ValueError(
+                f"it is no {', '.join(FORMATS[:-1])} or PGM image, or its header is "
+                "damaged: store it as one"
+            ) from None
         with image:
             check_image(image)
             if image.format in ("JPEG", "MPO"):
@@ -97,8 +104,10 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Image.Image, BinaryIO]]:
                     check_scans(data, image.width * image.height)
             slow = any(tile[0] in ("ppm", "ppm_plain") for tile in image.tile)
             if slow and image.width * image.height > MOST_SLOW:
-                raise ValueError("a large PPM in text, or whose white is neither 255 nor 65535, "
-                                 "takes minutes to decode: store it as PNG")
+                raise ValueError(
+                    "a large PPM in text, or whose white is neither 255 nor 65535, "
+                    "takes minutes to decode: store it as PNG"
+                )
             yield image, file
 
 
@@ -106,8 +115,9 @@ def check_image(image: Image.Image) -> None:
     """Before any pixel is decoded: ValueError for an image that no run can take."""
     check_size(image.width, image.height)
     if image.mode == "F":
-        raise ValueError("its pixels are floats, and which of them is white is not known: store 8 "
-                         "or 16 bits")
+        raise ValueError(
+            "its pixels are floats, and which of them is white is not known: store 8 or 16 bits"
+        )
 
 
 def check_size(width: int, height: int) -> None:
@@ -116,16 +126,20 @@ def check_size(width: int, height: int) -> None:
     if width * height > MOST_PIXELS:
         raise ValueError(f"{size}, more than {MOST_PIXELS // 10**6} million: make it smaller")
     if max(width, height) > MOST_STRETCHED * min(width, height):
-        raise ValueError(f"{size}: one side is more than {MOST_STRETCHED} times the other, so it "
-                         "is no film: crop it")
+        raise ValueError(
+            f"{size}: one side is more than {MOST_STRETCHED} times the other, so it "
+            "is no film: crop it"
+        )
 
 
 def check_scans(data: bytes | mmap.mmap, pixels: int) -> None:
     """ValueError for a JPEG that would take minutes to decode."""
     scans = count_scans(data)
     if scans > MOST_SCANS or scans * pixels > MOST_SCANNED:
-        raise ValueError(f"a JPEG of {pixels:,} pixels in more than {min(scans - 1, MOST_SCANS)} "
-                         "scans, which takes minutes to decode: store it anew")
+        raise ValueError(
+            f"a JPEG of {pixels:,} pixels in more than {min(scans - 1, MOST_SCANS)} "
+            "scans, which takes minutes to decode: store it anew"
+        )
 
 
 def count_scans(data: bytes | mmap.mmap) -> int:
@@ -139,7 +153,7 @@ def count_scans(data: bytes | mmap.mmap) -> int:
             break
         if not 0xD0 <= kind <= 0xD8 and kind != 0x01:
             # All others have a length, and may hold what looks like a marker.
-            place += int.from_bytes(data[place:place + 2], "big")
+            place += int.from_bytes(data[place : place + 2], "big")
     return scans
 
 
@@ -151,16 +165,18 @@ def tiles_of(file: BinaryIO) -> int:
     most = 0
     if order and version in (struct.pack(order + "H", 42), struct.pack(order + "H", 43)):
         big = version == struct.pack(order + "H", 43)  # BigTIFF
-        start, = struct.unpack(order + ("Q" if big else "I"), head[8:16] if big else head[4:8])
+        (start,) = struct.unpack(order + ("Q" if big else "I"), head[8:16] if big else head[4:8])
         file.seek(min(start, 2**62))
-        count, = struct.unpack(order + ("Q" if big else "H"),
-                               file.read(8 if big else 2).ljust(8 if big else 2, b"\0"))
+        (count,) = struct.unpack(
+            order + ("Q" if big else "H"), file.read(8 if big else 2).ljust(8 if big else 2, b"\0")
+        )
         for _ in range(min(count, 4096)):
             entry = file.read(20 if big else 12)
             if len(entry) < 12:
                 break
-            tag, _, values = struct.unpack(order + ("HHQ" if big else "HHI"),
-                                           entry[:12 if big else 8])
+            tag, _, values = struct.unpack(
+                order + ("HHQ" if big else "HHI"), entry[: 12 if big else 8]
+            )
             most = max(most, values if tag in (273, 324) else 0)  # where each strip, or tile, lies
     file.seek(0)
     return most
@@ -233,8 +249,8 @@ def depth_of(counts: np.ndarray, stated: int | None = None) -> int | None:
     if counts[0] > defects:
         return None
     for bits in DEPTHS:
-        beyond = counts[1 + 2**bits:]
-        burnt_in = beyond.sum() <= pixels // 100 and not beyond[:3 * 2**bits].any() and bits <= 12
+        beyond = counts[1 + 2**bits :]
+        burnt_in = beyond.sum() <= pixels // 100 and not beyond[: 3 * 2**bits].any() and bits <= 12
         if 2**bits > (stated or 0) and (beyond.sum() <= defects or burnt_in):
             return bits
     return None
@@ -258,8 +274,8 @@ def robust_range(parts: Iterable[np.ndarray]) -> tuple[float, float, float, floa
         low, high = (np.concatenate((kept, values.ravel())) for kept in (low, high))
         keep = min(100, len(low) - 1)
         if keep > 0:
-            low = np.partition(low, keep)[:keep + 1]
-            high = np.partition(high, -1 - keep)[-1 - keep:]
+            low = np.partition(low, keep)[: keep + 1]
+            high = np.partition(high, -1 - keep)[-1 - keep :]
     if not count:
         return 0, 0, 0, 0
     spare = min(count // 1000, 100)

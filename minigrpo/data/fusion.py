@@ -1,4 +1,6 @@
-"""Boxes of several readers as one: weighted boxes fusion (Solovyev, Wang, Gabruseva, 1910.13302) with equal scores."""
+"""Boxes of several readers as one: weighted boxes fusion (Solovyev, Wang, Gabruseva, 1910.13302)
+with equal scores.
+"""
 
 Box = list[float]
 
@@ -12,10 +14,12 @@ def iou(a: Box, b: Box) -> float:
 
 
 def fuse_boxes(boxes: list[Box], threshold: float = 0.1) -> tuple[list[Box], list[list[int]]]:
-    """Boxes of one label, in the readers' order -> (fused boxes, the indices that each is the mean of).
+    """Boxes of one label, in the readers' order -> (fused boxes, the indices that each is the mean
+    of).
 
-    Section 2 of the paper, with all scores 1: a box joins the fused box that it overlaps most, if by more than
-    `threshold`, which becomes the mean of its members; else it starts one. The order matters where boxes chain.
+    Section 2 of the paper, with all scores 1: a box joins the fused box that it overlaps most, if
+    by more than `threshold`, which becomes the mean of its members; else it starts one. The order
+    matters where boxes chain.
     """
     fused: list[Box] = []
     members: list[list[int]] = []
@@ -27,5 +31,7 @@ def fuse_boxes(boxes: list[Box], threshold: float = 0.1) -> tuple[list[Box], lis
             members.append([index])
         else:
             members[best].append(index)
-            fused[best] = [sum(boxes[k][side] for k in members[best]) / len(members[best]) for side in range(4)]
+            fused[best] = [
+                sum(boxes[k][side] for k in members[best]) / len(members[best]) for side in range(4)
+            ]
     return fused, members

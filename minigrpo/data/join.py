@@ -1,9 +1,11 @@
 """Several JSONL files as one, some of them more than once.
 
-    python -m minigrpo.data.join data/mimic/train.jsonl data/vindr/train.jsonl=3 --output_file data/sft/train.jsonl
+    python -m minigrpo.data.join data/mimic/train.jsonl data/vindr/train.jsonl=3 --output_file
+    data/sft/train.jsonl
 
-`FILE=3` takes each of its lines three times: a small set that an epoch should meet more often. Image paths are rewritten for where
-the output lies; a line's second copy is named ID-2, and an id that two files share is an error.
+`FILE=3` takes each of its lines three times: a small set that an epoch should meet more often.
+Image paths are rewritten for where the output lies; a line's second copy is named ID-2, and an id
+that two files share is an error.
 """
 
 from pathlib import Path
@@ -15,13 +17,14 @@ from .clean import lines_of
 
 
 def parse_file(text: str) -> tuple[Path, int]:
-    """"data/train.jsonl=3" -> (its path, 3)."""
+    """ "data/train.jsonl=3" -> (its path, 3)."""
     name, equals, times = text.rpartition("=")
     if not equals or Path(path_of(text)).is_file():  # of a folder called split=train
         return Path(path_of(text)), 1
     if not times.isascii() or not times.isdigit() or int(times) < 1:
-        raise ValueError(f"{text!r} is no file; behind a = stands how often each line is taken, 1 or "
-                         "more")
+        raise ValueError(
+            f"{text!r} is no file; behind a = stands how often each line is taken, 1 or more"
+        )
     return Path(path_of(name)), int(times)
 
 
@@ -34,7 +37,10 @@ def join(files: list[tuple[Path, int]], target: Path) -> list[dict]:
             for record in records:
                 name = record["id"] if number == 1 else f"{record['id']}-{number}"
                 if owner.setdefault(name, path) != path:
-                    raise ValueError(f"id {name!r} stands in {owner[name]} and in {path}: rename it in one of them")
+                    raise ValueError(
+                        f"id {name!r} stands in {owner[name]} and in {path}: rename it in one of"
+                        " them"
+                    )
                 joined.append(record | {"id": name})
     return joined
 
@@ -46,7 +52,9 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.output_file.exists():
-            raise ValueError(f"{args.output_file} exists already: remove it, or give another --output_file")
+            raise ValueError(
+                f"{args.output_file} exists already: remove it, or give another --output_file"
+            )
         records = join([parse_file(text) for text in args.files], args.output_file)
         write_jsonl(args.output_file, records)
     except (ValueError, OSError) as error:

@@ -1,4 +1,6 @@
-"""What became of every row that an adapter read: kept, or dropped for a named reason. Nothing disappears in silence."""
+"""What became of every row that an adapter read: kept, or dropped for a named reason. Nothing
+disappears in silence.
+"""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable
@@ -7,7 +9,9 @@ KEPT = "kept"
 
 
 class Ledger:
-    """Double entry: the readers enter a row, an adapter or the writer closes it; `table` refuses a row that nobody closed."""
+    """Double entry: the readers enter a row, an adapter or the writer closes it; `table` refuses a
+    row that nobody closed.
+    """
 
     def __init__(self, unit: str):
         self.unit = unit  # what a row is: "films", "boxes"
@@ -44,7 +48,10 @@ class Ledger:
     def table(self) -> str:
         """What `counts` says, a line each, and the notes."""
         rows = [(f"{self.unit} read", len(self.fate))]
-        rows += [(f"  {name if name == KEPT else f'dropped, {name}'}", count) for name, count in self.counts().items()]
+        rows += [
+            (f"  {name if name == KEPT else f'dropped, {name}'}", count)
+            for name, count in self.counts().items()
+        ]
         rows += [(f"  note: {name}", count) for name, count in sorted(self.notes.items()) if count]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}} {count:>11,}" for name, count in rows)

@@ -2,12 +2,13 @@
 
     python -m minigrpo.data.mimic_cxr --root DIR --split test --output_dir OUT
 
-DIR holds `mimic-cxr-2.0.0-split.csv`, `mimic-cxr-2.0.0-metadata.csv`, the films `files/p10/p10000032/s50414267/DICOM.jpg` and, there
-or under --reports_root (also in `mimic-cxr-reports/`), the reports `files/p10/p10000032/s50414267.txt`. One report sample for each
+DIR holds `mimic-cxr-2.0.0-split.csv`, `mimic-cxr-2.0.0-metadata.csv`, the films
+`files/p10/p10000032/s50414267/DICOM.jpg` and, there or under --reports_root (also in
+`mimic-cxr-reports/`), the reports `files/p10/p10000032/s50414267.txt`. One report sample for each
 frontal film (PA, AP), the FINDINGS section alone (`sections.py`; FINDINGS AND IMPRESSION where it
-is all there is, which is counted), by the official split. `--classification` adds one sample a
-film that lists the
-positive labels of `mimic-cxr-2.0.0-chexpert.csv`. Johnson et al., Scientific Data 6:317, 2019; 1901.07042.
+is all there is, which is counted), by the official split. `--classification` adds one sample a film
+that lists the positive labels of `mimic-cxr-2.0.0-chexpert.csv`. Johnson et al., Scientific Data
+6:317, 2019; 1901.07042.
 """
 
 from pathlib import Path
@@ -16,15 +17,35 @@ from . import templates
 from .convert import adapter_main
 from .ledger import Ledger
 from .mimic import film_path, official_splits, patient_id
-from .rows import Draft, find_file, one_paragraph, number, read_csv, read_rows, readable, report_sample, sample_rng
+from .rows import (
+    Draft,
+    find_file,
+    number,
+    one_paragraph,
+    read_csv,
+    read_rows,
+    readable,
+    report_sample,
+    sample_rng,
+)
 from .sections import findings_of, note_section
 from .splits import patient_splits
 
 
-def read(root: Path, split: str, ledger: Ledger, reports_root: Path | None = None, classification: bool = False) -> list[Draft]:
+def read(
+    root: Path,
+    split: str,
+    ledger: Ledger,
+    reports_root: Path | None = None,
+    classification: bool = False,
+) -> list[Draft]:
     official = official_splits(root)
     splits = patient_splits(official.values())
-    rows = read_rows(find_file(root, "mimic-cxr-2.0.0-metadata.csv"), ("dicom_id", "subject_id", "study_id", "ViewPosition"), ledger)
+    rows = read_rows(
+        find_file(root, "mimic-cxr-2.0.0-metadata.csv"),
+        ("dicom_id", "subject_id", "study_id", "ViewPosition"),
+        ledger,
+    )
     labels = positive_labels(root) if classification else {}
     drafts, texts = [], {}
     for key, row in rows:
@@ -47,7 +68,10 @@ def read(root: Path, split: str, ledger: Ledger, reports_root: Path | None = Non
             samples.append(labels_sample(f"mimic-{dicom}-labels", labels[subject, study], **common))
         if not samples:
             ledger.drop([key], reason)
-        drafts += [Draft([key], film_path(root, subject, study, dicom), f"mimic-{dicom}", sample) for sample in samples]
+        drafts += [
+            Draft([key], film_path(root, subject, study, dicom), f"mimic-{dicom}", sample)
+            for sample in samples
+        ]
     return drafts
 
 
@@ -55,7 +79,14 @@ def read_findings(root: Path, subject: str, study: str, ledger: Ledger) -> tuple
     """(findings, None), or ("", the reason why there are none). Where sections end is counted in
     the ledger."""
     folder = Path("files") / f"p{subject[:2]}" / f"p{subject}"
-    paths = [path for path in (root / folder / f"s{study}.txt", root / "mimic-cxr-reports" / folder / f"s{study}.txt") if path.is_file()]
+    paths = [
+        path
+        for path in (
+            root / folder / f"s{study}.txt",
+            root / "mimic-cxr-reports" / folder / f"s{study}.txt",
+        )
+        if path.is_file()
+    ]
     if not paths:
         return "", "no report"
     findings = findings_of(paths[0].read_text(encoding="utf-8", errors="replace"))
@@ -66,9 +97,13 @@ def read_findings(root: Path, subject: str, study: str, ledger: Ledger) -> tuple
 
 
 def positive_labels(root: Path) -> dict[tuple[str, str], list[str]]:
-    """(subject, study) -> the labels that CheXpert's labeller found present (1.0); uncertain (-1) is not present."""
+    """(subject, study) -> the labels that CheXpert's labeller found present (1.0); uncertain (-1)
+    is not present.
+    """
     found = {}
-    for _, row in read_csv(find_file(root, "mimic-cxr-2.0.0-chexpert.csv"), ("subject_id", "study_id", "No Finding")):
+    for _, row in read_csv(
+        find_file(root, "mimic-cxr-2.0.0-chexpert.csv"), ("subject_id", "study_id", "No Finding")
+    ):
         key = row.pop("subject_id"), row.pop("study_id")
         found[key] = [readable(name) for name, value in row.items() if number(value) == 1.0]
     return found
@@ -76,12 +111,27 @@ def positive_labels(root: Path) -> dict[tuple[str, str], list[str]]:
 
 def labels_sample(sample_id: str, labels: list[str], **more) -> dict:
     question, answer = templates.classification_turn(labels, sample_rng(sample_id))
-    return {"id": sample_id, "task": "classification", "question": question, "answer": answer, "label": ", ".join(labels)} | more
+    return {
+        "id": sample_id,
+        "task": "classification",
+        "question": question,
+        "answer": answer,
+        "label": ", ".join(labels),
+    } | more
 
 
 def arguments(parser) -> None:
-    parser.add_argument("--reports_root", type=Path, default=None, help="folder of the report texts; default: --root")
-    parser.add_argument("--classification", action="store_true", help="add a sample a film that lists its CheXpert labels")
+    parser.add_argument(
+        "--reports_root",
+        type=Path,
+        default=None,
+        help="folder of the report texts; default: --root",
+    )
+    parser.add_argument(
+        "--classification",
+        action="store_true",
+        help="add a sample a film that lists its CheXpert labels",
+    )
 
 
 def main() -> None:

@@ -2,9 +2,10 @@
 
     python -m minigrpo.data.ms_cxr --root DIR --mimic_root MIMIC --split test --output_dir OUT
 
-DIR holds `MS_CXR_Local_Alignment_v1.0.0.csv` (x, y, w, h, image_width, image_height, label_text, dicom_id, category_name, path); MIMIC
-holds the films and `mimic-cxr-2.0.0-split.csv`. All boxes of one film with the same text are one sample; the split is MIMIC's own,
-so that no film is tested on that a model of MIMIC reports was trained on. Boecking et al., ECCV 2022, 2204.09817.
+DIR holds `MS_CXR_Local_Alignment_v1.0.0.csv` (x, y, w, h, image_width, image_height, label_text,
+dicom_id, category_name, path); MIMIC holds the films and `mimic-cxr-2.0.0-split.csv`. All boxes of
+one film with the same text are one sample; the split is MIMIC's own, so that no film is tested on
+that a model of MIMIC reports was trained on. Boecking et al., ECCV 2022, 2204.09817.
 """
 
 from collections import defaultdict
@@ -13,10 +14,30 @@ from pathlib import Path
 from .convert import adapter_main
 from .ledger import Ledger
 from .mimic import mimic_root_argument, official_splits, patient_id
-from .rows import Draft, find_file, grounding_sample, number, one_paragraph, read_rows, readable, unit_box
+from .rows import (
+    Draft,
+    find_file,
+    grounding_sample,
+    number,
+    one_paragraph,
+    read_rows,
+    readable,
+    unit_box,
+)
 from .splits import patient_splits
 
-COLUMNS = ("x", "y", "w", "h", "image_width", "image_height", "label_text", "dicom_id", "category_name", "path")
+COLUMNS = (
+    "x",
+    "y",
+    "w",
+    "h",
+    "image_width",
+    "image_height",
+    "label_text",
+    "dicom_id",
+    "category_name",
+    "path",
+)
 
 
 def read(root: Path, split: str, ledger: Ledger, mimic_root: Path | None = None) -> list[Draft]:
@@ -24,7 +45,9 @@ def read(root: Path, split: str, ledger: Ledger, mimic_root: Path | None = None)
     official = official_splits(mimic)
     splits = patient_splits(official.values())
     groups: dict[tuple[str, str], list] = defaultdict(list)
-    for key, row in read_rows(find_file(root, "MS_CXR_Local_Alignment_v1.0.0.csv"), COLUMNS, ledger):
+    for key, row in read_rows(
+        find_file(root, "MS_CXR_Local_Alignment_v1.0.0.csv"), COLUMNS, ledger
+    ):
         if row["dicom_id"] not in official:
             ledger.drop([key], "film not in MIMIC's split table")
             continue
@@ -38,14 +61,30 @@ def read(root: Path, split: str, ledger: Ledger, mimic_root: Path | None = None)
         elif not row["label_text"]:
             ledger.drop([key], "no phrase")
         else:
-            groups[row["dicom_id"], one_paragraph(row["label_text"]).rstrip(".")].append((key, row, box))
+            groups[row["dicom_id"], one_paragraph(row["label_text"]).rstrip(".")].append(
+                (key, row, box)
+            )
     drafts, count = [], defaultdict(int)
     for (dicom, phrase), found in groups.items():
         row = found[0][1]
-        sample = grounding_sample(f"mscxr-{dicom}-{count[dicom]}", "phrase", readable(row["category_name"]), [box for *_, box in found],
-                                  phrase, source="ms_cxr", patient=patient_id(official[dicom][0]))
+        sample = grounding_sample(
+            f"mscxr-{dicom}-{count[dicom]}",
+            "phrase",
+            readable(row["category_name"]),
+            [box for *_, box in found],
+            phrase,
+            source="ms_cxr",
+            patient=patient_id(official[dicom][0]),
+        )
         count[dicom] += 1
-        drafts.append(Draft([key for key, *_ in found], (mimic / row["path"]).with_suffix(".jpg"), f"mscxr-{dicom}", sample))
+        drafts.append(
+            Draft(
+                [key for key, *_ in found],
+                (mimic / row["path"]).with_suffix(".jpg"),
+                f"mscxr-{dicom}",
+                sample,
+            )
+        )
     return drafts
 
 

@@ -2,9 +2,10 @@
 
     python -m minigrpo.data.openi --root DIR --split train --output_dir OUT
 
-DIR holds `indiana_reports.csv` (uid, findings, ...), `indiana_projections.csv` (uid, filename, projection) and the films as PNG
-in any folder below. One report sample for each frontal film with findings. A uid is one study of one person, and nobody has
-two; there are no official splits, so 80 / 10 / 10 by a hash of the uid. Demner-Fushman et al., JAMIA 23:304-310, 2016.
+DIR holds `indiana_reports.csv` (uid, findings, ...), `indiana_projections.csv` (uid, filename,
+projection) and the films as PNG in any folder below. One report sample for each frontal film with
+findings. A uid is one study of one person, and nobody has two; there are no official splits, so 80
+/ 10 / 10 by a hash of the uid. Demner-Fushman et al., JAMIA 23:304-310, 2016.
 """
 
 from pathlib import Path
@@ -19,9 +20,13 @@ def read(root: Path, split: str, ledger: Ledger) -> list[Draft]:
     reports: dict[str, str] = {}
     for _, row in read_csv(find_file(root, "indiana_reports.csv"), ("uid", "findings")):
         if reports.setdefault(row["uid"], row["findings"]) != row["findings"]:
-            raise ValueError(f"indiana_reports.csv: uid {row['uid']} has two different reports: remove one")
+            raise ValueError(
+                f"indiana_reports.csv: uid {row['uid']} has two different reports: remove one"
+            )
     films, drafts = index_films(root), []
-    rows = read_rows(find_file(root, "indiana_projections.csv"), ("uid", "filename", "projection"), ledger)
+    rows = read_rows(
+        find_file(root, "indiana_projections.csv"), ("uid", "filename", "projection"), ledger
+    )
     splits = patient_splits((row["uid"], None) for _, row in rows)
     for key, row in rows:
         uid, stem = row["uid"], Path(row["filename"]).stem
@@ -34,8 +39,17 @@ def read(root: Path, split: str, ledger: Ledger) -> list[Draft]:
         elif not reports[uid]:
             ledger.drop([key], "empty findings")
         else:
-            sample = report_sample(f"openi-{stem}", one_paragraph(reports[uid]), source="openi", patient=f"openi-{uid}")
-            drafts.append(Draft([key], films.get(row["filename"], root / row["filename"]), f"openi-{stem}", sample))
+            sample = report_sample(
+                f"openi-{stem}", one_paragraph(reports[uid]), source="openi", patient=f"openi-{uid}"
+            )
+            drafts.append(
+                Draft(
+                    [key],
+                    films.get(row["filename"], root / row["filename"]),
+                    f"openi-{stem}",
+                    sample,
+                )
+            )
     ledger.notes["reports without a film"] = len(reports.keys() - {row["uid"] for _, row in rows})
     return drafts
 

@@ -23,37 +23,45 @@ def side_of(path: Path, among: Sequence[Path]) -> str:
     common = os.path.commonpath([os.path.dirname(os.path.abspath(other)) for other in among])
     for part in reversed(whole.relative_to(common).with_suffix("").parts):
         words = "".join(char if char.isalpha() else " " for char in part.lower()).split()
-        sides = {WORDS[word] for word in (word.removesuffix("set") for word in words)
-                 if word in WORDS}
+        sides = {
+            WORDS[word] for word in (word.removesuffix("set") for word in words) if word in WORDS
+        }
         if len(sides) == 1:
             return sides.pop()
     return WORDS.get(whole.parent.name.lower(), path.name)
 
 
-def check_apart(train: Sequence[Sample], others: Sequence[Sample],
-                names: tuple[str, str]) -> str | None:
+def check_apart(
+    train: Sequence[Sample], others: Sequence[Sample], names: tuple[str, str]
+) -> str | None:
     """ValueError where all the others are trained on; a note where some of their films or patients
     are. `names`: the arguments'.
 
     Films are the same if they are one file or hold the same bytes, whatever they are called.
     """
     twin = same_files(film_paths(train), film_paths(others))
-    plain = {id(s): (s.question, s.answer, str(s.turns), *(twin[path] for path in s.images))
-             for s in (*train, *others)}
+    plain = {
+        id(s): (s.question, s.answer, str(s.turns), *(twin[path] for path in s.images))
+        for s in (*train, *others)
+    }
     known = {plain[id(sample)] for sample in train}
     if others and all(plain[id(sample)] in known for sample in others):
-        raise ValueError(f"{names[1]} is a copy of {names[0]}, or of a part of it: all of its "
-                         f"{len(others):,} samples are trained on, so it would measure what is "
-                         "known by heart. Keep some patients apart")
+        raise ValueError(
+            f"{names[1]} is a copy of {names[0]}, or of a part of it: all of its "
+            f"{len(others):,} samples are trained on, so it would measure what is "
+            "known by heart. Keep some patients apart"
+        )
     films = {twin[path] for path in film_paths(others)}
     shared = len(films & {twin[path] for path in film_paths(train)})
     patients = {s.patient for s in others if s.patient}
     both = len(patients & {s.patient for s in train})
     if not shared and not both:
         return None
-    return (f"{shared:,} of {len(films):,} films and {both:,} of {len(patients):,} patients of "
-            f"{names[1]} are in {names[0]} too, so it measures in part what is known by heart; "
-            "`python -m minigrpo.data.check` on both files names them")
+    return (
+        f"{shared:,} of {len(films):,} films and {both:,} of {len(patients):,} patients of "
+        f"{names[1]} are in {names[0]} too, so it measures in part what is known by heart; "
+        "`python -m minigrpo.data.check` on both files names them"
+    )
 
 
 def film_paths(samples: Iterable[Sample]) -> list[str]:
@@ -68,8 +76,10 @@ def same_files(first: Sequence[str], second: Sequence[str]) -> dict[str, str]:
     """
     name: dict[str, str] = {}
     real = [{path: os.path.realpath(path) for path in paths} for paths in (first, second)]
-    sizes = [{path: os.path.getsize(path) for path in set(paths.values()) if os.path.isfile(path)}
-             for paths in real]
+    sizes = [
+        {path: os.path.getsize(path) for path in set(paths.values()) if os.path.isfile(path)}
+        for paths in real
+    ]
     common = set(sizes[0].values()) & set(sizes[1].values())
     for paths, size in zip(real, sizes):
         for path, place in paths.items():

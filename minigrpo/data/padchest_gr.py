@@ -2,9 +2,9 @@
 
     python -m minigrpo.data.padchest_gr --root DIR --split test --output_dir OUT
 
-DIR holds `master_table.csv` (ImageID, split, ...), `grounded_reports_20240819.json` (ImageID, findings with sentence_en and boxes in 0..1)
-and the films, 16-bit PNG, in any folder below. One grounding sample for each sentence with boxes; the official split.
-Castro et al., 2411.05085.
+DIR holds `master_table.csv` (ImageID, split, ...), `grounded_reports_20240819.json` (ImageID,
+findings with sentence_en and boxes in 0..1) and the films, 16-bit PNG, in any folder below. One
+grounding sample for each sentence with boxes; the official split. Castro et al., 2411.05085.
 """
 
 from collections import defaultdict
@@ -12,7 +12,17 @@ from pathlib import Path
 
 from .convert import adapter_main
 from .ledger import Ledger
-from .rows import Draft, find_file, grounding_sample, index_films, number, one_paragraph, read_csv, read_json, unit_box
+from .rows import (
+    Draft,
+    find_file,
+    grounding_sample,
+    index_films,
+    number,
+    one_paragraph,
+    read_csv,
+    read_json,
+    unit_box,
+)
 from .splits import patient_splits
 
 
@@ -30,7 +40,9 @@ def read(root: Path, split: str, ledger: Ledger) -> list[Draft]:
             key = ("grounded_reports_20240819.json", place, index)
             ledger.enter(key)
             if film not in owner or splits[owner[film]] != split:
-                ledger.drop([key], "another split" if film in owner else "film not in master_table.csv")
+                ledger.drop(
+                    [key], "another split" if film in owner else "film not in master_table.csv"
+                )
                 continue
             phrase = one_paragraph(finding.get("sentence_en") or "").rstrip(".")
             boxes = [unit_box(*corners(box), 1, 1, ledger) for box in finding.get("boxes") or []]
@@ -48,16 +60,31 @@ def read(root: Path, split: str, ledger: Ledger) -> list[Draft]:
     for (film, phrase), found in groups.items():
         stem = Path(film).stem
         boxes = list({tuple(box): box for _, good in found for box in good}.values())
-        sample = grounding_sample(f"padchest-{stem}-{count[film]}", "phrase", phrase, boxes, phrase, source="padchest_gr",
-                                  patient=f"padchest-{owner[film]}")
+        sample = grounding_sample(
+            f"padchest-{stem}-{count[film]}",
+            "phrase",
+            phrase,
+            boxes,
+            phrase,
+            source="padchest_gr",
+            patient=f"padchest-{owner[film]}",
+        )
         count[film] += 1
-        drafts.append(Draft([key for key, _ in found], films.get(film, root / film), f"padchest-{stem}", sample))
+        drafts.append(
+            Draft(
+                [key for key, _ in found], films.get(film, root / film), f"padchest-{stem}", sample
+            )
+        )
     return drafts
 
 
 def corners(box) -> list[float]:
     """The four numbers of a box; NaN where it holds something else."""
-    return [number(str(value)) for value in box] if isinstance(box, list) and len(box) == 4 else [float("nan")] * 4
+    return (
+        [number(str(value)) for value in box]
+        if isinstance(box, list) and len(box) == 4
+        else [float("nan")] * 4
+    )
 
 
 def main() -> None:

@@ -1,13 +1,16 @@
-"""Drawn chest films with true boxes, reports and questions, so that everything runs before any real data is granted.
+"""Drawn chest films with true boxes, reports and questions, so that everything runs before any real
+data is granted.
 
     python -m minigrpo.data.phantom --output_dir data/phantom --train 2000 --test 200
 
-A film is a sum of what the beam passes (body, heart, bones) minus the air of the lungs. A finding is drawn as a mask;
-its box is that mask's bounding box and the report is written from the same list of findings, so labels are true even where
-the drawing is too faint for a reader to be sure. THE PATIENT'S RIGHT IS ON THE IMAGE'S LEFT, as on a real film.
+A film is a sum of what the beam passes (body, heart, bones) minus the air of the lungs. A finding
+is drawn as a mask; its box is that mask's bounding box and the report is written from the same list
+of findings, so labels are true even where the drawing is too faint for a reader to be sure. THE
+PATIENT'S RIGHT IS ON THE IMAGE'S LEFT, as on a real film.
 
-Body coordinates (u, v): u from the midline, positive towards the image's right, v downwards, both in film widths. They
-reach the image by a small rotation and shift. Within a lung, t runs from 0 (apex) to 1 (top of the diaphragm's dome).
+Body coordinates (u, v): u from the midline, positive towards the image's right, v downwards, both
+in film widths. They reach the image by a small rotation and shift. Within a lung, t runs from 0
+(apex) to 1 (top of the diaphragm's dome).
 """
 
 import json
@@ -30,18 +33,26 @@ from minigrpo.run.terminal import Parser, fail
 SPLITS = ("train", "test")
 SIDES = {"right": -1, "left": 1}  # sign of u
 COUNTS = (0.06, 0.12, 0.24, 0.32, 0.26)  # chance of 0, 1, 2, 3, 4 kinds of finding on a film
-HEART_RATIOS = {"": (0.40, 0.49), "mild": (0.515, 0.56), "moderate": (0.56, 0.61), "severe": (0.61, 0.68)}
+HEART_RATIOS = {
+    "": (0.40, 0.49),
+    "mild": (0.515, 0.56),
+    "moderate": (0.56, 0.61),
+    "severe": (0.61, 0.68),
+}
 STEPS = 4  # points drawn from one point of an outline to the next
 
-LUNG_OUTLINE = np.array([  # (u in lung widths, t), from the apex down the lateral wall, along the dome, up the middle
-    (0.42, -0.01), (0.62, 0.05), (0.80, 0.19), (0.91, 0.40), (0.97, 0.62), (1.00, 0.85), (1.00, 1.05), (0.985, 1.17),
-    (0.90, 1.08), (0.76, 1.025), (0.54, 1.0), (0.34, 1.005), (0.15, 1.03), (0.13, 0.85), (0.15, 0.62), (0.16, 0.42),
-    (0.18, 0.24), (0.24, 0.08),
+# (u in lung widths, t), from the apex down the lateral wall, along the dome, up the middle
+LUNG_OUTLINE = np.array([
+    (0.42, -0.01), (0.62, 0.05), (0.80, 0.19), (0.91, 0.40), (0.97, 0.62), (1.00, 0.85),
+    (1.00, 1.05), (0.985, 1.17), (0.90, 1.08), (0.76, 1.025), (0.54, 1.0), (0.34, 1.005),
+    (0.15, 1.03), (0.13, 0.85), (0.15, 0.62), (0.16, 0.42), (0.18, 0.24), (0.24, 0.08),
 ])  # fmt: skip
 WALL, DOME = slice(0, 8), slice(7, 13)
-HEART_OUTLINE = np.array([  # (u in heart widths, height) from the top left on the image, counter-clockwise
-    (0.22, 1.0), (0.10, 0.80), (0.01, 0.52), (0.0, 0.30), (0.06, 0.08), (0.25, -0.03), (0.55, -0.08), (0.86, -0.06),
-    (0.99, 0.08), (0.99, 0.26), (0.87, 0.52), (0.68, 0.80), (0.52, 1.0),
+# (u in heart widths, height) from the top left on the image, counter-clockwise
+HEART_OUTLINE = np.array([
+    (0.22, 1.0), (0.10, 0.80), (0.01, 0.52), (0.0, 0.30), (0.06, 0.08), (0.25, -0.03),
+    (0.55, -0.08), (0.86, -0.06), (0.99, 0.08), (0.99, 0.26), (0.87, 0.52), (0.68, 0.80),
+    (0.52, 1.0),
 ])  # fmt: skip
 
 
@@ -65,7 +76,8 @@ class Patient:
     brightness: float
     noise: float
     blur: float  # film widths
-    field: tuple[float, float, float]  # where the collimated field lies on the film: left, top, side length
+    # where the collimated field lies on the film: left, top, side length
+    field: tuple[float, float, float]
 
     def lung(self, side: str, outline: np.ndarray = LUNG_OUTLINE) -> np.ndarray:
         """Lung coordinates (n, 2) of `outline` to body coordinates (n, 2)."""
@@ -101,7 +113,9 @@ class Statement:
 
 
 def box_of(mask: np.ndarray) -> list[float]:
-    """Bounding box [x1, y1, x2, y2] in 0..1 of the true pixels of `mask` (size, size), outer edges of the pixels."""
+    """Bounding box [x1, y1, x2, y2] in 0..1 of the true pixels of `mask` (size, size), outer edges
+    of the pixels.
+    """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     x1, y1, x2, y2 = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
     return [round(float(x / mask.shape[0]), 4) for x in (x1, y1, x2, y2)]
@@ -113,7 +127,9 @@ def smooth_curve(points, closed=True) -> np.ndarray:
     p = np.concatenate([p[-1:], p, p[:2]]) if closed else np.concatenate([p[:1], p, p[-1:]])
     a, b, c, d = p[:-3], p[1:-2], p[2:-1], p[3:]
     s = np.linspace(0, 1, STEPS, endpoint=not closed)[:, None, None]
-    curve = 0.5 * (2 * b + (c - a) * s + (2 * a - 5 * b + 4 * c - d) * s**2 + (3 * b - a - 3 * c + d) * s**3)
+    curve = 0.5 * (
+        2 * b + (c - a) * s + (2 * a - 5 * b + 4 * c - d) * s**2 + (3 * b - a - 3 * c + d) * s**3
+    )
     return curve.transpose(1, 0, 2).reshape(-1, 2)
 
 
@@ -123,7 +139,9 @@ def ellipse(u, v, radius_u, radius_v) -> np.ndarray:
 
 
 class Pen:
-    """Draws body coordinates into (size, size) images, at twice the size and reduced, since PIL has no soft edges."""
+    """Draws body coordinates into (size, size) images, at twice the size and reduced, since PIL has
+    no soft edges.
+    """
 
     def __init__(self, patient: Patient, size: int):
         self.patient, self.size = patient, size
@@ -133,7 +151,10 @@ class Pen:
         self.u, self.v = x + tilt * y, y - tilt * x + np.float32(0.5)  # (size, size) each
 
     def pixels(self, points) -> list[tuple]:
-        (u, v), (centre, tilt) = np.asarray(points, float).T, (self.patient.centre, self.patient.tilt)
+        (u, v), (centre, tilt) = (
+            np.asarray(points, float).T,
+            (self.patient.centre, self.patient.tilt),
+        )
         scale = 2 * self.size
         x, y = scale * (u - tilt * (v - 0.5) + centre), scale * (v + tilt * u)
         return list(zip(x.tolist(), y.tolist(), strict=True))
@@ -149,25 +170,39 @@ class Pen:
         return image.reduce(2)
 
     def stroke(self, *lines) -> Image.Image:
-        """Each line is (points, width in film widths, level 0..1); a later line covers an earlier one."""
+        """Each line is (points, width in film widths, level 0..1); a later line covers an earlier
+        one.
+        """
         image, draw = self.canvas()
         for points, width, level in lines:
-            draw.line(self.pixels(points), fill=round(255 * level), width=max(1, round(2 * self.size * width)))
+            draw.line(
+                self.pixels(points),
+                fill=round(255 * level),
+                width=max(1, round(2 * self.size * width)),
+            )
         return image.reduce(2)
 
     def soft(self, image: Image.Image, blur: float = 0.0) -> np.ndarray:
-        """(size, size) in 0..1, blurred by `blur` film widths. A broad blur is done on a smaller image, which is faster."""
+        """(size, size) in 0..1, blurred by `blur` film widths. A broad blur is done on a smaller
+        image, which is faster.
+        """
         if blur:
             small = max(1, int(blur * self.size / 0.7))
             image = image.reduce(small).filter(ImageFilter.GaussianBlur(blur * self.size / small))
-            part = self.size / small  # reduce() rounds up, so the last small pixel may reach beyond the film
-            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=(0, 0, part, part))
+            # reduce() rounds up, so the last small pixel may reach beyond the film
+            part = self.size / small
+            image = image.resize(
+                (self.size, self.size), Image.Resampling.BILINEAR, box=(0, 0, part, part)
+            )
         return np.asarray(image, np.float32) * np.float32(1 / 255)
 
     def blob(self, u, v, radius_u, radius_v) -> np.ndarray:
         """A Gaussian spot, (size, size); upright, so that it is a product of a row and a column."""
         x, y = (pixel / (2 * self.size) for pixel in self.pixels([(u, v)])[0])
-        row, column = (np.exp(-(((self.centres - at) / float(r)) ** 2)) for at, r in ((x, radius_u), (y, radius_v)))
+        row, column = (
+            np.exp(-(((self.centres - at) / float(r)) ** 2))
+            for at, r in ((x, radius_u), (y, radius_v))
+        )
         return column[:, None] * row
 
 
@@ -185,18 +220,30 @@ def draw_patient(rng, enlarged: str) -> Patient:
     """A patient whose heart is `enlarged` ("mild", "moderate", "severe") or normal ("")."""
     right, side = rng.uniform(0.69, 0.79), rng.uniform(0.72, 1.0)
     return Patient(
-        centre=0.5 + rng.normal(0, 0.012), tilt=float(np.clip(rng.normal(0, 0.018), -0.05, 0.05)),
-        turn=rng.normal(0, 0.010), width=rng.uniform(0.345, 0.405), asymmetry=rng.normal(0, 0.015),
-        apex=rng.uniform(0.085, 0.13), dome={"right": right, "left": right + rng.uniform(0.015, 0.045)},
-        heart_ratio=rng.uniform(*HEART_RATIOS[enlarged]), heart_shift=rng.uniform(0.62, 0.70), habitus=rng.beta(2, 3),
-        bone=rng.uniform(0.7, 1.2), breast=rng.uniform(0.4, 1.0) if rng.random() < 0.45 else 0.0,
-        contrast=rng.uniform(0.85, 1.15), brightness=rng.normal(0, 0.03), noise=rng.uniform(0.008, 0.026),
-        blur=rng.uniform(0.0006, 0.003), field=(rng.uniform(0, 1 - side), rng.uniform(0, 1 - side), side),
-    )  # fmt: skip
+        centre=0.5 + rng.normal(0, 0.012),
+        tilt=float(np.clip(rng.normal(0, 0.018), -0.05, 0.05)),
+        turn=rng.normal(0, 0.010),
+        width=rng.uniform(0.345, 0.405),
+        asymmetry=rng.normal(0, 0.015),
+        apex=rng.uniform(0.085, 0.13),
+        dome={"right": right, "left": right + rng.uniform(0.015, 0.045)},
+        heart_ratio=rng.uniform(*HEART_RATIOS[enlarged]),
+        heart_shift=rng.uniform(0.62, 0.70),
+        habitus=rng.beta(2, 3),
+        bone=rng.uniform(0.7, 1.2),
+        breast=rng.uniform(0.4, 1.0) if rng.random() < 0.45 else 0.0,
+        contrast=rng.uniform(0.85, 1.15),
+        brightness=rng.normal(0, 0.03),
+        noise=rng.uniform(0.008, 0.026),
+        blur=rng.uniform(0.0006, 0.003),
+        field=(rng.uniform(0, 1 - side), rng.uniform(0, 1 - side), side),
+    )
 
 
 def draw_regions(pen: Pen) -> dict[str, np.ndarray]:
-    """Anatomy that one may ask for: name -> (size, size) bool. A lung is its whole field, whatever hides in it later."""
+    """Anatomy that one may ask for: name -> (size, size) bool. A lung is its whole field, whatever
+    hides in it later.
+    """
     p = pen.patient
     covers = {"cardiac silhouette": pen.fill(heart_outline(p))}
     covers["upper mediastinum"] = pen.fill(mediastinum_outline(p, 0.45))
@@ -220,8 +267,16 @@ def heart_outline(p: Patient) -> np.ndarray:
 def mediastinum_outline(p: Patient, t: float) -> np.ndarray:
     """Down to lung height `t`."""
     w, turn = p.width, p.turn
-    right = [(-0.12 * w, p.apex - 0.02), (-0.16 * w + turn, p.level("right", 0.2)), (-0.19 * w + turn, p.level("right", t))]
-    left = [(0.19 * w + turn, p.level("left", t)), (0.17 * w + turn, p.level("left", 0.12)), (0.12 * w, p.apex - 0.02)]
+    right = [
+        (-0.12 * w, p.apex - 0.02),
+        (-0.16 * w + turn, p.level("right", 0.2)),
+        (-0.19 * w + turn, p.level("right", t)),
+    ]
+    left = [
+        (0.19 * w + turn, p.level("left", t)),
+        (0.17 * w + turn, p.level("left", 0.12)),
+        (0.12 * w, p.apex - 0.02),
+    ]
     return smooth_curve(right + left)
 
 
@@ -230,13 +285,22 @@ def aortic_arch(p: Patient) -> np.ndarray:
 
 
 def trachea_line(p: Patient) -> list[tuple[float, float]]:
-    return [(0.3 * p.turn, -0.02), (0.5 * p.turn, p.level("right", 0.15)), (p.turn - 0.008, p.level("right", 0.40))]
+    return [
+        (0.3 * p.turn, -0.02),
+        (0.5 * p.turn, p.level("right", 0.15)),
+        (p.turn - 0.008, p.level("right", 0.40)),
+    ]
 
 
 def clavicle_line(p: Patient, side: str) -> np.ndarray:
-    across, t = np.array([0.10, 0.34, 0.66, 1.02]) * SIDES[side] * p.width, (0.13, 0.10, 0.005, -0.03)
+    across, t = (
+        np.array([0.10, 0.34, 0.66, 1.02]) * SIDES[side] * p.width,
+        (0.13, 0.10, 0.005, -0.03),
+    )
     across[0] += 1.5 * p.turn
-    return smooth_curve([(u, p.level(side, k)) for u, k in zip(across, t, strict=True)], closed=False)
+    return smooth_curve(
+        [(u, p.level(side, k)) for u, k in zip(across, t, strict=True)], closed=False
+    )
 
 
 def draw_vessels(pen: Pen, rng) -> Image.Image:
@@ -244,7 +308,9 @@ def draw_vessels(pen: Pen, rng) -> Image.Image:
     p, lines = pen.patient, []
     for side, sign in SIDES.items():
         start = np.linspace(-0.06, 0.07, 9)
-        points = np.stack([np.full(9, sign * 0.2 * p.width + p.turn), p.level(side, 0.47) + start], 1)
+        points = np.stack(
+            [np.full(9, sign * 0.2 * p.width + p.turn), p.level(side, 0.47) + start], 1
+        )
         angles = np.linspace(-1.25, 1.3, 9) + rng.normal(0, 0.15, 9)  # 0 points to the side
         length, width, level = 0.09, 0.013, 0.9
         for generation in range(4):
@@ -254,7 +320,10 @@ def draw_vessels(pen: Pen, rng) -> Image.Image:
             ends = middle + steps[1] * np.stack([sign * np.cos(angles), np.sin(angles)], 1)
             lines += [(curve, width, level) for curve in np.stack([points, middle, ends], 1)]
             keep = rng.random(2 * len(ends)) < (1.0, 0.8, 0.5, 0.0)[generation]
-            points, angles = np.repeat(ends, 2, 0)[keep], (np.repeat(angles, 2) + np.tile([-0.38, 0.38], len(ends)))[keep]
+            points, angles = (
+                np.repeat(ends, 2, 0)[keep],
+                (np.repeat(angles, 2) + np.tile([-0.38, 0.38], len(ends)))[keep],
+            )
             length, width, level = 0.85 * length, 0.62 * width, 0.75 * level
     return pen.stroke(*lines)
 
@@ -266,8 +335,13 @@ def draw_bones(pen: Pen, rng) -> np.ndarray:
         wall = smooth_curve(p.lung(side, LUNG_OUTLINE[WALL]), closed=False)
         spacing = (p.dome[side] + 0.10 - p.apex) / 9.5
         for k in range(11):
-            v, fall, drop = p.apex - 0.012 + k * spacing + rng.normal(0, 0.002), 0.055 + 0.006 * k, 0.10 + 0.012 * k
-            end = float(np.interp(v + fall, wall[:, 1], np.abs(wall[:, 0]))) + 0.012  # just outside the lung
+            v, fall, drop = (
+                p.apex - 0.012 + k * spacing + rng.normal(0, 0.002),
+                0.055 + 0.006 * k,
+                0.10 + 0.012 * k,
+            )
+            # just outside the lung
+            end = float(np.interp(v + fall, wall[:, 1], np.abs(wall[:, 0]))) + 0.012
             rib = [(0.1 * p.width, v), (0.42 * end, v - 0.018), (0.78 * end, v + 0.2 * fall),
                    (0.95 * end, v + 0.7 * fall), (end, v + 1.25 * fall)]  # fmt: skip
             rib = smooth_curve(np.array(rib) * [sign, 1], closed=False)
@@ -275,14 +349,26 @@ def draw_bones(pen: Pen, rng) -> np.ndarray:
             edges += [(rib - [0, 0.012], 0.004, 0.75), (rib + [0, 0.012], 0.006, 1.0)]
             if 0 < k < 8:
                 v += fall
-                cartilage = [(end, v), (0.86 * end, v + 0.6 * drop), (0.62 * end, v + drop), (0.42 * p.width, v + drop + 0.012)]
-                front.append((smooth_curve(np.array(cartilage) * [sign, 1], closed=False), 0.030, 0.35))
+                cartilage = [
+                    (end, v),
+                    (0.86 * end, v + 0.6 * drop),
+                    (0.62 * end, v + drop),
+                    (0.42 * p.width, v + drop + 0.012),
+                ]
+                front.append(
+                    (smooth_curve(np.array(cartilage) * [sign, 1], closed=False), 0.030, 0.35)
+                )
         thick.append((clavicle_line(p, side), 0.026, 0.8))
         u = sign * (p.width + 0.03)
-        thick += [([(u * 0.86, 0.17), (u * 0.80, 0.28), (u * 0.98, 0.46)], 0.009, 0.35)]  # the scapula's inner border
-        thick += [([(u * 0.86, 0.17), (u * 1.16, 0.13)], 0.022, 0.5), (ellipse(u * 1.19, 0.155, 0.055, 0.055), 0.014, 0.5)]
+        # the scapula's inner border
+        thick += [([(u * 0.86, 0.17), (u * 0.80, 0.28), (u * 0.98, 0.46)], 0.009, 0.35)]
+        thick += [
+            ([(u * 0.86, 0.17), (u * 1.16, 0.13)], 0.022, 0.5),
+            (ellipse(u * 1.19, 0.155, 0.055, 0.055), 0.014, 0.5),
+        ]
     u = p.turn / 2
-    edges += [([(u - 0.042, v), (u + 0.042, v)], 0.010, 0.22) for v in np.arange(0.02, 1.0, 0.052)]  # between vertebrae
+    # between vertebrae
+    edges += [([(u - 0.042, v), (u + 0.042, v)], 0.010, 0.22) for v in np.arange(0.02, 1.0, 0.052)]
     pedicles = [(u + side, v) for v in np.arange(0.04, 0.75, 0.052) for side in (-0.027, 0.027)]
     edges += [([(u, v), (u, v + 0.012)], 0.009, 0.45) for u, v in pedicles]
     back, front, thick = pen.stroke(*back, *edges), pen.stroke(*front), pen.stroke(*thick)
@@ -324,11 +410,18 @@ class Drawing:
         self.free[max(0, y1 - m) : y2 + m, max(0, x1 - m) : x2 + m] = False
 
     def spots(self, chances, margin: float = 0.0):
-        """Yields (side, u, v) of one to three places in free lung, `margin` film widths inside, as long as there is room."""
+        """Yields (side, u, v) of one to three places in free lung, `margin` film widths inside, as
+        long as there is room.
+        """
         for _ in range(1 + self.rng.choice(len(chances), p=chances)):
             room = self.free
             if margin:
-                room = ndimage.minimum_filter1d(room.astype(np.uint8), 2 * round(margin * self.pen.size) + 1, axis=1) > 0
+                room = (
+                    ndimage.minimum_filter1d(
+                        room.astype(np.uint8), 2 * round(margin * self.pen.size) + 1, axis=1
+                    )
+                    > 0
+                )
                 room &= self.pen.v > self.pen.patient.level("right", 0.5)
             places = np.flatnonzero(room)
             if len(places) < 30:
@@ -348,13 +441,22 @@ def visibility(rng) -> float:
 
 
 def add_cardiomegaly(d: Drawing) -> None:
-    severity = next(name for name, (_, high) in HEART_RATIOS.items() if d.pen.patient.heart_ratio < high and name)
+    severity = next(
+        name
+        for name, (_, high) in HEART_RATIOS.items()
+        if d.pen.patient.heart_ratio < high and name
+    )
     d.found("cardiomegaly", d.regions["cardiac silhouette"], severity=severity)
 
 
 def add_pneumothorax(d: Drawing) -> None:
-    """The lung shrinks towards its lower inner corner; outside it, air without vessels behind a thin white line."""
-    side, severity = draw(d.rng, {"right": 0.5, "left": 0.5}), draw(d.rng, {"small": 0.45, "moderate": 0.35, "large": 0.2})
+    """The lung shrinks towards its lower inner corner; outside it, air without vessels behind a
+    thin white line.
+    """
+    side, severity = (
+        draw(d.rng, {"right": 0.5, "left": 0.5}),
+        draw(d.rng, {"small": 0.45, "moderate": 0.35, "large": 0.2}),
+    )
     shrink, reach = {"small": (0.13, 0.6), "moderate": (0.21, 1.0), "large": (0.36, 1.7)}[severity]
     p, outline = d.pen.patient, LUNG_OUTLINE.copy()
     pull = shrink * d.rng.uniform(0.9, 1.25) * np.clip(1.15 * (1 - outline[:, 1] / reach), 0, 1)
@@ -362,12 +464,15 @@ def add_pneumothorax(d: Drawing) -> None:
     outline[:, 1] += 0.55 * pull * np.clip(1 - outline[:, 1], 0, 1)
     collapsed = smooth_curve(p.lung(side, outline))
     gap = d.regions[f"{side} lung"] & ~solid(d.pen.fill(collapsed))
-    # The gap narrows to nothing: keep what is wider than a few pixels, or the box would follow an invisible sliver.
+    # The gap narrows to nothing: keep what is wider than a few pixels, or the box would follow an
+    # invisible sliver.
     gap = ndimage.binary_opening(gap, iterations=max(1, round(0.006 * d.pen.size)))
     pleura = collapsed[: STEPS * WALL.stop]
     pleura = pleura[pleura[:, 1] < p.level(side, min(0.9 * reach, 1.05))]
     soft, plain = d.pen.soft(Image.fromarray(255 * gap.astype(np.uint8)), 0.002), visibility(d.rng)
-    denser = {"small": 0.0, "moderate": 0.05, "large": 0.14}[severity] * (1 - soft) * d.side_of(side)
+    denser = (
+        {"small": 0.0, "moderate": 0.05, "large": 0.14}[severity] * (1 - soft) * d.side_of(side)
+    )
     d.air *= 1 + (0.14 + 0.16 * plain) * soft - denser
     d.vessels *= 1 - soft
     d.lung *= 1 - soft
@@ -379,14 +484,20 @@ def add_pneumothorax(d: Drawing) -> None:
 def add_effusion(d: Drawing) -> None:
     """Fluid below a surface that climbs towards the wall, on one side or both."""
     p = d.pen.patient
-    sides = [side for side in SIDES if all(f.side != side for f in d.findings)]  # not under a pneumothorax
+    # not under a pneumothorax
+    sides = [side for side in SIDES if all(f.side != side for f in d.findings)]
     if len(sides) == 2 and d.rng.random() < 0.5:
         sides = [draw(d.rng, {"right": 0.5, "left": 0.5})]
     for side in sides:
-        severity, plain = draw(d.rng, {"small": 0.5, "moderate": 0.35, "large": 0.15}), visibility(d.rng)
+        severity, plain = (
+            draw(d.rng, {"small": 0.5, "moderate": 0.35, "large": 0.15}),
+            visibility(d.rng),
+        )
         height = {"small": (0.84, 0.92), "moderate": (0.64, 0.78), "large": (0.38, 0.56)}[severity]
         across = np.clip(np.abs(d.pen.u) / p.width, 0, 1.1)
-        surface = p.level(side, d.rng.uniform(*height)) + d.rng.uniform(0.06, 0.08) * (0.7 - 1.5 * across**3)
+        surface = p.level(side, d.rng.uniform(*height)) + d.rng.uniform(0.06, 0.08) * (
+            0.7 - 1.5 * across**3
+        )
         fluid = np.clip((d.pen.v - surface) / 0.03 + 0.5, 0, 1) * d.side_of(side)
         mask = (fluid > 0.5) & d.regions[f"{side} lung"]
         d.air *= 1 - (0.70 + 0.30 * plain) * fluid
@@ -401,15 +512,32 @@ def add_consolidation(d: Drawing) -> None:
     """Part of a lobe from the hilum to the wall, in one zone or two."""
     pen = d.pen
     for _ in range(1 + (d.rng.random() < 0.25)):
-        places = [place for place in ((side, t) for side in SIDES for t in (0.24, 0.52, 0.8)) if room(d, *place, 0.13) > 0.6]
+        places = [
+            place
+            for place in ((side, t) for side in SIDES for t in (0.24, 0.52, 0.8))
+            if room(d, *place, 0.13) > 0.6
+        ]
         if not places:
             return
         side, t = places[d.rng.integers(len(places))]
-        severity, plain = draw(d.rng, {"mild": 0.4, "moderate": 0.4, "severe": 0.2}), visibility(d.rng)
+        severity, plain = (
+            draw(d.rng, {"mild": 0.4, "moderate": 0.4, "severe": 0.2}),
+            visibility(d.rng),
+        )
         half = {"mild": 0.10, "moderate": 0.135, "severe": 0.17}[severity]
-        depth = np.abs(height_in_lung(pen, side) - t - d.rng.uniform(-0.04, 0.04) + 0.02 * smooth_noise(d.rng, pen.size, 14))
+        depth = np.abs(
+            height_in_lung(pen, side)
+            - t
+            - d.rng.uniform(-0.04, 0.04)
+            + 0.02 * smooth_noise(d.rng, pen.size, 14)
+        )
         grain = 0.16 * smooth_noise(d.rng, pen.size, 24) + 0.12 * smooth_noise(d.rng, pen.size, 55)
-        cloud = np.clip((half - depth) / 0.08 + 0.5, 0, 1) * (1 + np.clip(grain, -0.4, 0.4)) * d.lung * d.side_of(side)
+        cloud = (
+            np.clip((half - depth) / 0.08 + 0.5, 0, 1)
+            * (1 + np.clip(grain, -0.4, 0.4))
+            * d.lung
+            * d.side_of(side)
+        )
         mask = (depth < half) & d.regions[f"{side} lung"] & ~d.regions["cardiac silhouette"]
         d.air *= 1 - (0.65 + 0.3 * plain) * np.clip(cloud, 0, 1)
         d.free &= cloud < 0.1
@@ -423,7 +551,11 @@ def height_in_lung(pen: Pen, side: str) -> np.ndarray:
 
 def room(d: Drawing, side: str, t: float, half: float) -> float:
     """Share of the lung around height t in which nothing was drawn yet."""
-    band = d.regions[f"{side} lung"] & (np.abs(height_in_lung(d.pen, side) - t) < half) & ~d.regions["cardiac silhouette"]
+    band = (
+        d.regions[f"{side} lung"]
+        & (np.abs(height_in_lung(d.pen, side) - t) < half)
+        & ~d.regions["cardiac silhouette"]
+    )
     return float(d.free[band].mean()) / 0.75  # its rim is never free
 
 
@@ -434,8 +566,14 @@ def add_atelectasis(d: Drawing) -> None:
     if len(sides) == 2 and d.rng.random() < 0.75:
         sides = [draw(d.rng, {"right": 0.5, "left": 0.5})]
     for side in sides:
-        severity, plain = draw(d.rng, {"mild": 0.4, "moderate": 0.4, "severe": 0.2}), visibility(d.rng)
-        u, v = SIDES[side] * p.width * d.rng.uniform(0.58, 0.66), p.level(side, d.rng.uniform(0.86, 0.92))
+        severity, plain = (
+            draw(d.rng, {"mild": 0.4, "moderate": 0.4, "severe": 0.2}),
+            visibility(d.rng),
+        )
+        u, v = (
+            SIDES[side] * p.width * d.rng.uniform(0.58, 0.66),
+            p.level(side, d.rng.uniform(0.86, 0.92)),
+        )
         slope, bands = d.rng.uniform(-0.25, 0.25), []
         for k in range({"mild": 1, "moderate": 2, "severe": 3}[severity]):
             centre = np.array([u + d.rng.normal(0, 0.008), v - 0.04 * k])
@@ -452,10 +590,19 @@ def add_atelectasis(d: Drawing) -> None:
 def add_nodule(d: Drawing) -> None:
     """One to three slightly lobed discs."""
     for side, u, v in d.spots((0.7, 0.3)):
-        severity, plain = draw(d.rng, {"small": 0.4, "moderate": 0.35, "large": 0.25}), visibility(d.rng)
-        radius = d.rng.uniform(*{"small": (0.040, 0.048), "moderate": (0.054, 0.064), "large": (0.072, 0.085)}[severity])
+        severity, plain = (
+            draw(d.rng, {"small": 0.4, "moderate": 0.35, "large": 0.25}),
+            visibility(d.rng),
+        )
+        radius = d.rng.uniform(
+            *{"small": (0.040, 0.048), "moderate": (0.054, 0.064), "large": (0.072, 0.085)}[
+                severity
+            ]
+        )
         angle, distance = np.arctan2(d.pen.v - v, d.pen.u - u), np.hypot(d.pen.u - u, d.pen.v - v)
-        lobes = 0.09 * np.cos(2 * angle + d.rng.uniform(0, 6)) + 0.05 * np.cos(5 * angle + d.rng.uniform(0, 6))
+        lobes = 0.09 * np.cos(2 * angle + d.rng.uniform(0, 6)) + 0.05 * np.cos(
+            5 * angle + d.rng.uniform(0, 6)
+        )
         depth = distance / (radius * (1 + lobes))
         mask = depth <= 1
         d.added += (0.16 + 0.16 * plain) * np.clip((1.12 - depth) / 0.4, 0, 1)
@@ -467,11 +614,15 @@ def add_pacemaker(d: Drawing) -> None:
     """The box is the generator's; its lead runs through the upper vein into the heart."""
     p, pen = d.pen.patient, d.pen
     side, mid = draw(d.rng, {"left": 0.85, "right": 0.15}), p.turn - 0.13 * p.width
-    u, v = SIDES[side] * p.width * d.rng.uniform(0.62, 0.74), p.level(side, d.rng.uniform(0.14, 0.22))
+    u, v = (
+        SIDES[side] * p.width * d.rng.uniform(0.62, 0.74),
+        p.level(side, d.rng.uniform(0.14, 0.22)),
+    )
     shape = np.array([(-0.05, -0.03), (0.05, -0.035), (0.052, 0.02), (0, 0.045), (-0.052, 0.02)])
     generator = pen.fill(smooth_curve(shape + [u, v]))
-    lead = [(u, v - 0.03), (SIDES[side] * 0.35 * p.width, v - 0.06), (mid + 0.03, v + 0.05), (mid, p.level("right", 0.6)),
-            (0.0, p.dome["left"] - 0.06), (0.18 * p.width, p.dome["left"] - 0.03)]  # fmt: skip
+    lead = [(u, v - 0.03), (SIDES[side] * 0.35 * p.width, v - 0.06), (mid + 0.03, v + 0.05),
+            (mid, p.level("right", 0.6)), (0.0, p.dome["left"] - 0.06),
+            (0.18 * p.width, p.dome["left"] - 0.03)]  # fmt: skip
     wire = pen.stroke((smooth_curve(lead, closed=False), 0.005, 1.0))
     header = pen.fill(ellipse(u - 0.02, v - 0.012, 0.018, 0.008))
     d.added += 0.40 * pen.soft(generator) + 0.15 * pen.soft(header) + 0.20 * pen.soft(wire)
@@ -483,21 +634,31 @@ def add_endotracheal_tube(d: Drawing) -> None:
     bend = d.rng.choice([-1, 1]) * d.rng.uniform(0.006, 0.014)
     line = [(bend, -0.05), (0.3 * p.turn - 0.5 * bend, 0.6 * tip), (0.7 * p.turn, tip)]
     line = smooth_curve(line, closed=False)
-    walls = d.pen.stroke((line, 0.017, 0.45), (line + [0.007, 0], 0.004, 1.0), (line - [0.007, 0], 0.004, 0.7))
+    walls = d.pen.stroke(
+        (line, 0.017, 0.45), (line + [0.007, 0], 0.004, 1.0), (line - [0.007, 0], 0.004, 0.7)
+    )
     d.added += (0.16 + 0.14 * visibility(d.rng)) * d.pen.soft(walls)
     d.found("endotracheal tube", solid(d.pen.stroke((line, 0.019, 1.0))))
 
 
 def add_nasogastric_tube(d: Drawing) -> None:
     p, v = d.pen.patient, d.pen.patient.dome["left"]
-    line = [(0.01, -0.05), (0.012 + 0.5 * p.turn, p.level("left", 0.3)), (0.0, p.level("left", 0.7)), (0.03, v + 0.02),
-            (d.rng.uniform(0.09, 0.13), v + 0.10), (d.rng.uniform(0.17, 0.22), v + d.rng.uniform(0.06, 0.12))]  # fmt: skip
+    line = [
+        (0.01, -0.05),
+        (0.012 + 0.5 * p.turn, p.level("left", 0.3)),
+        (0.0, p.level("left", 0.7)),
+        (0.03, v + 0.02),
+        (d.rng.uniform(0.09, 0.13), v + 0.10),
+        (d.rng.uniform(0.17, 0.22), v + d.rng.uniform(0.06, 0.12)),
+    ]
     cover = d.pen.stroke((smooth_curve(line, closed=False), 0.009, 1.0))
     d.added += (0.16 + 0.12 * visibility(d.rng)) * d.pen.soft(cover)
     d.found("nasogastric tube", solid(cover))
 
 
-KINDS = {  # label: (chance before "no kind twice", function), in drawing order: what needs room comes after what fills it
+# label: (chance before "no kind twice", function), in drawing order: what needs room comes after
+# what fills it
+KINDS = {
     "cardiomegaly": (0.16, add_cardiomegaly),
     "pneumothorax": (0.12, add_pneumothorax),
     "pleural effusion": (0.18, add_effusion),
@@ -511,22 +672,41 @@ KINDS = {  # label: (chance before "no kind twice", function), in drawing order:
 
 
 def draw_film(seed: int, split: int, index: int, size: int = 320) -> Film:
-    """Film `index` of split 0 (train) or 1 (test), `size` pixels a side. Depends on nothing but its arguments."""
+    """Film `index` of split 0 (train) or 1 (test), `size` pixels a side. Depends on nothing but its
+    arguments.
+    """
     rng = np.random.default_rng([seed, split, index, 0])
     chance = np.array([chance for chance, _ in KINDS.values()])
-    chosen = rng.choice(list(KINDS), rng.choice(len(COUNTS), p=COUNTS), replace=False, p=chance / chance.sum())
-    enlarged = draw(rng, {"mild": 0.45, "moderate": 0.35, "severe": 0.2}) if "cardiomegaly" in chosen else ""
+    chosen = rng.choice(
+        list(KINDS), rng.choice(len(COUNTS), p=COUNTS), replace=False, p=chance / chance.sum()
+    )
+    enlarged = (
+        draw(rng, {"mild": 0.45, "moderate": 0.35, "severe": 0.2})
+        if "cardiomegaly" in chosen
+        else ""
+    )
     p = draw_patient(rng, enlarged)
     pen = Pen(p, size)
     regions = draw_regions(pen)
     outlines = [smooth_curve(p.lung(side)) for side in SIDES]
-    centre = pen.soft(pen.fill(heart_outline(p), mediastinum_outline(p, 0.75), aortic_arch(p)), 0.006)
+    centre = pen.soft(
+        pen.fill(heart_outline(p), mediastinum_outline(p, 0.75), aortic_arch(p)), 0.006
+    )
     centre *= np.clip((pen.v - p.apex) / 0.10 + 0.6, 0, 1)  # fades into the neck
     lungs = pen.fill(*outlines)
     lung = pen.soft(lungs, 0.006)
     free = (pen.soft(lungs, 0.02) > 0.9) & (pen.soft(pen.fill(heart_outline(p)), 0.02) < 0.1)
-    drawing = Drawing(pen, rng, regions, lung, lung * (1 - 0.86 * centre), pen.soft(draw_vessels(pen, rng)) * lung,
-                      np.zeros((size, size), np.float32), free, [])  # fmt: skip
+    drawing = Drawing(
+        pen,
+        rng,
+        regions,
+        lung,
+        lung * (1 - 0.86 * centre),
+        pen.soft(draw_vessels(pen, rng)) * lung,
+        np.zeros((size, size), np.float32),
+        free,
+        [],
+    )
     for label, (_, add) in KINDS.items():
         if label in chosen:
             add(drawing)
@@ -534,57 +714,87 @@ def draw_film(seed: int, split: int, index: int, size: int = 320) -> Film:
     for finding in drawing.findings:
         finding.mask = on_film(p, finding.mask, Image.Resampling.NEAREST)
         finding.box = box_of(finding.mask)
-    return Film(pixels, drawing.findings, {name: on_film(p, mask, Image.Resampling.NEAREST) for name, mask in regions.items()})
+    return Film(
+        pixels,
+        drawing.findings,
+        {name: on_film(p, mask, Image.Resampling.NEAREST) for name, mask in regions.items()},
+    )
 
 
 def on_film(p: Patient, layer: np.ndarray, resample: Image.Resampling) -> np.ndarray:
-    """A layer (size, size) shrunk into the collimated field; the film around it was not exposed. This is what makes a
-    chest lie elsewhere on every film, so that no fixed box fits."""
+    """A layer (size, size) shrunk into the collimated field; the film around it was not exposed.
+    This is what makes a chest lie elsewhere on every film, so that no fixed box fits.
+    """
     left, top, side = p.field
     size, step = len(layer), 1 / side
     image = Image.fromarray(layer.astype(np.float32))
-    placed = image.transform((size, size), Image.Transform.AFFINE, (step, 0, -left * size * step, 0, step, -top * size * step),
-                             resample, fillcolor=0)
+    placed = image.transform(
+        (size, size),
+        Image.Transform.AFFINE,
+        (step, 0, -left * size * step, 0, step, -top * size * step),
+        resample,
+        fillcolor=0,
+    )
     return np.asarray(placed).astype(layer.dtype)
 
 
 def render(d: Drawing, centre: np.ndarray) -> np.ndarray:
-    """The sum of the layers (size, size): about 0 for air around the body, 0.2 for lung, 0.7 for the heart."""
+    """The sum of the layers (size, size): about 0 for air around the body, 0.2 for lung, 0.7 for
+    the heart.
+    """
     pen, rng, p, size = d.pen, d.rng, d.pen.patient, d.pen.size
     half = p.width + 0.05 + 0.05 * p.habitus
-    trunk = [(-0.13, -0.1), (-0.14, 0.0), (-0.20, 0.045), (-0.36, 0.075), (-half - 0.07, 0.14), (-half - 0.10, 0.3),
-             (-half - 0.01, 0.42), (-half, 0.7), (-half - 0.01, 1.15)]  # fmt: skip
+    trunk = [(-0.13, -0.1), (-0.14, 0.0), (-0.20, 0.045), (-0.36, 0.075), (-half - 0.07, 0.14),
+             (-half - 0.10, 0.3), (-half - 0.01, 0.42), (-half, 0.7),
+             (-half - 0.01, 1.15)]  # fmt: skip
     body = pen.soft(pen.fill(trunk + [(-u, v) for u, v in reversed(trunk)]), 0.006)
-    thickness = 0.44 + 0.06 * p.habitus + 0.06 * pen.v + 0.10 * np.clip(1 - (pen.u / half) ** 2, 0, 1)
+    thickness = (
+        0.44 + 0.06 * p.habitus + 0.06 * pen.v + 0.10 * np.clip(1 - (pen.u / half) ** 2, 0, 1)
+    )
     film = body * (thickness + 0.02 * smooth_noise(rng, size, 9))
     domes = [smooth_curve(p.lung(side, LUNG_OUTLINE[DOME]), closed=False) for side in SIDES]
     abdomen = pen.fill(np.concatenate([domes[0], domes[1][::-1], [(0.6, 1.2), (-0.6, 1.2)]]))
     film += 0.09 * pen.soft(abdomen, 0.006) * body
 
-    depth = 0.70 + 0.32 * pen.soft(pen.fill(*[smooth_curve(p.lung(side)) for side in SIDES]), 0.05)  # lungs are thin at the rim
+    # lungs are thin at the rim
+    depth = 0.70 + 0.32 * pen.soft(pen.fill(*[smooth_curve(p.lung(side)) for side in SIDES]), 0.05)
     film -= 0.41 * (1 - 0.18 * p.habitus) * d.air * depth
     aerated = np.clip(d.air, 0, 1)
-    texture = 0.012 * smooth_noise(rng, size, 70) + 0.012 * smooth_noise(rng, size, 20) + 0.02 * smooth_noise(rng, size, 6)
+    texture = (
+        0.012 * smooth_noise(rng, size, 70)
+        + 0.012 * smooth_noise(rng, size, 20)
+        + 0.02 * smooth_noise(rng, size, 6)
+    )
     film += aerated * ((0.10 + 0.08 * pen.v) * d.vessels + texture)  # vessels are wider below
 
     film += 0.165 * centre + 0.05 * pen.blob(0.5 * p.turn, 0.5, 0.08, 2.0) * body  # the spine
     carina = trachea_line(p)[-1]
-    bronchi = [([carina, (carina[0] + u, carina[1] + v)], 0.022, 0.6) for u, v in ((-0.07, 0.06), (0.08, 0.07))]
+    bronchi = [
+        ([carina, (carina[0] + u, carina[1] + v)], 0.022, 0.6)
+        for u, v in ((-0.07, 0.06), (0.08, 0.07))
+    ]
     film -= 0.11 * pen.soft(pen.stroke(*bronchi, (trachea_line(p), 0.036, 1.0)), 0.004)
     for side, sign in SIDES.items():
         v = p.level(side, 0.47 if side == "right" else 0.44)  # the left hilum lies higher
         film += 0.12 * aerated * pen.blob(sign * 0.21 * p.width + p.turn, v, 0.035, 0.075)
     if p.breast:
-        breasts = [ellipse(sign * 0.58 * p.width, p.level(side, 0.78), 0.15, 0.17) for side, sign in SIDES.items()]
+        breasts = [
+            ellipse(sign * 0.58 * p.width, p.level(side, 0.78), 0.15, 0.17)
+            for side, sign in SIDES.items()
+        ]
         film += 0.07 * p.breast * pen.soft(pen.fill(*breasts), 0.012) * np.clip(5 * pen.v - 2, 0, 1)
-    stomach = ellipse(0.45 * p.width, p.dome["left"] + 0.055, rng.uniform(0.04, 0.09), rng.uniform(0.015, 0.035))
+    stomach = ellipse(
+        0.45 * p.width, p.dome["left"] + 0.055, rng.uniform(0.04, 0.09), rng.uniform(0.015, 0.035)
+    )
     film -= rng.uniform(0.0, 0.2) * pen.soft(pen.fill(stomach), 0.006)
     film += p.bone * draw_bones(pen, rng) * body
     return film + confusers(pen, rng) + d.added
 
 
 def confusers(pen: Pen, rng) -> np.ndarray:
-    """(size, size) to add: nipple shadows that are no nodules, a skin fold that is no pneumothorax."""
+    """(size, size) to add: nipple shadows that are no nodules, a skin fold that is no
+    pneumothorax.
+    """
     p, extra = pen.patient, np.zeros((pen.size, pen.size), np.float32)
     if rng.random() < 0.25:
         strength, t = rng.uniform(0.05, 0.10), rng.uniform(0.78, 0.9)
@@ -592,28 +802,43 @@ def confusers(pen: Pen, rng) -> np.ndarray:
             if rng.random() < 0.8:
                 extra += strength * pen.blob(sign * 0.62 * p.width, p.level(side, t), 0.011, 0.011)
     if rng.random() < 0.2:  # grey up to the fold, then a step: no white line, and vessels cross it
-        sign, lean, start = int(rng.choice([-1, 1])), rng.uniform(-0.25, 0.1), rng.uniform(0.6, 0.85) * p.width
+        sign, lean, start = (
+            int(rng.choice([-1, 1])),
+            rng.uniform(-0.25, 0.1),
+            rng.uniform(0.6, 0.85) * p.width,
+        )
         across = sign * pen.u - start - lean * (pen.v - 0.4)
         ends = np.clip((0.28 - np.abs(pen.v - 0.45)) / 0.06, 0, 1)
-        extra += rng.uniform(0.04, 0.07) * np.exp(np.clip(across, -1, 0) / 0.05) * (across < 0) * ends
+        extra += (
+            rng.uniform(0.04, 0.07) * np.exp(np.clip(across, -1, 0) / 0.05) * (across < 0) * ends
+        )
     return extra
 
 
 def expose(p: Patient, rng, film: np.ndarray) -> np.ndarray:
     """Summed layers (size, size) to uint8: exposure, blur, grain and the side marker."""
     size = len(film)
-    film = 1 / (1 + np.exp(-4.4 * p.contrast * (film - 0.46) - 4 * p.brightness))  # a film saturates at both ends
+    # a film saturates at both ends
+    film = 1 / (1 + np.exp(-4.4 * p.contrast * (film - 0.46) - 4 * p.brightness))
     film = np.clip((film - 0.115) / 0.82, 0.015, 1)
-    image = Image.fromarray((255 * film).astype(np.uint8)).filter(ImageFilter.GaussianBlur(p.blur * size))
+    image = Image.fromarray((255 * film).astype(np.uint8)).filter(
+        ImageFilter.GaussianBlur(p.blur * size)
+    )
     grain = rng.standard_normal((size, size), dtype=np.float32) * (1.3 - 0.6 * film)
     pixels = np.asarray(image, np.float32) / 255 + p.noise * grain
     if rng.random() < 0.6:  # a marker, drawn as strokes; placed on the image and not on the body
         right = rng.random() < 0.5
-        letter = [(0, 1), (0, 0), (0.6, 0.1), (0.6, 0.45), (0, 0.55), (0.6, 1)] if right else [(0, 0), (0, 1), (0.6, 1)]
+        letter = (
+            [(0, 1), (0, 0), (0.6, 0.1), (0.6, 0.45), (0, 0.55), (0.6, 1)]
+            if right
+            else [(0, 0), (0, 1), (0.6, 1)]
+        )
         x, y = (0.04 if right else 0.92) + rng.uniform(-0.02, 0.01), rng.uniform(0.02, 0.06)
         marker = Image.new("L", (2 * size, 2 * size))
         points = [(2 * size * (x + 0.035 * a), 2 * size * (y + 0.04 * b)) for a, b in letter]
-        ImageDraw.Draw(marker).line(points, fill=230, width=max(1, round(0.012 * size)), joint="curve")
+        ImageDraw.Draw(marker).line(
+            points, fill=230, width=max(1, round(0.012 * size)), joint="curve"
+        )
         pixels = np.maximum(pixels, np.asarray(marker.reduce(2), np.float32) / 255)
     return (255 * np.clip(pixels, 0, 1) + 0.5).astype(np.uint8)
 
@@ -621,19 +846,23 @@ def expose(p: Patient, rng, film: np.ndarray) -> np.ndarray:
 # The report. Every sentence is wholly positive or wholly negative.
 
 NUMBERS = {2: "two", 3: "three"}
-WORDS = {("nodule", "moderate"): "medium-sized", ("consolidation", "severe"): "extensive"}  # where the severity's name sounds odd
+# where the severity's name sounds odd
+WORDS = {("nodule", "moderate"): "medium-sized", ("consolidation", "severe"): "extensive"}
 LUNGS = ("consolidation", "nodule", "atelectasis")  # denied when there is none of them
 DEVICES = ("endotracheal tube", "nasogastric tube", "pacemaker")
-# Some readers stop when the question is answered; the others go on to remarks in no fixed order: one that fits every film, and
-# a detail of each finding of these kinds. So where there is such a finding, the likeliest report is a short one although most
-# are long: greedy SFT falls for it, and a reward for overlap does not.
+# Some readers stop when the question is answered; the others go on to remarks in no fixed order:
+# one that fits every film, and a detail of each finding of these kinds. So where there is such a
+# finding, the likeliest report is a short one although most are long: greedy SFT falls for it, and
+# a reward for overlap does not.
 BRIEF = 0.35
 REMARKS = ("Bones are intact.",)
 DETAILS = {
-    "cardiomegaly": "Cardiothoracic ratio exceeds one half.", "pleural effusion": "Costophrenic angle is blunted {where}.",
-    "pacemaker": "Lead ends in the heart.", "endotracheal tube": "Airway is intubated.",
+    "cardiomegaly": "Cardiothoracic ratio exceeds one half.",
+    "pleural effusion": "Costophrenic angle is blunted {where}.",
+    "pacemaker": "Lead ends in the heart.",
+    "endotracheal tube": "Airway is intubated.",
     "nasogastric tube": "Gastric tube crosses the diaphragm.",
-}  # fmt: skip
+}
 
 
 def choose(rng, *options: str) -> str:
@@ -647,10 +876,18 @@ def noun_phrase(group: list[Finding]) -> tuple[str, bool]:
     severity = WORDS.get((f.label, f.severity), f.severity)
     place = f"in the {f.side} {f.zone} zone"
     phrases = {
-        "nodule": f"{NUMBERS.get(len(group))} {severity} nodules {place}" if many else f"a {severity} nodule {place}",
+        "nodule": (
+            f"{NUMBERS.get(len(group))} {severity} nodules {place}"
+            if many
+            else f"a {severity} nodule {place}"
+        ),
         "consolidation": f"{severity} consolidation {place}",
         "atelectasis": f"{severity} linear atelectasis {place}",
-        "pleural effusion": f"{severity} bilateral pleural effusions" if many else f"a {severity} {f.side} pleural effusion",
+        "pleural effusion": (
+            f"{severity} bilateral pleural effusions"
+            if many
+            else f"a {severity} {f.side} pleural effusion"
+        ),
         "pneumothorax": f"a {severity} {f.side} pneumothorax",
         "pacemaker": f"a pacemaker over the {f.side} chest",
         "endotracheal tube": "an endotracheal tube with its tip above the carina",
@@ -670,10 +907,19 @@ def positive(rng, findings: list[Finding], together: bool) -> list[Statement]:
         phrases = [noun_phrase(group) for group in part]
         words = [phrase for phrase, _ in phrases]
         text = " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-        there = "are" if phrases[0][1] else "is"  # goes with what follows it: "there is a nodule here and a nodule there"
+        # goes with what follows it: "there is a nodule here and a nodule there"
+        there = "are" if phrases[0][1] else "is"
         verb = "are" if len(words) > 1 or phrases[0][1] else "is"
-        text = choose(rng, f"there {there} {text}.", f"{text} {verb} seen.", f"{text} {verb} present.", f"{text} {verb} noted.")
-        statements.append(Statement(text[0].upper() + text[1:], [f for group in part for f in group]))
+        text = choose(
+            rng,
+            f"there {there} {text}.",
+            f"{text} {verb} seen.",
+            f"{text} {verb} present.",
+            f"{text} {verb} noted.",
+        )
+        statements.append(
+            Statement(text[0].upper() + text[1:], [f for group in part for f in group])
+        )
     return statements
 
 
@@ -685,27 +931,59 @@ def report(findings: list[Finding], rng) -> list[Statement]:
     """The findings paragraph as statements, in the order in which they are read."""
     of = {kind: [f for f in findings if f.label == kind] for kind in KINDS}
     together = sum(map(bool, of.values())) > 1 or rng.random() < 0.5
-    stated = {kind: positive(rng, of[kind], together) for kind in KINDS if of[kind] and kind != "cardiomegaly"}
+    stated = {
+        kind: positive(rng, of[kind], together)
+        for kind in KINDS
+        if of[kind] and kind != "cardiomegaly"
+    }
 
     if of["cardiomegaly"]:
         severity = of["cardiomegaly"][0].severity
         adverb = {"mild": "mildly", "moderate": "moderately", "severe": "severely"}[severity]
-        text = choose(rng, f"There is {severity} cardiomegaly.", f"The heart is {adverb} enlarged.",
-                      f"The cardiac silhouette is {adverb} enlarged.")  # fmt: skip
+        text = choose(
+            rng,
+            f"There is {severity} cardiomegaly.",
+            f"The heart is {adverb} enlarged.",
+            f"The cardiac silhouette is {adverb} enlarged.",
+        )
         heart = Statement(text, of["cardiomegaly"])
     else:
-        heart = negative(rng, "The heart size is normal.", "The cardiac silhouette is normal in size.",
-                         "The heart is not enlarged.", "The heart size is within normal limits.")  # fmt: skip
+        heart = negative(
+            rng,
+            "The heart size is normal.",
+            "The cardiac silhouette is normal in size.",
+            "The heart is not enlarged.",
+            "The heart size is within normal limits.",
+        )
     lungs = [s for kind in LUNGS for s in stated.get(kind, [])]
-    lungs = lungs or [negative(rng, "The lungs are clear.", "Both lungs are clear without consolidation, nodule or atelectasis.",
-                               "There is no consolidation, nodule or atelectasis.",
-                               "No consolidation, nodule or atelectasis is seen.")]  # fmt: skip
+    lungs = lungs or [
+        negative(
+            rng,
+            "The lungs are clear.",
+            "Both lungs are clear without consolidation, nodule or atelectasis.",
+            "There is no consolidation, nodule or atelectasis.",
+            "No consolidation, nodule or atelectasis is seen.",
+        )
+    ]
     pleura = [s for kind in ("pleural effusion", "pneumothorax") for s in stated.get(kind, [])]
-    pleura = pleura or [negative(rng, "There is no pleural effusion or pneumothorax.", "No pleural effusion or pneumothorax is seen.",
-                                 "There is no pneumothorax or effusion.")]  # fmt: skip
+    pleura = pleura or [
+        negative(
+            rng,
+            "There is no pleural effusion or pneumothorax.",
+            "No pleural effusion or pneumothorax is seen.",
+            "There is no pneumothorax or effusion.",
+        )
+    ]
     devices = [s for kind in DEVICES for s in stated.get(kind, [])]
     if not devices:
-        devices = [negative(rng, "There are no lines or tubes.", "No support devices are seen.", "There are no support devices.")]
+        devices = [
+            negative(
+                rng,
+                "There are no lines or tubes.",
+                "No support devices are seen.",
+                "There are no support devices.",
+            )
+        ]
     sections = [[heart], lungs, pleura, devices]
     order = choose(rng, "0123", "1203", "3012")
     statements = [statement for k in order for statement in sections[int(k)]]
@@ -714,44 +992,93 @@ def report(findings: list[Finding], rng) -> list[Statement]:
     remarks = list(REMARKS)
     for kind in filter(of.get, DETAILS):
         sides = {f.side for f in of[kind]}
-        remarks.append(DETAILS[kind].format(where="on both sides" if len(sides) > 1 else f"on the {sides.pop()}"))
+        remarks.append(
+            DETAILS[kind].format(
+                where="on both sides" if len(sides) > 1 else f"on the {sides.pop()}"
+            )
+        )
     return statements + [Statement(text, []) for text in rng.permutation(remarks).tolist()]
 
 
 def film_samples(film: Film, patient: str, image: str, rng) -> list[dict]:
-    """The samples about a film, as lines of the JSONL file: its report, the boxes of all findings, and for a film without
-    findings and every second other the boxes of one part of the anatomy, of one abnormality or of one phrase of the report.
+    """The samples about a film, as lines of the JSONL file: its report, the boxes of all findings,
+    and for a film without findings and every second other the boxes of one part of the anatomy, of
+    one abnormality or of one phrase of the report.
     """
     statements = report(film.findings, rng)
-    findings = [{key: value for key, value in vars(f).items() if key != "mask"} for f in film.findings]
+    findings = [
+        {key: value for key, value in vars(f).items() if key != "mask"} for f in film.findings
+    ]
     all_boxes = [f.box for f in film.findings]
-    samples = [{"task": "report", "question": templates.report_question(rng), "answer": " ".join(s.text for s in statements),
-                "boxes": all_boxes, "findings": findings}]
+    samples = [
+        {
+            "task": "report",
+            "question": templates.report_question(rng),
+            "answer": " ".join(s.text for s in statements),
+            "boxes": all_boxes,
+            "findings": findings,
+        }
+    ]
 
     def ground(kind, label, boxes, words, turn):
         boxes = sorted(boxes)  # reading order: the image's left to its right
         question, answer = turn(words, format_boxes(boxes), rng)
-        samples.append({"task": "grounding", "kind": kind, "label": label, "question": question, "answer": answer, "boxes": boxes})
+        samples.append(
+            {
+                "task": "grounding",
+                "kind": kind,
+                "label": label,
+                "question": question,
+                "answer": answer,
+                "boxes": boxes,
+            }
+        )
 
     kind = "anatomy"
     if film.findings:
-        listed = [(f"{f.side} {f.label}" if f.side else f.label, format_boxes([f.box])) for f in film.findings]
-        question, answer = templates.detection_turn(listed, rng)  # in the order in which they were drawn, each with its name
-        samples.append({"task": "grounding", "kind": "abnormality", "label": "all findings", "question": question,
-                        "answer": answer, "boxes": all_boxes})
+        listed = [
+            (f"{f.side} {f.label}" if f.side else f.label, format_boxes([f.box]))
+            for f in film.findings
+        ]
+        # in the order in which they were drawn, each with its name
+        question, answer = templates.detection_turn(listed, rng)
+        samples.append(
+            {
+                "task": "grounding",
+                "kind": "abnormality",
+                "label": "all findings",
+                "question": question,
+                "answer": answer,
+                "boxes": all_boxes,
+            }
+        )
         kind = rng.choice(["anatomy", "abnormality", "phrase"]) if rng.random() < 0.5 else None
     if kind == "anatomy":
         name = rng.choice(list(film.regions)).item()
         ground("anatomy", name, [box_of(film.regions[name])], name, templates.region_turn)
     elif kind == "abnormality":
         label = film.findings[rng.integers(len(film.findings))].label
-        ground("abnormality", label, [f.box for f in film.findings if f.label == label], label, templates.region_turn)
+        ground(
+            "abnormality",
+            label,
+            [f.box for f in film.findings if f.label == label],
+            label,
+            templates.region_turn,
+        )
     elif kind == "phrase":
         stated = [s for s in statements if s.findings]
         s = stated[rng.integers(len(stated))]
-        ground("phrase", s.findings[0].label, [f.box for f in s.findings], s.text.rstrip("."), templates.phrase_turn)
+        ground(
+            "phrase",
+            s.findings[0].label,
+            [f.box for f in s.findings],
+            s.text.rstrip("."),
+            templates.phrase_turn,
+        )
     common = {"image": image, "source": "phantom", "patient": patient}
-    return [{"id": f"{patient}-{k or 'report'}"} | common | sample for k, sample in enumerate(samples)]
+    return [
+        {"id": f"{patient}-{k or 'report'}"} | common | sample for k, sample in enumerate(samples)
+    ]
 
 
 def write_film(job: tuple[str, int], *, seed: int, size: int, folder: Path) -> list[dict]:
@@ -760,7 +1087,9 @@ def write_film(job: tuple[str, int], *, seed: int, size: int, folder: Path) -> l
     film = draw_film(seed, number, index, size)
     with aside(folder / "films" / f"{patient}.png", durable=False) as part:
         Image.fromarray(film.pixels).save(part, "PNG", compress_level=3)
-    return film_samples(film, patient, f"films/{patient}.png", np.random.default_rng([seed, number, index, 1]))
+    return film_samples(
+        film, patient, f"films/{patient}.png", np.random.default_rng([seed, number, index, 1])
+    )
 
 
 @dataclass
@@ -772,27 +1101,34 @@ class Arguments:
 
 
 def write_phantom(output_dir: str | Path, arguments: Arguments, workers: int | None = None) -> bool:
-    """Draw the data set into `output_dir`; False if the same arguments made it before. Another's folder is an error."""
+    """Draw the data set into `output_dir`; False if the same arguments made it before. Another's
+    folder is an error.
+    """
     folder = Path(output_dir)
     done = folder / "phantom.json"
     if done.exists() and json.loads(done.read_text()) == asdict(arguments):
         return False
     if (folder / "train.jsonl").exists():
         made = done.read_text().strip() if done.exists() else "a run that did not finish"
-        raise SystemExit(f"{folder} already holds films made by {made}, not by {json.dumps(asdict(arguments))}: "
-                         f"remove {folder} or choose another --output_dir.")  # fmt: skip
+        raise SystemExit(
+            f"{folder} already holds films made by {made}, not by {json.dumps(asdict(arguments))}: "
+            f"remove {folder} or choose another --output_dir."
+        )
     (folder / "films").mkdir(parents=True, exist_ok=True)
     jobs = [(split, k) for split in SPLITS for k in range(getattr(arguments, split))]
     write = partial(write_film, seed=arguments.seed, size=arguments.size, folder=folder)
     lines: dict[str, list[str]] = {split: [] for split in SPLITS}
     with multiprocessing.Pool(workers or os.cpu_count()) as pool:
-        results = tqdm(pool.imap(write, jobs, chunksize=8), total=len(jobs), desc="films", unit="film")
+        results = tqdm(
+            pool.imap(write, jobs, chunksize=8), total=len(jobs), desc="films", unit="film"
+        )
         for (split, _), samples in zip(jobs, results, strict=True):
             lines[split] += [json.dumps(sample) + "\n" for sample in samples]
     sync_all(folder / "films")
     for split in SPLITS:
         write_aside(folder / f"{split}.jsonl", "".join(lines[split]))
-    write_aside(done, json.dumps(asdict(arguments)) + "\n")  # last: a killed run leaves no phantom.json
+    # last: a killed run leaves no phantom.json
+    write_aside(done, json.dumps(asdict(arguments)) + "\n")
     return True
 
 

@@ -30,12 +30,16 @@ from tqdm import tqdm
 from ..visible import visible
 from .schema import record_errors
 
-# Sets that anyone may download, and the drawn one. Reports of all others, also of files that name no source, stay on this machine.
+# Sets that anyone may download, and the drawn one. Reports of all others, also of files that name
+# no source, stay on this machine.
 OPEN_SETS = ("openi", "nih", "jsrt", "phantom", "scenes")
 
-PROMPT = """You edit the findings section of a chest X-ray report so that it holds only what can be seen on this one film.
-Remove every mention of earlier films, comparison, change or stability over time ("unchanged", "new", "improved"), of other studies, of
-the clinical history, and of recommendations or conversations. Keep every finding that remains, in the report's own words and order.
+PROMPT = """You edit the findings section of a chest X-ray report so that it holds only what can \
+be seen on this one film.
+Remove every mention of earlier films, comparison, change or stability over time ("unchanged", \
+"new", "improved"), of other studies, of
+the clinical history, and of recommendations or conversations. Keep every finding that remains, \
+in the report's own words and order.
 Add nothing. If nothing remains, answer NONE. Answer with the edited text alone."""
 NOTHING = "NONE"
 TRIES = 5  # of a question: a busy server answers 429 or 5xx, a broken one half an answer
@@ -72,8 +76,9 @@ class SecureConnection(http.client.HTTPSConnection, Connection):
     """The handle is there before the handshake."""
 
 
-def _kept(kind: type[Connection], request: urllib.request.Request, host: str,
-          **settings) -> Connection:
+def _kept(
+    kind: type[Connection], request: urllib.request.Request, host: str, **settings
+) -> Connection:
     request.connection = kind(host, **settings)
     return request.connection
 
@@ -85,8 +90,9 @@ class Http(urllib.request.HTTPHandler):
 
 class Https(urllib.request.HTTPSHandler):
     def https_open(self, request):
-        return self.do_open(partial(_kept, SecureConnection, request), request,
-                            context=ssl.create_default_context())
+        return self.do_open(
+            partial(_kept, SecureConnection, request), request, context=ssl.create_default_context()
+        )
 
 
 @dataclass
@@ -104,26 +110,35 @@ class Endpoint:
         except ValueError:  # a port above 65535, half of an IPv6 address
             usable = False
         if set("@?#") & set(self.address):
-            raise ValueError("--endpoint holds a user, a password or a query, which would be seen "
-                             "in messages: write http://HOST:PORT/v1, and set OPENAI_API_KEY to "
-                             "the key")
+            raise ValueError(
+                "--endpoint holds a user, a password or a query, which would be seen "
+                "in messages: write http://HOST:PORT/v1, and set OPENAI_API_KEY to "
+                "the key"
+            )
         if not usable:
-            raise ValueError(f"--endpoint {visible(self.address)!r} is no address: write "
-                             "http://HOST:PORT/v1")
+            raise ValueError(
+                f"--endpoint {visible(self.address)!r} is no address: write http://HOST:PORT/v1"
+            )
         self.key = (self.key or "").strip() or None
         if self.key and not re.fullmatch("[!-~]+", self.key):
-            raise ValueError("OPENAI_API_KEY holds a space, a line break or a letter that no key "
-                             "has: set it to the key alone")
+            raise ValueError(
+                "OPENAI_API_KEY holds a space, a line break or a letter that no key "
+                "has: set it to the key alone"
+            )
         # A proxy named in the environment must not see what is meant for this machine.
         no_proxy = [urllib.request.ProxyHandler({})] if is_loopback(self.address) else []
         self._opener = urllib.request.build_opener(NoRedirect, Http, Https, *no_proxy)
 
     def rewrite(self, text: str) -> str:
         """The model's version of one report, "" where it found nothing to keep."""
-        said, whole = self.chat([{"role": "system", "content": PROMPT}, {"role": "user", "content": text}])
+        said, whole = self.chat(
+            [{"role": "system", "content": PROMPT}, {"role": "user", "content": text}]
+        )
         if not whole:
-            raise NoAnswer(f"{self.model} was cut off, at its longest answer or by a filter: raise "
-                           "the server's limit, or half reports would be kept")
+            raise NoAnswer(
+                f"{self.model} was cut off, at its longest answer or by a filter: raise "
+                "the server's limit, or half reports would be kept"
+            )
         said = said.rpartition("</think>")[2].strip()
         report = "" if said.rstrip(".") == NOTHING else " ".join(said.split())
         if wrong := report and unusable(report):
@@ -135,7 +150,9 @@ class Endpoint:
         can be used."""
         question = {"model": self.model, "temperature": 0, "messages": messages} | settings
         body, url = json.dumps(question).encode(), f"{self.address.rstrip('/')}/chat/completions"
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        headers = {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        )
         end, problem = time.monotonic() + self.timeout, "no time"
         for attempt in range(TRIES):
             left = end - time.monotonic()
@@ -167,6 +184,7 @@ class Endpoint:
     def _read(self, request: urllib.request.Request, seconds: float) -> bytes:
         """The body of the answer, of at most MOST_BYTES. After `seconds` the connection is cut,
         wherever it is."""
+
         def cut():
             handle = getattr(getattr(request, "connection", None), "handle", None)
             try:
@@ -200,8 +218,9 @@ class Endpoint:
             whole = choice.get("finish_reason") not in HALF
             said.encode()
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise NoAnswer("answered without choices[0].message.content: is it an "
-                           "OpenAI-compatible server?") from None
+            raise NoAnswer(
+                "answered without choices[0].message.content: is it an OpenAI-compatible server?"
+            ) from None
         except UnicodeEncodeError:
             raise NoAnswer("answered with half a character (a lone surrogate)") from None
         except (ValueError, RecursionError) as error:
@@ -218,7 +237,9 @@ class Endpoint:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether the address is this machine, by what is written: a name other than localhost could be resolved anew to any place."""
+    """Whether the address is this machine, by what is written: a name other than localhost could be
+    resolved anew to any place.
+    """
     host = urlsplit(address).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -227,20 +248,26 @@ def is_loopback(address: str) -> bool:
 
 
 def check_address(address: str, sources: Sequence[str | None], what: str, allowed: bool) -> None:
-    """Reports and films leave this machine only if they may, or if the user says so; `sources`: the set of each sample sent."""
+    """Reports and films leave this machine only if they may, or if the user says so; `sources`: the
+    set of each sample sent.
+    """
     if is_loopback(address) or allowed:
         return
     closed = Counter(source or "no source" for source in sources if source not in OPEN_SETS)
     if closed:
         sets = ", ".join(f"{n:,} of {name}" for name, n in closed.most_common())
-        raise ValueError(f"--endpoint {address} is not this machine (127.0.0.1, ::1, localhost), and the file holds {what} that may "
-                         f"not be sent to others ({sets}): the data use agreements of credentialed sets forbid to share them with a third "
-                         "party, such as an online model, and reports of unknown source may name patients. Serve the model on this "
-                         "machine, or, if you have the right to send them there, say so with --allow_sending_reports")
+        raise ValueError(
+            f"--endpoint {address} is not this machine (127.0.0.1, ::1, localhost), and the file"
+            f" holds {what} that may not be sent to others ({sets}): the data use agreements of"
+            " credentialed sets forbid to share them with a third party, such as an online model,"
+            " and reports of unknown source may name patients. Serve the model on this machine,"
+            " or, if you have the right to send them there, say so with --allow_sending_reports"
+        )
 
 
-def rewrite_all(endpoint: Endpoint, texts: Sequence[str], cache: Path,
-                workers: int = 8) -> list[str | None]:
+def rewrite_all(
+    endpoint: Endpoint, texts: Sequence[str], cache: Path, workers: int = 8
+) -> list[str | None]:
     """A rewritten text for each, in order, None where there is no answer. Each distinct text is
     asked once; `cache` gains a line with every answer."""
     keys = [key_of(endpoint.model, PROMPT, text) for text in texts]
@@ -252,8 +279,15 @@ def key_of(*parts) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def ask_all(ask: Callable, questions: Sequence, keys: Sequence[str], cache: Path, workers: int,
-            what: str, fits: Callable[[object], bool]) -> list:
+def ask_all(
+    ask: Callable,
+    questions: Sequence,
+    keys: Sequence[str],
+    cache: Path,
+    workers: int,
+    what: str,
+    fits: Callable[[object], bool],
+) -> list:
     """`ask(question)` for each, in order, a JSON value that `fits`, None where it raised NoAnswer.
     Each key is asked once; `cache` gains a line with every answer, as soon as it comes. ValueError
     where MOST_FAILURES questions in a row, or all, get no answer."""
@@ -278,7 +312,8 @@ def ask_all(ask: Callable, questions: Sequence, keys: Sequence[str], cache: Path
                         raise ValueError(
                             f"{error}. {in_a_row} questions in a row got no answer, so no more are "
                             f"asked; what came before is kept in {cache}, and the same command "
-                            "goes on from there") from None
+                            "goes on from there"
+                        ) from None
                     continue
                 known[key] = answer
                 file.write(json.dumps({"key": key, "answer": answer}, ensure_ascii=False) + "\n")
@@ -288,8 +323,10 @@ def ask_all(ask: Callable, questions: Sequence, keys: Sequence[str], cache: Path
             raise
     if failures:
         reasons = "; ".join(f"{n:,} times: {reason}" for reason, n in failures.most_common(3))
-        print(f"note: {failures.total():,} of {len(new):,} questions got no answer ({reasons}). To "
-              f"ask these again: --cache {cache}, and another --output_file")
+        print(
+            f"note: {failures.total():,} of {len(new):,} questions got no answer ({reasons}). To "
+            f"ask these again: --cache {cache}, and another --output_file"
+        )
     return [known.get(key) for key in keys]
 
 
@@ -303,8 +340,14 @@ def is_text(answer: object) -> bool:
 
 def unusable(answer: str, thinking: str | None = None) -> str | None:
     """Why a file with this answer in a line would be refused as a whole, if it would."""
-    line = {"id": "asked", "image": None, "task": "report", "question": "asked", "answer": answer,
-            "thinking": thinking}
+    line = {
+        "id": "asked",
+        "image": None,
+        "task": "report",
+        "question": "asked",
+        "answer": answer,
+        "thinking": thinking,
+    }
     return next(record_errors(line), None)
 
 
@@ -323,7 +366,9 @@ def read_cache(cache: Path, fits: Callable[[object], bool]) -> dict:
     """Answers of earlier runs; a line that a killed run left half written, or that holds something
     else, is asked again."""
     known = {}
-    for line in cache.read_text(encoding="utf-8", errors="replace").split("\n") if cache.is_file() else []:
+    for line in (
+        cache.read_text(encoding="utf-8", errors="replace").split("\n") if cache.is_file() else []
+    ):
         try:
             record = json.loads(line)
             if fits(record["answer"]):

@@ -1,4 +1,6 @@
-"""What the adapters share when they read: tables, boxes in pixels, seeded wordings, and the samples that come of them."""
+"""What the adapters share when they read: tables, boxes in pixels, seeded wordings, and the samples
+that come of them.
+"""
 
 import csv
 import gzip
@@ -18,7 +20,8 @@ from .boxes import format_boxes
 from .ledger import Ledger
 
 csv.field_size_limit(2**27)  # one report in a cell may be longer than csv's 128 KiB
-UNREADABLE = (csv.Error, UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile)  # what a bad or half CSV file raises
+# what a bad or half CSV file raises
+UNREADABLE = (csv.Error, UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile)
 
 
 @dataclass
@@ -37,11 +40,17 @@ def find_file(root: Path, *names: str) -> Path:
         for path in (root / name, root / f"{name}.gz"):
             if path.is_file():
                 return path
-    raise FileNotFoundError(f"--root {root} holds no {' or '.join(names)} (nor a .gz of it): see docs/data.md for the folder")
+    raise FileNotFoundError(
+        f"--root {root} holds no {' or '.join(names)} (nor a .gz of it): see docs/data.md for the"
+        " folder"
+    )
 
 
-def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[tuple[str, int], dict[str, str]]]:
-    """((file name, row number from 1), row) of a CSV file with a header; quoted newlines and a byte-order mark are no trouble.
+def read_csv(
+    path: Path, columns: Sequence[str]
+) -> Iterator[tuple[tuple[str, int], dict[str, str]]]:
+    """((file name, row number from 1), row) of a CSV file with a header; quoted newlines and a
+    byte-order mark are no trouble.
 
     `columns` must be there. Cells come stripped; a missing one is "".
     """
@@ -51,21 +60,34 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[tuple[str, in
         try:
             header = [name.strip() for name in reader.fieldnames or []]
         except UNREADABLE as error:
-            raise ValueError(f"{path}:1: not a readable CSV file ({error}): fetch the file again, in UTF-8") from None
+            raise ValueError(
+                f"{path}:1: not a readable CSV file ({error}): fetch the file again, in UTF-8"
+            ) from None
         reader.fieldnames = header
         if missing := [name for name in columns if name not in header]:
-            raise ValueError(f"{path}:1: no column {', '.join(missing)}; the header has {', '.join(header) or 'nothing'}: is it the right "
-                             "file?")
+            raise ValueError(
+                f"{path}:1: no column {', '.join(missing)}; the header has"
+                f" {', '.join(header) or 'nothing'}: is it the right file?"
+            )
         try:
             for number, row in enumerate(reader, 1):
                 row.pop(None, None)  # cells beyond the header
-                yield (path.name, number), {name: (value or "").strip() for name, value in row.items()}
+                yield (
+                    (path.name, number),
+                    {name: (value or "").strip() for name, value in row.items()},
+                )
         except UNREADABLE as error:
-            raise ValueError(f"{path}:{reader.line_num}: not a readable CSV line ({error}): fetch the file again") from None
+            raise ValueError(
+                f"{path}:{reader.line_num}: not a readable CSV line ({error}): fetch the file again"
+            ) from None
 
 
-def read_rows(path: Path, columns: Sequence[str], ledger: Ledger) -> list[tuple[tuple[str, int], dict[str, str]]]:
-    """`read_csv`, each row entered in the ledger; a second copy of the same row is dropped there."""
+def read_rows(
+    path: Path, columns: Sequence[str], ledger: Ledger
+) -> list[tuple[tuple[str, int], dict[str, str]]]:
+    """`read_csv`, each row entered in the ledger; a second copy of the same row is dropped
+    there.
+    """
     rows, seen = [], set()
     for key, row in read_csv(path, columns):
         ledger.enter(key)
@@ -86,7 +108,9 @@ def read_json(path: Path):
 
 
 def index_films(root: Path, suffixes: Sequence[str] = (".png", ".jpg", ".jpeg")) -> dict[str, Path]:
-    """File name -> path of all films anywhere under root, since downloads unpack into folders of many shapes."""
+    """File name -> path of all films anywhere under root, since downloads unpack into folders of
+    many shapes.
+    """
     films: dict[str, Path] = {}
     for folder, folders, names in os.walk(root):
         folders.sort()  # the first of two copies is the same on every machine
@@ -96,10 +120,14 @@ def index_films(root: Path, suffixes: Sequence[str] = (".png", ".jpg", ".jpeg"))
     return films
 
 
-def unit_box(x1: float, y1: float, x2: float, y2: float, width: float, height: float, ledger: Ledger) -> list[float] | str:
-    """A box in pixels as [x1, y1, x2, y2] in 0..1, cut at the film's edge; or the reason why it is none.
+def unit_box(
+    x1: float, y1: float, x2: float, y2: float, width: float, height: float, ledger: Ledger
+) -> list[float] | str:
+    """A box in pixels as [x1, y1, x2, y2] in 0..1, cut at the film's edge; or the reason why it is
+    none.
 
-    The text of an answer has two decimals, so a box that is thinner than that would be taught as a line.
+    The text of an answer has two decimals, so a box that is thinner than that would be taught as a
+    line.
     """
     if not all(map(math.isfinite, (x1, y1, x2, y2, width, height))):
         return "a box that is no four numbers"
@@ -126,28 +154,55 @@ def number(text: str) -> float:
 
 
 def sample_rng(sample_id: str) -> np.random.Generator:
-    """A stream of the sample's own: the same wording and the same drawn region in every conversion, whatever else is in the set."""
+    """A stream of the sample's own: the same wording and the same drawn region in every conversion,
+    whatever else is in the set.
+    """
     return np.random.default_rng(int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8]))
 
 
 def report_sample(sample_id: str, text: str, **more) -> dict:
-    return {"id": sample_id, "task": "report", "question": templates.report_question(sample_rng(sample_id)), "answer": text} | more
+    return {
+        "id": sample_id,
+        "task": "report",
+        "question": templates.report_question(sample_rng(sample_id)),
+        "answer": text,
+    } | more
 
 
-def grounding_sample(sample_id: str, kind: str, label: str, boxes: list[list[float]], phrase: str | None = None, **more) -> dict:
-    """A region, an abnormality (asked for by its label) or a phrase of a report; boxes from the image's left to its right."""
+def grounding_sample(
+    sample_id: str,
+    kind: str,
+    label: str,
+    boxes: list[list[float]],
+    phrase: str | None = None,
+    **more,
+) -> dict:
+    """A region, an abnormality (asked for by its label) or a phrase of a report; boxes from the
+    image's left to its right.
+    """
     boxes = sorted(boxes)
     turn = templates.phrase_turn if kind == "phrase" else templates.region_turn
     question, answer = turn(phrase or label, format_boxes(boxes), sample_rng(sample_id))
-    return {"id": sample_id, "task": "grounding", "question": question, "answer": answer, "boxes": boxes, "kind": kind,
-            "label": label} | more
+    return {
+        "id": sample_id,
+        "task": "grounding",
+        "question": question,
+        "answer": answer,
+        "boxes": boxes,
+        "kind": kind,
+        "label": label,
+    } | more
 
 
 def readable(label: str) -> str:
-    """A label as it stands within a sentence: "Aortic enlargement" in small letters, "ILD" as it is."""
+    """A label as it stands within a sentence: "Aortic enlargement" in small letters, "ILD" as it
+    is.
+    """
     return label if label.isupper() else label.lower()
 
 
 def one_paragraph(text: str) -> str:
-    """A report section as one line: runs of white space, quoted newlines among them, become one space."""
+    """A report section as one line: runs of white space, quoted newlines among them, become one
+    space.
+    """
     return " ".join(text.split())

@@ -1,4 +1,6 @@
-"""One sample, and the JSONL file it comes from. All that can be wrong with a file is said before training starts."""
+"""One sample, and the JSONL file it comes from. All that can be wrong with a file is said before
+training starts.
+"""
 
 import json
 import os
@@ -54,7 +56,13 @@ class Sample:
     @property
     def images(self) -> list[str]:
         """The image paths as a list, in prompt order."""
-        return [] if self.image is None else [self.image] if isinstance(self.image, str) else self.image
+        return (
+            []
+            if self.image is None
+            else [self.image]
+            if isinstance(self.image, str)
+            else self.image
+        )
 
 
 def load_film(sample: Sample, path: str) -> Image.Image:
@@ -77,9 +85,12 @@ def _decode_error(path: str) -> str | None:
 
 def _raise(file: Path, errors: list[tuple[int, str]]) -> None:
     if errors:
-        shown = "\n".join(message(f"{file}:{line}: {text}")
-                          for line, text in sorted(errors)[:SHOWN])
-        raise DataError(shown + (f"\n... and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""))
+        shown = "\n".join(
+            message(f"{file}:{line}: {text}") for line, text in sorted(errors)[:SHOWN]
+        )
+        raise DataError(
+            shown + (f"\n... and {len(errors) - SHOWN} more" if len(errors) > SHOWN else "")
+        )
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict:
@@ -92,11 +103,15 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def _records(file: Path, errors: list[tuple[int, str]]) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of every line that holds one; the others go to `errors`, blank lines nowhere."""
+    """(line number, object) of every line that holds one; the others go to `errors`, blank lines
+    nowhere.
+    """
     with file.open("rb") as stream:
         for line, raw in enumerate(iter(lambda: stream.readline(LONGEST + 1), b""), 1):
             if len(raw) > LONGEST:
-                errors.append((line, f"longer than {LONGEST // 10**6} MB: write one JSON object a line"))
+                errors.append(
+                    (line, f"longer than {LONGEST // 10**6} MB: write one JSON object a line")
+                )
                 return  # what follows is more of the same
             try:
                 record = json.loads(raw, object_pairs_hook=_each_once) if raw.strip() else None
@@ -106,10 +121,14 @@ def _records(file: Path, errors: list[tuple[int, str]]) -> Iterator[tuple[int, d
             if isinstance(record, dict):
                 yield line, record
             elif raw.strip():
-                errors.append((line, f"a JSON {type(record).__name__}: write one JSON object {{...}} a line"))
+                errors.append(
+                    (line, f"a JSON {type(record).__name__}: write one JSON object {{...}} a line")
+                )
 
 
-def scan_jsonl(path: str | os.PathLike) -> tuple[list[Sample], list[tuple[int, str]], dict[str, int]]:
+def scan_jsonl(
+    path: str | os.PathLike,
+) -> tuple[list[Sample], list[tuple[int, str]], dict[str, int]]:
     """The samples of the lines that are right; (line, what is wrong and its mend) of all others;
     and the first line of each image that exists.
 
@@ -136,26 +155,42 @@ def scan_jsonl(path: str | os.PathLike) -> tuple[list[Sample], list[tuple[int, s
                 users[image] = line
             elif image not in users and image not in missing:
                 missing.add(image)
-                found.append(f"image {image} does not exist: check the path (relative to {file.parent})"
-                             + ", with / and not \\" * ("\\" in name)
-                             + ", and write ~ out, which means another folder for everyone"
-                             * name.startswith("~"))
+                found.append(
+                    f"image {image} does not exist: check the path (relative to {file.parent})"
+                    + ", with / and not \\" * ("\\" in name)
+                    + ", and write ~ out, which means another folder for everyone"
+                    * name.startswith("~")
+                )
         errors += [(line, text) for text in found]
         if not found:
-            known = {name: record[name] for name in Sample.__dataclass_fields__ if record.get(name) is not None}
+            known = {
+                name: record[name]
+                for name in Sample.__dataclass_fields__
+                if record.get(name) is not None
+            }
             if record["task"] == "conversation":
                 known = dict(zip(("question", "answer"), record["turns"][0])) | known
-            known["image"] = images if isinstance(record["image"], list) else images[0] if images else None
+            known["image"] = (
+                images if isinstance(record["image"], list) else images[0] if images else None
+            )
             samples.append(Sample(**known | {"file": str(file), "line": line}))
     return samples, errors, users
 
 
-def read_jsonl(path: str | os.PathLike, *, task: str = "all", verify_images: bool = True, part: tuple[int, int] = (0, 1)) -> list[Sample]:
-    """The samples of one JSONL file, all lines checked and, with `verify_images`, each distinct image decoded once.
+def read_jsonl(
+    path: str | os.PathLike,
+    *,
+    task: str = "all",
+    verify_images: bool = True,
+    part: tuple[int, int] = (0, 1),
+) -> list[Sample]:
+    """The samples of one JSONL file, all lines checked and, with `verify_images`, each distinct
+    image decoded once.
 
-    Processes that read the same file can share out the decoding: `part` (k, n) decodes every n-th image, from the k-th.
-    `task` keeps the samples of one task. A conversation without question and answer takes those of its first turn.
-    Image paths are absolute or relative to the file. DataError tells up to ten errors, each with file, line and mend.
+    Processes that read the same file can share out the decoding: `part` (k, n) decodes every n-th
+    image, from the k-th. `task` keeps the samples of one task. A conversation without question and
+    answer takes those of its first turn. Image paths are absolute or relative to the file.
+    DataError tells up to ten errors, each with file, line and mend.
     """
     if task not in ("all", *TASKS):
         raise ValueError(f"unknown task {task!r}: choose one of all, {', '.join(TASKS)}")
@@ -166,10 +201,13 @@ def read_jsonl(path: str | os.PathLike, *, task: str = "all", verify_images: boo
         raise DataError(f"{file}:1: the file is empty: write one JSON object a line")
     if verify_images:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the GIL
-            images = list(users)[part[0]::part[1]]
+            images = list(users)[part[0] :: part[1]]
             found = zip((users[image] for image in images), pool.map(_decode_error, images))
             _raise(file, [(line, text) for line, text in found if text])
     kept = [sample for sample in samples if task in ("all", sample.task)]
     if not kept:
-        raise DataError(f"{file}: no sample has task {task!r}; it holds {', '.join(sorted({s.task for s in samples}))}")
+        raise DataError(
+            f"{file}: no sample has task {task!r}; it holds"
+            f" {', '.join(sorted({s.task for s in samples}))}"
+        )
     return kept

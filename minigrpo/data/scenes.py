@@ -1,13 +1,15 @@
-"""Drawn everyday scenes with true boxes and captions: the world of a general model, which never saw a film.
+"""Drawn everyday scenes with true boxes and captions: the world of a general model, which never saw
+a film.
 
-    python -m minigrpo.data.scenes --output_dir data/scenes --train 2000 --test 100 --reading 300 --seed 0
+    python -m minigrpo.data.scenes --output_dir data/scenes --train 2000 --test 100 --reading 300
+    --seed 0
 
-One to four things of one colour each on a plain ground. Of every scene: a caption, the boxes of all things, and the box of one of
-them. `--reading` adds reports of chest films that were never drawn to a file, as text alone: a general model has read such
-text somewhere, and without any of it reinforcement has no word of a report to strengthen.
+One to four things of one colour each on a plain ground. Of every scene: a caption, the boxes of all
+things, and the box of one of them. `--reading` adds reports of chest films that were never drawn to
+a file, as text alone: a general model has read such text somewhere, and without any of it
+reinforcement has no word of a report to strengthen.
 """
 
-import json
 import multiprocessing
 import os
 from functools import partial
@@ -24,32 +26,79 @@ from minigrpo.run.files import aside, sync_all, write_jsonl
 from minigrpo.run.terminal import Parser, fail
 
 SPLITS = ("train", "test")
-COLOURS = {"red": (200, 50, 45), "green": (60, 150, 70), "blue": (60, 90, 200), "yellow": (235, 205, 60), "black": (35, 35, 40),
-           "white": (245, 245, 240)}
+COLOURS = {
+    "red": (200, 50, 45),
+    "green": (60, 150, 70),
+    "blue": (60, 90, 200),
+    "yellow": (235, 205, 60),
+    "black": (35, 35, 40),
+    "white": (245, 245, 240),
+}
 GROUNDS = ((150, 190, 225), (120, 165, 110), (205, 190, 160), (165, 165, 170))
-SIZES = {"small": (0.12, 0.18), "medium-sized": (0.22, 0.30), "large": (0.36, 0.48)}  # of the scene's width
-# Outlines in the unit square, (x, y) with y downwards; a thing may have several, and "o" is an ellipse in (x1, y1, x2, y2).
+# of the scene's width
+SIZES = {"small": (0.12, 0.18), "medium-sized": (0.22, 0.30), "large": (0.36, 0.48)}
+# Outlines in the unit square, (x, y) with y downwards; a thing may have several, and "o" is an
+# ellipse in (x1, y1, x2, y2).
 THINGS = {
     "ball": ["o", (0, 0, 1, 1)],
     "crate": [[(0, 0), (1, 0), (1, 1), (0, 1)]],
     "house": [[(0, 0.45), (0.5, 0), (1, 0.45), (1, 1), (0, 1)]],
     "tree": [[(0.42, 0.6), (0.58, 0.6), (0.58, 1), (0.42, 1)], [(0.5, 0), (1, 0.7), (0, 0.7)]],
-    "star": [[(0.5, 0), (0.63, 0.36), (1, 0.38), (0.7, 0.62), (0.81, 1), (0.5, 0.78), (0.19, 1), (0.3, 0.62), (0, 0.38), (0.37, 0.36)]],
-    "cup": [[(0, 0), (0.75, 0), (0.65, 1), (0.1, 1)], [(0.7, 0.15), (1, 0.15), (1, 0.65), (0.68, 0.65)]],
+    "star": [
+        [
+            (0.5, 0),
+            (0.63, 0.36),
+            (1, 0.38),
+            (0.7, 0.62),
+            (0.81, 1),
+            (0.5, 0.78),
+            (0.19, 1),
+            (0.3, 0.62),
+            (0, 0.38),
+            (0.37, 0.36),
+        ]
+    ],
+    "cup": [
+        [(0, 0), (0.75, 0), (0.65, 1), (0.1, 1)],
+        [(0.7, 0.15), (1, 0.15), (1, 0.65), (0.68, 0.65)],
+    ],
     "fish": ["o", (0, 0.1, 0.75, 0.9), [(0.65, 0.5), (1, 0), (1, 1)]],
     "boat": [[(0, 0.65), (1, 0.65), (0.8, 1), (0.2, 1)], [(0.45, 0), (0.95, 0.58), (0.45, 0.58)]],
-    "ladder": [[(0, 0), (0.14, 0), (0.14, 1), (0, 1)], [(0.86, 0), (1, 0), (1, 1), (0.86, 1)],
-               *([(0, v), (1, v), (1, v + 0.1), (0, v + 0.1)] for v in (0.1, 0.45, 0.8))],
+    "ladder": [
+        [(0, 0), (0.14, 0), (0.14, 1), (0, 1)],
+        [(0.86, 0), (1, 0), (1, 1), (0.86, 1)],
+        *([(0, v), (1, v), (1, v + 0.1), (0, v + 0.1)] for v in (0.1, 0.45, 0.8)),
+    ],
 }
-CAPTIONS = ("Describe this picture.", "What does this picture show?", "What can be seen here?", "Write a caption for this image.")
-ALL = ("Box every thing in this picture.", "Find all things and give their boxes.", "Where are the things in this picture?")
-ONE = ("Where is the {label}?", "Locate the {label}.", "Draw a box around the {label}.", "Show the {label} on this image.")
+CAPTIONS = (
+    "Describe this picture.",
+    "What does this picture show?",
+    "What can be seen here?",
+    "Write a caption for this image.",
+)
+ALL = (
+    "Box every thing in this picture.",
+    "Find all things and give their boxes.",
+    "Where are the things in this picture?",
+)
+ONE = (
+    "Where is the {label}?",
+    "Locate the {label}.",
+    "Draw a box around the {label}.",
+    "Show the {label} on this image.",
+)
 ANSWERS = tuple(answer for answer in REGION_ANSWERS if "film" not in answer)
-READING = ("Quote a report of a chest X-ray.", "What does a radiology report read like?", "Give an example of a findings paragraph.")
+READING = (
+    "Quote a report of a chest X-ray.",
+    "What does a radiology report read like?",
+    "Give an example of a findings paragraph.",
+)
 
 
 def place(rng, taken: list[list[float]]) -> tuple[str, list[float]] | None:
-    """(size, box in 0..1) of a thing that leaves those before it free; None where there is no room."""
+    """(size, box in 0..1) of a thing that leaves those before it free; None where there is no
+    room.
+    """
     for _ in range(30):
         size = str(rng.choice(list(SIZES), p=(0.4, 0.35, 0.25)))
         width = rng.uniform(*SIZES[size])
@@ -61,7 +110,9 @@ def place(rng, taken: list[list[float]]) -> tuple[str, list[float]] | None:
     return None
 
 
-def paint(pen: ImageDraw.ImageDraw, label: str, box: tuple[float, ...], fill: tuple[int, ...]) -> None:
+def paint(
+    pen: ImageDraw.ImageDraw, label: str, box: tuple[float, ...], fill: tuple[int, ...]
+) -> None:
     """One of THINGS within `box` (x1, y1, x2, y2 in pixels), in the colour `fill`."""
     x1, y1, x2, y2 = box
     at, shapes = lambda x, y: (x1 + x * (x2 - x1), y1 + y * (y2 - y1)), iter(THINGS[label])
@@ -74,7 +125,9 @@ def paint(pen: ImageDraw.ImageDraw, label: str, box: tuple[float, ...], fill: tu
 
 
 def draw_scene(rng, size: int) -> tuple[Image.Image, list[dict]]:
-    """A scene and its things, {"label", "colour", "severity" (its size), "box"}, from the left to the right."""
+    """A scene and its things, {"label", "colour", "severity" (its size), "box"}, from the left to
+    the right.
+    """
     side = 2 * size  # drawn at twice the size and reduced: PIL has no soft edges
     ground = np.array(GROUNDS[rng.integers(len(GROUNDS))]) + rng.normal(0, 8, 3)
     image = Image.new("RGB", (side, side), tuple(ground.clip(0, 255).astype(int).tolist()))
@@ -85,19 +138,36 @@ def draw_scene(rng, size: int) -> tuple[Image.Image, list[dict]]:
         if placed is None:
             break
         colour, (scale, box) = str(rng.choice(list(COLOURS))), placed
-        fill = tuple(int(c) for c in np.clip(np.array(COLOURS[colour]) + rng.normal(0, 10, 3), 0, 255))
+        fill = tuple(
+            int(c) for c in np.clip(np.array(COLOURS[colour]) + rng.normal(0, 10, 3), 0, 255)
+        )
         paint(pen, label, tuple(side * v for v in box), fill)
-        things.append({"label": label, "colour": colour, "severity": scale, "box": [round(v, 4) for v in box]})
-    pixels = np.asarray(image.reduce(2).filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.004) * size)), np.float32)
+        things.append(
+            {"label": label, "colour": colour, "severity": scale, "box": [round(v, 4) for v in box]}
+        )
+    pixels = np.asarray(
+        image.reduce(2).filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.004) * size)), np.float32
+    )
     pixels = pixels + rng.normal(0, rng.uniform(1, 6), pixels.shape)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), sorted(things, key=lambda thing: thing["box"])
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), sorted(
+        things, key=lambda thing: thing["box"]
+    )
 
 
 def where(box: list[float]) -> str:
-    """The ninth of the image that holds the middle of a box, such as "upper left", "left" or "top"; "middle" for the central one."""
+    """The ninth of the image that holds the middle of a box, such as "upper left", "left" or "top";
+    "middle" for the central one.
+    """
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    row, column = ("upper", "", "lower")[min(2, int(3 * y))], ("left", "", "right")[min(2, int(3 * x))]
-    return f"{row} {column}".strip() if column else {"upper": "top", "": "middle", "lower": "bottom"}[row]
+    row, column = (
+        ("upper", "", "lower")[min(2, int(3 * y))],
+        ("left", "", "right")[min(2, int(3 * x))],
+    )
+    return (
+        f"{row} {column}".strip()
+        if column
+        else {"upper": "top", "": "middle", "lower": "bottom"}[row]
+    )
 
 
 def named(thing: dict) -> str:
@@ -106,24 +176,51 @@ def named(thing: dict) -> str:
 
 def scene_samples(things: list[dict], name: str, image: str, rng) -> list[dict]:
     """The lines about one scene: caption, all boxes, the box of one thing."""
-    caption = " ".join(f"There is a {named(thing)} at the {where(thing['box'])}." for thing in things)
+    caption = " ".join(
+        f"There is a {named(thing)} at the {where(thing['box'])}." for thing in things
+    )
     one = things[rng.integers(len(things))]
     listed = [f"{thing['label']} at {format_boxes([thing['box']])}" for thing in things]
     answer = "I see " + " and ".join(filter(None, [", ".join(listed[:-1]), listed[-1]])) + "."
     common = {"image": image, "source": "scenes", "findings": things}
     grounding = common | {"task": "grounding", "kind": "abnormality"}
     return [
-        {"id": f"{name}-caption", "task": "classification", "question": draw_template(CAPTIONS, rng), "answer": caption} | common,
-        {"id": f"{name}-all", "label": "all things", "question": draw_template(ALL, rng), "answer": answer,
-         "boxes": [thing["box"] for thing in things]} | grounding,
-        {"id": f"{name}-one", "label": one["label"], "question": draw_template(ONE, rng).format(label=one["label"]), "boxes": [one["box"]],
-         "answer": draw_template(ANSWERS, rng).format(label=one["label"], boxes=format_boxes([one["box"]]))} | grounding,
+        {
+            "id": f"{name}-caption",
+            "task": "classification",
+            "question": draw_template(CAPTIONS, rng),
+            "answer": caption,
+        }
+        | common,
+        {
+            "id": f"{name}-all",
+            "label": "all things",
+            "question": draw_template(ALL, rng),
+            "answer": answer,
+            "boxes": [thing["box"] for thing in things],
+        }
+        | grounding,
+        {
+            "id": f"{name}-one",
+            "label": one["label"],
+            "question": draw_template(ONE, rng).format(label=one["label"]),
+            "boxes": [one["box"]],
+            "answer": (
+                draw_template(ANSWERS, rng).format(
+                    label=one["label"], boxes=format_boxes([one["box"]])
+                )
+            ),
+        }
+        | grounding,
     ]
 
 
 def write_scene(job: tuple[str, int], *, seed: int, size: int, folder: Path) -> list[dict]:
     split, index = job
-    rng, name = np.random.default_rng([seed, SPLITS.index(split), index, 2]), f"scene-{split}-{index:05d}"
+    rng, name = (
+        np.random.default_rng([seed, SPLITS.index(split), index, 2]),
+        f"scene-{split}-{index:05d}",
+    )
     image, things = draw_scene(rng, size)
     with aside(folder / "scenes" / f"{name}.png", durable=False) as part:
         image.save(part, "PNG", compress_level=3)
@@ -131,14 +228,33 @@ def write_scene(job: tuple[str, int], *, seed: int, size: int, folder: Path) -> 
 
 
 def read_report(index: int, *, seed: int) -> dict:
-    """A report as text alone, of a film that no data set holds: its split, 2, is neither train nor test."""
+    """A report as text alone, of a film that no data set holds: its split, 2, is neither train nor
+    test.
+    """
     rng = np.random.default_rng([seed, 2, index, 3])
-    text = " ".join(s.text for s in phantom.report(phantom.draw_film(seed, 2, index, 96).findings, rng))
-    return {"id": f"reading-{index:05d}", "image": None, "task": "classification", "question": draw_template(READING, rng),
-            "answer": text, "source": "scenes"}
+    text = " ".join(
+        s.text for s in phantom.report(phantom.draw_film(seed, 2, index, 96).findings, rng)
+    )
+    return {
+        "id": f"reading-{index:05d}",
+        "image": None,
+        "task": "classification",
+        "question": draw_template(READING, rng),
+        "answer": text,
+        "source": "scenes",
+    }
 
 
-def write_scenes(output_dir: str | Path, *, train: int, test: int, reading: int, seed: int, size: int, workers: int | None = None) -> None:
+def write_scenes(
+    output_dir: str | Path,
+    *,
+    train: int,
+    test: int,
+    reading: int,
+    seed: int,
+    size: int,
+    workers: int | None = None,
+) -> None:
     folder = Path(output_dir)
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"{folder} is not empty: remove it, or choose another --output_dir")
@@ -146,7 +262,11 @@ def write_scenes(output_dir: str | Path, *, train: int, test: int, reading: int,
     counts, lines = {"train": train, "test": test}, {split: [] for split in SPLITS}
     with multiprocessing.Pool(workers or os.cpu_count()) as pool:
         jobs = [(split, k) for split in SPLITS for k in range(counts[split])]
-        found = tqdm(pool.imap(partial(write_scene, seed=seed, size=size, folder=folder), jobs, chunksize=8), total=len(jobs), desc="scenes")
+        found = tqdm(
+            pool.imap(partial(write_scene, seed=seed, size=size, folder=folder), jobs, chunksize=8),
+            total=len(jobs),
+            desc="scenes",
+        )
         for (split, _), samples in zip(jobs, found, strict=True):
             lines[split] += samples
         lines["train"] += pool.imap(partial(read_report, seed=seed), range(reading), chunksize=8)
@@ -168,7 +288,10 @@ def main() -> None:
         write_scenes(**options)
     except (ValueError, OSError) as error:
         fail(error)
-    print(f"wrote {options['train']} + {options['test']} scenes and {options['reading']} reports to {options['output_dir']}")
+    print(
+        f"wrote {options['train']} + {options['test']} scenes and {options['reading']} reports to"
+        f" {options['output_dir']}"
+    )
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ KINDS = ("anatomy", "abnormality", "phrase")
 TEXTS = ("id", "label", "source", "patient", "question", "answer", "thinking")
 _HALF = re.compile(r"[\ud800-\udfff]")  # of a character's UTF-16, which no tokenizer takes
 # What Qwen3-VL's tokenizer takes for the chat's own marks.
-_MARKS = re.compile(r"<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|"
-                    r"vision_pad)\|>")
+_MARKS = re.compile(
+    r"<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|"
+    r"vision_pad)\|>"
+)
 _MEDIA = re.compile(r"<(?:image|video|audio)>")  # LLaVA's marks
 # A score would read the reference as it reads an answer.
 _TAGS = re.compile(r"<\s*/?\s*(?:think|thinking|answer)\s*>", re.I)
@@ -26,7 +28,11 @@ def is_text(value: Any) -> bool:
 
 
 def _box_error(box: Any) -> str | None:
-    numbers = isinstance(box, list) and len(box) == 4 and all(type(value) in (int, float) for value in box)
+    numbers = (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(type(value) in (int, float) for value in box)
+    )
     if not numbers or not all(-math.inf < value < math.inf for value in box):
         return f"box {box!r} is not four finite numbers: write [x1, y1, x2, y2]"
     if not all(0 <= value <= 1 for value in box):
@@ -48,10 +54,15 @@ def _text_error(name: str, text: Any) -> str | None:
     if found := _MEDIA.search(text):
         return f'"{name}" holds {found[0]}: remove it, since "image" says where images are'
     if found := _MARKS.search(text):
-        return f'"{name}" holds {found[0]}, a mark of the chat that belongs to the program: remove it ("image" says where images are)'
+        return (
+            f'"{name}" holds {found[0]}, a mark of the chat that belongs to the program: remove it'
+            ' ("image" says where images are)'
+        )
     if broken := broken_text(text):
-        return (f'"{name}" holds {broken}, half a character: its text was cut or decoded wrongly; '
-                "write it anew")
+        return (
+            f'"{name}" holds {broken}, half a character: its text was cut or decoded wrongly; '
+            "write it anew"
+        )
     return None
 
 
@@ -61,8 +72,10 @@ def _tag_error(name: str, text: Any) -> str | None:
         return None
     if name == "thinking":
         return f'"thinking" holds {found[0]}: leave the tags out, the program writes them'
-    return (f'"{name}" holds {found[0]}: write the trace into "thinking" and the answer alone into '
-            '"answer", both without tags')
+    return (
+        f'"{name}" holds {found[0]}: write the trace into "thinking" and the answer alone into '
+        '"answer", both without tags'
+    )
 
 
 def image_names(record: dict) -> list[str]:
@@ -77,19 +90,31 @@ def record_errors(record: dict) -> Iterator[str]:
     if not is_text(record.get("id")):
         yield '"id" is missing or no text: give each line its own'
     if "image" not in record or (record["image"] is not None and not image_names(record)):
-        yield '"image" is missing or ill-formed: write a path, a list of paths, or null for no image'
+        yield (
+            '"image" is missing or ill-formed: write a path, a list of paths, or null for no image'
+        )
     task = record.get("task")
     if task not in TASKS:
         yield f'unknown task {task!r}: set "task" to one of {", ".join(TASKS)}'
     if task == "conversation":
         turns = record.get("turns")
-        pairs = isinstance(turns, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in turns)
+        pairs = isinstance(turns, list) and all(
+            isinstance(turn, list) and len(turn) == 2 for turn in turns
+        )
         if not turns or not pairs or not all(is_text(text) for turn in turns for text in turn):
-            yield '"turns" is missing or ill-formed: write [[question, answer], ...], none of them empty'
+            yield (
+                '"turns" is missing or ill-formed: write [[question, answer], ...], none of them'
+                " empty"
+            )
     elif record.get("turns"):
-        yield f'"turns" are for conversations, and this is a {task}: set "task" to "conversation", or leave them out'
+        yield (
+            f'"turns" are for conversations, and this is a {task}: set "task" to "conversation", or'
+            " leave them out"
+        )
     for name in ("question", "answer"):  # a conversation may leave them to its first turn
-        if not is_text(record.get(name)) and not (task == "conversation" and record.get(name) is None):
+        if not is_text(record.get(name)) and not (
+            task == "conversation" and record.get(name) is None
+        ):
             yield f'"{name}" is missing, empty or no text: write it, or remove the line'
     turns = record["turns"] if isinstance(record.get("turns"), list) else []
     turns = [turn for turn in turns if isinstance(turn, list)]
@@ -102,7 +127,10 @@ def record_errors(record: dict) -> Iterator[str]:
         if not isinstance(record.get(name), str | None):
             yield f'"{name}" is {record[name]!r}, not text: put it in quotes, or leave it out'
     if record.get("kind") not in (None, *KINDS):
-        yield f'unknown kind {record["kind"]!r}: set "kind" to one of {", ".join(KINDS)}, or leave it out'
+        yield (
+            f'unknown kind {record["kind"]!r}: set "kind" to one of {", ".join(KINDS)}, or leave'
+            " it out"
+        )
     boxes = record.get("boxes")
     if not isinstance(boxes, list | None):
         yield f'"boxes" is {boxes!r}: write a list of [x1, y1, x2, y2]'

@@ -1,4 +1,6 @@
-"""A contact sheet: films with their boxes, and what was asked, to see with one's own eyes that boxes lie where they should."""
+"""A contact sheet: films with their boxes, and what was asked, to see with one's own eyes that
+boxes lie where they should.
+"""
 
 import random
 import textwrap
@@ -14,8 +16,17 @@ TILE, CAPTION = 256, 64  # pixels
 COLOURS = ("#ff4d4d", "#39d353", "#58a6ff", "#ffa657", "#d2a8ff", "#f2cc60")
 
 
-def draw_sheet(path: Path, samples: list[Sample], *, count: int = 24, columns: int = 6, bad: set[str] = frozenset()) -> bool:
-    """`count` samples, drawn at random but always the same, those with boxes first; False if no film can be shown."""
+def draw_sheet(
+    path: Path,
+    samples: list[Sample],
+    *,
+    count: int = 24,
+    columns: int = 6,
+    bad: set[str] = frozenset(),
+) -> bool:
+    """`count` samples, drawn at random but always the same, those with boxes first; False if no
+    film can be shown.
+    """
     usable = [s for s in samples if s.images and not set(s.images) & bad]
     boxed, other = [s for s in usable if s.boxes], [s for s in usable if not s.boxes]
     chosen = random.Random(0).sample(boxed, min(count, len(boxed)))
@@ -40,9 +51,21 @@ def tile(sample: Sample) -> Image.Image:
     picture.paste(film, (left, top))
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
     for number, (x1, y1, x2, y2) in enumerate(sample.boxes):
-        pen.rectangle((left + x1 * film.width, top + y1 * film.height, left + x2 * film.width, top + y2 * film.height),
-                      outline=COLOURS[number % len(COLOURS)], width=2)
-    words = f"{sample.id}: {sample.question}" if sample.task != "report" else f"{sample.id}: {sample.answer}"
+        pen.rectangle(
+            (
+                left + x1 * film.width,
+                top + y1 * film.height,
+                left + x2 * film.width,
+                top + y2 * film.height,
+            ),
+            outline=COLOURS[number % len(COLOURS)],
+            width=2,
+        )
+    words = (
+        f"{sample.id}: {sample.question}"
+        if sample.task != "report"
+        else f"{sample.id}: {sample.answer}"
+    )
     for number, line in enumerate(textwrap.wrap(words, 42)[:4]):
         pen.text((4, TILE + 14 * number), line, fill="black", font=font)
     return picture

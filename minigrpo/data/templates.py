@@ -1,8 +1,8 @@
 """Question and answer templates, in our own words, shared by every data set.
 
-A data set turns an annotation into a conversation by drawing a template with its own numpy Generator, one per sample,
-so that two conversions of the same data agree word for word. The first templates of each list are drawn more often:
-a few common wordings and a long tail, as people ask.
+A data set turns an annotation into a conversation by drawing a template with its own numpy
+Generator, one per sample, so that two conversions of the same data agree word for word. The first
+templates of each list are drawn more often: a few common wordings and a long tail, as people ask.
 """
 
 import numpy as np
@@ -119,11 +119,15 @@ def detection_turn(findings: list[tuple[str, str]], rng: np.random.Generator) ->
     """(question, answer) for all findings of a film, each a name and the text of its box."""
     items = [f"{name} at {box}" for name, box in findings]
     listed = " and ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
-    return draw_template(DETECTION_QUESTIONS, rng), draw_template(DETECTION_ANSWERS, rng).format(listed=listed)
+    return draw_template(DETECTION_QUESTIONS, rng), draw_template(DETECTION_ANSWERS, rng).format(
+        listed=listed
+    )
 
 
 def classification_turn(labels: list[str], rng: np.random.Generator) -> tuple[str, str]:
-    """(question, answer) for the names of what is present; the answer is the names alone, in the order given."""
+    """(question, answer) for the names of what is present; the answer is the names alone, in the
+    order given.
+    """
     listed = ", ".join(labels)
     return draw_template(CLASSIFICATION_QUESTIONS, rng), listed[:1].upper() + listed[1:] + "."
 
@@ -133,7 +137,9 @@ def report_question(rng: np.random.Generator) -> str:
 
 
 def region_turn(label: str, boxes: str, rng: np.random.Generator) -> tuple[str, str]:
-    """(question, answer) for a region or an abnormality; `boxes` is the text that `format_boxes` wrote."""
+    """(question, answer) for a region or an abnormality; `boxes` is the text that `format_boxes`
+    wrote.
+    """
     question, answer = draw_template(REGION_QUESTIONS, rng), draw_template(REGION_ANSWERS, rng)
     return question.format(label=label), answer.format(label=label, boxes=boxes)
 

@@ -1,12 +1,15 @@
-"""VinDr-CXR: boxes of abnormalities by several readers (credentialed, PhysioNet). Needs `pip install minigrpo[dicom]`.
+"""VinDr-CXR: boxes of abnormalities by several readers (credentialed, PhysioNet). Needs `pip
+install minigrpo[dicom]`.
 
     python -m minigrpo.data.vindr_cxr --root DIR --split test --output_dir OUT
 
-DIR holds `annotations_train.csv` and `annotations_test.csv` (image_id, rad_id, class_name, x_min, y_min, x_max, y_max) and the films
-`train/IMAGE.dicom`, `test/IMAGE.dicom` (or .dcm). Three readers read each training film: their boxes of one class are fused (weighted boxes
-fusion, IoU 0.1, equal scores). The test boxes are a consensus already, and stay as they are unless several readers are named.
-One grounding sample for each film and class; `--detection` adds one a film for all of its boxes. No valid split was released and no
-patient is named, so a tenth of the training films, by hash, is valid. Nguyen et al., Scientific Data 9:429, 2022; 2012.15029.
+DIR holds `annotations_train.csv` and `annotations_test.csv` (image_id, rad_id, class_name, x_min,
+y_min, x_max, y_max) and the films `train/IMAGE.dicom`, `test/IMAGE.dicom` (or .dcm). Three readers
+read each training film: their boxes of one class are fused (weighted boxes fusion, IoU 0.1, equal
+scores). The test boxes are a consensus already, and stay as they are unless several readers are
+named. One grounding sample for each film and class; `--detection` adds one a film for all of its
+boxes. No valid split was released and no patient is named, so a tenth of the training films, by
+hash, is valid. Nguyen et al., Scientific Data 9:429, 2022; 2012.15029.
 """
 
 from collections import defaultdict
@@ -27,17 +30,35 @@ CORNERS = ("x_min", "y_min", "x_max", "y_max")
 def read(root: Path, split: str, ledger: Ledger, detection: bool = False) -> list[Draft]:
     rows = []
     for name in ("train", "test"):
-        path = next((p for p in (root / f"annotations_{name}.csv", root / "annotations" / f"annotations_{name}.csv") if p.is_file()), None)
+        path = next(
+            (
+                p
+                for p in (
+                    root / f"annotations_{name}.csv",
+                    root / "annotations" / f"annotations_{name}.csv",
+                )
+                if p.is_file()
+            ),
+            None,
+        )
         if path:
-            rows += [(key, row, name) for key, row in read_rows(path, ("image_id", "class_name", *CORNERS), ledger)]
+            rows += [
+                (key, row, name)
+                for key, row in read_rows(path, ("image_id", "class_name", *CORNERS), ledger)
+            ]
     if not rows:
-        raise FileNotFoundError(f"--root {root} holds no annotations_train.csv or annotations_test.csv: see docs/data.md for the folder")
+        raise FileNotFoundError(
+            f"--root {root} holds no annotations_train.csv or annotations_test.csv: see"
+            " docs/data.md for the folder"
+        )
     splits = patient_splits((row["image_id"], name) for _, row, name in rows)
-    readers: dict[str, set[str]] = defaultdict(set)  # of each film, those who found nothing included
+    # of each film, those who found nothing included
+    readers: dict[str, set[str]] = defaultdict(set)
     for _, row, _ in rows:
         readers[row["image_id"]].add(row.get("rad_id", ""))
     sizes: dict[Path, tuple[int, int] | None] = {}
-    found: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))  # image -> class -> rows
+    # image -> class -> rows
+    found: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for key, row, name in rows:
         image, label = row["image_id"], readable(row["class_name"])
         if splits[image] != split:
@@ -57,7 +78,11 @@ def read(root: Path, split: str, ledger: Ledger, detection: bool = False) -> lis
             ledger.drop([key], box)
         else:
             found[image][label].append((key, box, film))
-    return [draft for image, classes in found.items() for draft in film_drafts(image, classes, len(readers[image]) > 1, detection)]
+    return [
+        draft
+        for image, classes in found.items()
+        for draft in film_drafts(image, classes, len(readers[image]) > 1, detection)
+    ]
 
 
 def film_drafts(image: str, classes: dict[str, list], fuse: bool, detection: bool) -> list[Draft]:
@@ -66,16 +91,36 @@ def film_drafts(image: str, classes: dict[str, list], fuse: bool, detection: boo
     common = {"source": "vindr_cxr", "patient": f"vindr-{image}"}
     for label, rows in classes.items():
         boxes = [box for _, box, _ in rows]
-        fused[label] = [[round(x, 4) for x in box] for box in fuse_boxes(boxes)[0]] if fuse else boxes
-        sample = grounding_sample(f"vindr-{image}-{label}", "abnormality", label, fused[label], **common)
+        fused[label] = (
+            [[round(x, 4) for x in box] for box in fuse_boxes(boxes)[0]] if fuse else boxes
+        )
+        sample = grounding_sample(
+            f"vindr-{image}-{label}", "abnormality", label, fused[label], **common
+        )
         drafts.append(Draft([key for key, *_ in rows], rows[0][2], f"vindr-{image}", sample))
     if detection:
         named = [(label, box) for label in sorted(fused) for box in sorted(fused[label])]
         sample_id = f"vindr-{image}-all"
-        question, answer = templates.detection_turn([(label, format_boxes([box])) for label, box in named], sample_rng(sample_id))
-        sample = {"id": sample_id, "task": "grounding", "question": question, "answer": answer, "boxes": [box for _, box in named],
-                  "kind": "abnormality", "label": "all findings"} | common  # fmt: skip
-        drafts.append(Draft([key for rows in classes.values() for key, *_ in rows], drafts[0].film, f"vindr-{image}", sample))
+        question, answer = templates.detection_turn(
+            [(label, format_boxes([box])) for label, box in named], sample_rng(sample_id)
+        )
+        sample = {
+            "id": sample_id,
+            "task": "grounding",
+            "question": question,
+            "answer": answer,
+            "boxes": [box for _, box in named],
+            "kind": "abnormality",
+            "label": "all findings",
+        } | common
+        drafts.append(
+            Draft(
+                [key for rows in classes.values() for key, *_ in rows],
+                drafts[0].film,
+                f"vindr-{image}",
+                sample,
+            )
+        )
     return drafts
 
 
@@ -85,7 +130,11 @@ def film_path(root: Path, folder: str, image: str) -> Path:
 
 
 def arguments(parser) -> None:
-    parser.add_argument("--detection", action="store_true", help="add a sample a film that asks for all of its boxes")
+    parser.add_argument(
+        "--detection",
+        action="store_true",
+        help="add a sample a film that asks for all of its boxes",
+    )
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
-"""Percentile bootstrap over items: how far would a metric move, had other items been drawn? 2,000 resamples, 95%.
+"""Percentile bootstrap over items: how far would a metric move, had other items been drawn? 2,000
+resamples, 95%.
 
-An item's value is a float, or a row of statistics of which a corpus metric is computed once they are summed (BLEU).
+An item's value is a float, or a row of statistics of which a corpus metric is computed once they
+are summed (BLEU).
 """
 
 from collections.abc import Callable, Iterator
@@ -15,24 +17,31 @@ Score = Callable[[np.ndarray], np.ndarray]  # summed statistics [..., K] -> metr
 
 
 def _rows(values) -> np.ndarray:
-    """[N] or [N, K] -> float [N, K]; a NaN would poison every resample, so it is an error. Short rows end in zeros."""
+    """[N] or [N, K] -> float [N, K]; a NaN would poison every resample, so it is an error. Short
+    rows end in zeros.
+    """
     if len(values) and isinstance(values[0], list):
         values = list(zip(*zip_longest(*values, fillvalue=0.0)))
     rows = np.asarray(values, dtype=float)
     rows = rows[:, None] if rows.ndim == 1 else rows
     if not len(rows) or not np.isfinite(rows).all():
-        raise ValueError("bootstrap needs at least one item, all of them finite: leave out items without a score")
+        raise ValueError(
+            "bootstrap needs at least one item, all of them finite: leave out items without a score"
+        )
     return rows
 
 
 def _resampled_sums(rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Sums over N items drawn with replacement, in blocks [resamples, K]. Equal N draws equal items."""
+    """Sums over N items drawn with replacement, in blocks [resamples, K]. Equal N draws equal
+    items.
+    """
     n, random = len(rows), np.random.default_rng(SEED)
     step = max(1, BLOCK // n)
     for start in range(0, RESAMPLES, step):
         size = min(step, RESAMPLES - start)
         drawn = random.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n) @ rows  # times drawn [size, N] @ [N, K]
+        # times drawn [size, N] @ [N, K]
+        yield np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n) @ rows
 
 
 def _bounds(resampled: np.ndarray) -> dict[str, float]:
@@ -45,7 +54,9 @@ def _mean_of(n: int) -> Score:
 
 
 def interval(values, score: Score | None = None) -> dict[str, float]:
-    """{"mean", "low", "high", "n"} of per-item values [N], or of a corpus metric: statistics [N, K] and its `score`."""
+    """{"mean", "low", "high", "n"} of per-item values [N], or of a corpus metric: statistics [N, K]
+    and its `score`.
+    """
     rows = _rows(values)
     score = score or _mean_of(len(rows))
     resampled = np.concatenate([score(sums) for sums in _resampled_sums(rows)])
@@ -55,11 +66,15 @@ def interval(values, score: Score | None = None) -> dict[str, float]:
 def paired(values_a, values_b, score: Score | None = None) -> dict[str, float]:
     """{"difference", "low", "high", "p", "n"} of a minus b on the same items in the same order.
 
-    p is two-sided: twice the smaller share of resamples on either side of 0, with one added so that it is never 0.
+    p is two-sided: twice the smaller share of resamples on either side of 0, with one added so that
+    it is never 0.
     """
     a, b = _rows(values_a), _rows(values_b)
     if len(a) != len(b):  # their widths may differ: one answer held more boxes
-        raise ValueError(f"paired bootstrap of {len(a)} and {len(b)} items: give both the same items in the same order")
+        raise ValueError(
+            f"paired bootstrap of {len(a)} and {len(b)} items: give both the same items in the same"
+            " order"
+        )
     score, k = score or _mean_of(len(a)), a.shape[1]
     sums = np.concatenate([a, b], 1)  # drawn together: an item hard for a is hard for b
     resampled = np.concatenate([score(s[:, :k]) - score(s[:, k:]) for s in _resampled_sums(sums)])

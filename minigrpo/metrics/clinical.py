@@ -1,7 +1,9 @@
-"""What a report says of the patient: RadGraph F1, CheXbert F1, BERTScore and RadCliQ, joined for evaluate.py.
+"""What a report says of the patient: RadGraph F1, CheXbert F1, BERTScore and RadCliQ, joined for
+evaluate.py.
 
-The scorers and their weights are those of the rewards (`minigrpo.rewards`), and so are the floors: an answer without text is
-not shown to a scorer. A scorer whose weights are absent is left out, with a line that says so.
+The scorers and their weights are those of the rewards (`minigrpo.rewards`), and so are the floors:
+an answer without text is not shown to a scorer. A scorer whose weights are absent is left out, with
+a line that says so.
 """
 
 from dataclasses import dataclass
@@ -12,7 +14,8 @@ import numpy as np
 
 from ..rewards.clinical import PAPER_BASELINE, RADCLIQ_FLOOR, SHORTEST, authors_text
 
-FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")  # CheXpert's competition labels
+# CheXpert's competition labels
+FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
 # BERTScore as the paper reports it, and the one that RadCliQ was fitted with.
 REPORTED = {"model": "distilbert-base-uncased", "layer": 5, "baseline": PAPER_BASELINE}
 RADCLIQ = {"model": "distilroberta-base", "layer": 5, "baseline": 0.8473319}
@@ -28,12 +31,15 @@ class Clinical:
     radcliq_bertscore: Any = None  # RADCLIQ
 
     def score(self, predictions: list[str], references: list[str]) -> list[dict]:
-        """[N] dicts. "bertscore": about 0..1, floor -2 (F = 0); "radgraph_simple", "radgraph_partial", "radgraph_complete":
-        0..1; "chexbert": `chexbert_statistics`; "radcliq": -1.44..3, lower is better, needs the other scorers. What a scorer
-        can't score (None or NaN) is left out of its item."""
+        """[N] dicts. "bertscore": about 0..1, floor -2 (F = 0); "radgraph_simple",
+        "radgraph_partial", "radgraph_complete": 0..1; "chexbert": `chexbert_statistics`; "radcliq":
+        -1.44..3, lower is better, needs the other scorers. What a scorer can't score (None or NaN)
+        is left out of its item.
+        """
         filled = [i for i, text in enumerate(predictions) if text]
         hyps, refs = [predictions[i] for i in filled], [references[i] for i in filled]
-        low_hyps, low_refs = ([authors_text(text) for text in texts] for texts in (hyps, refs))  # as the reward has them
+        # as the reward has them
+        low_hyps, low_refs = ([authors_text(text) for text in texts] for texts in (hyps, refs))
         floor: dict[str, Any] = {}
         found: dict[str, list] = {}
         if self.bertscore:
@@ -42,16 +48,25 @@ class Clinical:
         if self.radgraph:
             graphs = radgraph_scores(self.radgraph, hyps + low_hyps, refs + low_refs)
             for level in ("simple", "partial", "complete"):
-                floor[f"radgraph_{level}"], found[f"radgraph_{level}"] = 0.0, [g[level] for g in graphs[:len(hyps)]]
+                floor[f"radgraph_{level}"], found[f"radgraph_{level}"] = (
+                    0.0,
+                    [g[level] for g in graphs[: len(hyps)]],
+                )
         if self.radgraph and self.chexbert and self.radcliq_bertscore:
             from ..rewards import radcliq_v1
 
             bert = self.radcliq_bertscore.score(low_hyps, low_refs) if hyps else []
-            parts = zip([g["radcliq"] for g in graphs[len(hyps):]], bert, cosines(self.chexbert, low_hyps, low_refs))
+            parts = zip(
+                [g["radcliq"] for g in graphs[len(hyps) :]],
+                bert,
+                cosines(self.chexbert, low_hyps, low_refs),
+            )
             values = [np.nan if None in part else radcliq_v1(*part) for part in parts]
             floor["radcliq"] = -RADCLIQ_FLOOR  # the reward is minus the metric
-            found["radcliq"] = [-RADCLIQ_FLOOR if len(text.strip()) <= SHORTEST or value > -RADCLIQ_FLOOR else value
-                                for text, value in zip(hyps, values)]
+            found["radcliq"] = [
+                -RADCLIQ_FLOOR if len(text.strip()) <= SHORTEST or value > -RADCLIQ_FLOOR else value
+                for text, value in zip(hyps, values)
+            ]
         items = [dict(floor) for _ in predictions]
         for name, values in found.items():
             for i, value in zip(filled, values, strict=True):
@@ -60,7 +75,9 @@ class Clinical:
                 else:
                     del items[i][name]
         if self.chexbert:
-            for item, row in zip(items, chexbert_statistics(self.chexbert, predictions, references)):
+            for item, row in zip(
+                items, chexbert_statistics(self.chexbert, predictions, references)
+            ):
                 item["chexbert"] = row
         return items
 
@@ -68,22 +85,32 @@ class Clinical:
 def load_clinical(weights_dir: str, device: str = "cpu") -> tuple[Clinical, list[str]]:
     """The scorers whose weights the folder holds, and a line for each that it doesn't."""
     if not Path(weights_dir).is_dir():
-        raise ValueError(f"--reward_weights {weights_dir} is no folder: name the one that holds the scorers' weights")
+        raise ValueError(
+            f"--reward_weights {weights_dir} is no folder: name the one that holds the scorers'"
+            " weights"
+        )
 
     def radgraph():
         from ..rewards.radgraph import RadGraph
+
         return RadGraph.from_weights(weights_dir, device=device)
 
     def chexbert():
         from ..rewards.chexbert import CheXbert
+
         return CheXbert.from_weights(weights_dir, device=device)
 
     def bertscore(settings):
         from ..rewards.bertscore import BertScore
+
         return BertScore.from_weights(weights_dir, device=device, **settings)
 
-    loaders = {"radgraph": radgraph, "chexbert": chexbert, "bertscore": lambda: bertscore(REPORTED),
-               "radcliq_bertscore": lambda: bertscore(RADCLIQ)}
+    loaders = {
+        "radgraph": radgraph,
+        "chexbert": chexbert,
+        "bertscore": lambda: bertscore(REPORTED),
+        "radcliq_bertscore": lambda: bertscore(RADCLIQ),
+    }
     scorers, missing = {}, []
     for name, load in loaders.items():
         try:
@@ -91,7 +118,10 @@ def load_clinical(weights_dir: str, device: str = "cpu") -> tuple[Clinical, list
         except (OSError, ImportError, ValueError) as error:
             missing.append(f"{name} is left out: {' '.join(str(error).split())}")
     if not scorers:
-        raise ValueError(f"--reward_weights {weights_dir} holds none of the scorers' weights: " + "; ".join(missing))
+        raise ValueError(
+            f"--reward_weights {weights_dir} holds none of the scorers' weights: "
+            + "; ".join(missing)
+        )
     return Clinical(**scorers), missing
 
 
@@ -109,18 +139,24 @@ def cosines(chexbert, predictions: list[str], references: list[str]) -> list[flo
     if not predictions:
         return []
     a, b = (np.asarray(chexbert.vectors(texts), dtype=float) for texts in (predictions, references))
-    return ((a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)).tolist()
+    return (
+        (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
+    ).tolist()
 
 
 def chexbert_statistics(chexbert, predictions: list[str], references: list[str]) -> list[list[int]]:
-    """For each item 3 x 14 zeros and ones: true positive, false positive, false negative of each condition. Positive and
-    uncertain count as present. A prediction without text mentions nothing."""
+    """For each item 3 x 14 zeros and ones: true positive, false positive, false negative of each
+    condition. Positive and uncertain count as present. A prediction without text mentions
+    nothing.
+    """
     wanted = present(chexbert.labels(references))
     found = np.zeros_like(wanted)
     filled = [i for i, text in enumerate(predictions) if text]
     if filled:
         found[filled] = present(chexbert.labels([predictions[i] for i in filled]))
-    return np.concatenate([found & wanted, found & ~wanted, ~found & wanted], 1).astype(int).tolist()
+    return (
+        np.concatenate([found & wanted, found & ~wanted, ~found & wanted], 1).astype(int).tolist()
+    )
 
 
 def present(labels) -> np.ndarray:
@@ -129,27 +165,35 @@ def present(labels) -> np.ndarray:
 
 
 def condition_f1(statistics: np.ndarray) -> np.ndarray:
-    """F1 of each condition of summed `chexbert_statistics`, [..., 3 C] -> [..., C]; 0 for one that is nowhere."""
-    hit, extra, missed = np.moveaxis(np.asarray(statistics, float).reshape(*statistics.shape[:-1], 3, -1), -2, 0)
+    """F1 of each condition of summed `chexbert_statistics`, [..., 3 C] -> [..., C]; 0 for one that
+    is nowhere.
+    """
+    hit, extra, missed = np.moveaxis(
+        np.asarray(statistics, float).reshape(*statistics.shape[:-1], 3, -1), -2, 0
+    )
     return 2 * hit / np.maximum(2 * hit + extra + missed, 1)
 
 
 def f1_of(five: bool, macro: bool):
-    """A score of summed `chexbert_statistics`: F1 over 14 or 5 conditions, their mean (macro) or of all decisions (micro).
-    Range 0..1. Source: Smit et al. 2020 (arXiv 2004.09167); f1chexbert's "rrg" reading, in which an absent condition's
-    F1 of 0 enters the macro mean."""
+    """A score of summed `chexbert_statistics`: F1 over 14 or 5 conditions, their mean (macro) or of
+    all decisions (micro). Range 0..1. Source: Smit et al. 2020 (arXiv 2004.09167); f1chexbert's
+    "rrg" reading, in which an absent condition's F1 of 0 enters the macro mean.
+    """
+
     def score(statistics: np.ndarray) -> np.ndarray:
         sums = np.asarray(statistics, float).reshape(*np.shape(statistics)[:-1], 3, 14)
         sums = sums[..., five_columns()] if five else sums
         if not macro:
             sums = sums.sum(-1, keepdims=True)
         return condition_f1(sums.reshape(*sums.shape[:-2], -1)).mean(-1)
+
     return score
 
 
 def conditions() -> tuple[str, ...]:
     """CheXbert's fourteen, in the order of its labels."""
     from ..rewards.chexbert import CONDITIONS  # seconds to import, so only here
+
     return CONDITIONS
 
 
@@ -158,5 +202,9 @@ def five_columns() -> list[int]:
     return [conditions().index(name) for name in FIVE]
 
 
-CHEXBERT = {"chexbert_micro14": f1_of(False, False), "chexbert_macro14": f1_of(False, True),
-            "chexbert_micro5": f1_of(True, False), "chexbert_macro5": f1_of(True, True)}
+CHEXBERT = {
+    "chexbert_micro14": f1_of(False, False),
+    "chexbert_macro14": f1_of(False, True),
+    "chexbert_micro5": f1_of(True, False),
+    "chexbert_macro5": f1_of(True, True),
+}

@@ -1,4 +1,6 @@
-"""What a model reaches that never looks at the film: one fixed answer. A trained model must beat these."""
+"""What a model reaches that never looks at the film: one fixed answer. A trained model must beat
+these.
+"""
 
 import random
 
@@ -8,7 +10,8 @@ from ..data.boxes import format_boxes, parse_boxes
 from ..data.sample import Sample
 from ..rewards import gleu, soft_f1
 
-CANDIDATES, SCORED = 100, 200  # keeps it to half a second a label; the best score is known to about 0.02
+# keeps it to half a second a label; the best score is known to about 0.02
+CANDIDATES, SCORED = 100, 200
 
 
 def _some(items: list, most: int) -> list:
@@ -16,8 +19,10 @@ def _some(items: list, most: int) -> list:
 
 
 def _best_boxes(samples: list[Sample]) -> str:
-    """The text of the boxes with the highest mean soft F1 over these samples: the median or mean box, or one sample's
-    whole set or single box. Compared as the text that will be written, after rounding."""
+    """The text of the boxes with the highest mean soft F1 over these samples: the median or mean
+    box, or one sample's whole set or single box. Compared as the text that will be written, after
+    rounding.
+    """
     every = [box for sample in samples for box in sample.boxes]
     sets = [sample.boxes for sample in _some(samples, CANDIDATES // 2)]
     sets += [[box] for box in _some(every, CANDIDATES // 2)]
@@ -38,16 +43,18 @@ def _keys(sample: Sample) -> list[tuple[str, str]]:
 
 
 def constant_boxes(train: list[Sample], test: list[Sample]) -> list[str]:
-    """For each test sample the best constant answer of its label in train; of its kind where train has no such label
-    (most phrases), of all grounding where it has no such kind. Boxes are written in 0..1. Only the grounding samples of
-    train count; test holds nothing else.
+    """For each test sample the best constant answer of its label in train; of its kind where train
+    has no such label (most phrases), of all grounding where it has no such kind. Boxes are written
+    in 0..1. Only the grounding samples of train count; test holds nothing else.
     """
     groups: dict[tuple[str, str], list[Sample]] = {}
     for sample in train:
         for key in _keys(sample) if sample.task == "grounding" else ():
             groups.setdefault(key, []).append(sample)
     if not groups:
-        raise ValueError("constant_boxes: train has no grounding samples: give it a file that has some")
+        raise ValueError(
+            "constant_boxes: train has no grounding samples: give it a file that has some"
+        )
     if any(sample.task != "grounding" for sample in test):
         raise ValueError("constant_boxes: test has samples that are not grounding: leave them out")
     best: dict[tuple[str, str], str] = {}
@@ -61,10 +68,15 @@ def constant_boxes(train: list[Sample], test: list[Sample]) -> list[str]:
 
 
 def constant_report(train: list[Sample], test: list[Sample]) -> list[str]:
-    """For every test sample the train report with the highest mean GLEU over train reports, both from one seeded draw
-    of at most 200. Samples of train that are not reports are ignored."""
+    """For every test sample the train report with the highest mean GLEU over train reports, both
+    from one seeded draw of at most 200. Samples of train that are not reports are ignored.
+    """
     reports = _some([sample.answer for sample in train if sample.task == "report"], SCORED)
     if not reports:
-        raise ValueError("constant_report: train has no report samples: give it a file that has some")
-    best = max(dict.fromkeys(reports), key=lambda report: sum(gleu(report, other) for other in reports))
+        raise ValueError(
+            "constant_report: train has no report samples: give it a file that has some"
+        )
+    best = max(
+        dict.fromkeys(reports), key=lambda report: sum(gleu(report, other) for other in reports)
+    )
     return [best] * len(test)

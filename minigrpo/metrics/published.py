@@ -1,7 +1,17 @@
-"""Tables 1 to 3 of the paper (arXiv 2512.10691), read off its images: facts about other people's models on other test
-sets. Percent, but for RadCliQ and characters; None where the table has no figure."""
+"""Tables 1 to 3 of the paper (arXiv 2512.10691), read off its images: facts about other people's
+models on other test sets. Percent, but for RadCliQ and characters; None where the table has no
+figure.
+"""
 
-REPORTS = ("ROUGE-L", "BERTScore", "CheXbert micro", "CheXbert macro", "RadGraph F1", "GREEN", "RadCliQ")
+REPORTS = (
+    "ROUGE-L",
+    "BERTScore",
+    "CheXbert micro",
+    "CheXbert macro",
+    "RadGraph F1",
+    "GREEN",
+    "RadCliQ",
+)
 TABLE_1 = {
     "Qwen3-VL": (14.0, 42.0, 35.3, 20.4, 10.8, 21.9, 1.67),
     "Qwen3-VL-Thinking": (15.0, 43.1, 34.6, 18.5, 10.9, 18.5, 1.63),
@@ -37,6 +47,14 @@ TABLE_3 = {
     "GLEU": (29.8, 56.0, 25.3, 33.7, 0.92, 209),
 }
 
-# Our metric under each heading. Which of RadGraph's levels theirs is we don't know; partial is the one usually reported.
-OURS = {"ROUGE-L": "rouge_l", "BERTScore": "bertscore", "CheXbert micro": "chexbert_micro14",
-        "CheXbert macro": "chexbert_macro14", "RadGraph F1": "radgraph_partial", "RadCliQ": "radcliq", "characters": "characters"}
+# Our metric under each heading. Which of RadGraph's levels theirs is we don't know; partial is the
+# one usually reported.
+OURS = {
+    "ROUGE-L": "rouge_l",
+    "BERTScore": "bertscore",
+    "CheXbert micro": "chexbert_micro14",
+    "CheXbert macro": "chexbert_macro14",
+    "RadGraph F1": "radgraph_partial",
+    "RadCliQ": "radcliq",
+    "characters": "characters",
+}

@@ -1,10 +1,14 @@
-"""table.md: every figure with its interval, the findings and sources, and the paper's tables beside ours."""
+"""table.md: every figure with its interval, the findings and sources, and the paper's tables beside
+ours.
+"""
 
 from ..visible import visible
 from .published import GROUNDING, OURS, REPORTS, REWARDS, TABLE_1, TABLE_2, TABLE_3
 
-HEADLINE = {"grounding": ("soft_f1", "map50", "ap50", "matched_iou"),
-            "report": ("gleu", "rouge_l", "cider", "radgraph_partial", "radcliq")}
+HEADLINE = {
+    "grounding": ("soft_f1", "map50", "ap50", "matched_iou"),
+    "report": ("gleu", "rouge_l", "cider", "radgraph_partial", "radcliq"),
+}
 MOST = 40  # rows of one breakdown; metrics.json has them all
 
 
@@ -12,18 +16,25 @@ def markdown_table(metrics: dict, *, published: bool = False) -> str:
     """The whole page from what metrics.json holds; with `published` also the paper's tables, ours
     beside theirs. Names and labels are the data's: what a terminal would obey in them is written
     out."""
-    names = {name: " ".join(str(metrics[name]).split()) for name in ("model", "data", "baseline")
-             if name in metrics}
+    names = {
+        name: " ".join(str(metrics[name]).split())
+        for name in ("model", "data", "baseline")
+        if name in metrics
+    }
     lines = [f"Model `{names['model']}` on `{names['data']}`, greedy, 95% bootstrap intervals."]
     if "baseline" in metrics:
         lines[0] += f" Gain: paired difference to `{names['baseline']}`."
     for task, figures in metrics["tasks"].items():
         lines += task_lines(task, figures, metrics.get("difference", {}).get(task))
         for field, found in metrics.get("breakdown", {}).get(task, {}).items():
-            if len(found) > 1 or figures["n"] not in (group["n"] for group in found.values()):  # else it says the same again
+            # else it says the same again
+            if len(found) > 1 or figures["n"] not in (group["n"] for group in found.values()):
                 lines += breakdown_lines(task, field, found)
-    lines += [line for text in metrics.get("not_computed", [])
-              for line in ("", f"Not computed: {' '.join(text.split())}")]
+    lines += [
+        line
+        for text in metrics.get("not_computed", [])
+        for line in ("", f"Not computed: {' '.join(text.split())}")
+    ]
     return visible("\n".join([*lines, *(paper_lines(metrics) if published else [])])) + "\n"
 
 
@@ -47,48 +58,114 @@ def task_lines(task: str, figures: dict, gains: dict | None) -> list[str]:
         if name == "n":
             continue
         gain = (gains or {}).get(name)
-        found = [cell(gain | {"mean": gain["difference"]}, "+"), f"{gain['p']:.3f}"] if gain else ["", ""]
-        some = f" ({value['n']} samples)" if value["n"] != figures["n"] else ""  # not asked of the others, or a scorer failed
+        found = (
+            [cell(gain | {"mean": gain["difference"]}, "+"), f"{gain['p']:.3f}"]
+            if gain
+            else ["", ""]
+        )
+        # not asked of the others, or a scorer failed
+        some = f" ({value['n']} samples)" if value["n"] != figures["n"] else ""
         rows.append([name, cell(value) + some, *(found if gains else [])])
-    return ["", f"**{task}**, {figures['n']} samples", *grid(["metric", "value", *(["gain", "p"] if gains else [])], rows)]
+    return [
+        "",
+        f"**{task}**, {figures['n']} samples",
+        *grid(["metric", "value", *(["gain", "p"] if gains else [])], rows),
+    ]
 
 
 def breakdown_lines(task: str, field: str, found: dict) -> list[str]:
-    names = [name for name in ("chexbert_f1", *HEADLINE.get(task, ("gleu", "rouge_l"))) if any(name in f for f in found.values())]
+    names = [
+        name
+        for name in ("chexbert_f1", *HEADLINE.get(task, ("gleu", "rouge_l")))
+        if any(name in f for f in found.values())
+    ]
     largest = sorted(found, key=lambda value: -found[value]["n"])[:MOST]
-    rows = [[value, found[value]["n"], *(cell(found[value][m]) if m in found[value] else "" for m in names)] for value in largest]
+    rows = [
+        [
+            value,
+            found[value]["n"],
+            *(cell(found[value][m]) if m in found[value] else "" for m in names),
+        ]
+        for value in largest
+    ]
     more = ["", f"... and {len(found) - MOST} more in metrics.json"] if len(found) > MOST else []
     return ["", f"{task} by {field}", *grid([field, "n", *names], rows), *more]
 
 
 def paper_lines(metrics: dict) -> list[str]:
-    """Tables 1, 2 and 3 as the paper lays them out, its rows marked as theirs, for the tasks that were evaluated."""
+    """Tables 1, 2 and 3 as the paper lays them out, its rows marked as theirs, for the tasks that
+    were evaluated.
+    """
     lines, report = [], metrics["tasks"].get("report", {})
     found = metrics.get("breakdown", {}).get("grounding", {})
-    for title, heads, published, task in (("Table 1, reports", REPORTS, TABLE_1, "report"),
-                                          ("Table 2, grounding, mAP@0.5", GROUNDING, TABLE_2, "grounding"),
-                                          ("Table 3, what the report reward does", REWARDS, TABLE_3, "report")):
+    for title, heads, published, task in (
+        ("Table 1, reports", REPORTS, TABLE_1, "report"),
+        ("Table 2, grounding, mAP@0.5", GROUNDING, TABLE_2, "grounding"),
+        ("Table 3, what the report reward does", REWARDS, TABLE_3, "report"),
+    ):
         if task in metrics["tasks"]:
-            ours = [paper_set(found, name).get("map50") if task == "grounding" else report.get(OURS.get(name)) for name in heads]
-            rows = [[f"**`{metrics['model']}`** (ours)",
-                     *(figure(value and value["mean"], name, 100) for name, value in zip(heads, ours))]]
-            rows += [[f"{model} (*theirs*)", *(figure(value, name) for name, value in zip(heads, values))]
-                     for model, values in published.items()]
+            ours = [
+                (
+                    paper_set(found, name).get("map50")
+                    if task == "grounding"
+                    else report.get(OURS.get(name))
+                )
+                for name in heads
+            ]
+            rows = [
+                [
+                    f"**`{metrics['model']}`** (ours)",
+                    *(
+                        figure(value and value["mean"], name, 100)
+                        for name, value in zip(heads, ours)
+                    ),
+                ]
+            ]
+            rows += [
+                [
+                    f"{model} (*theirs*)",
+                    *(figure(value, name) for name, value in zip(heads, values)),
+                ]
+                for model, values in published.items()
+            ]
             lines += ["", f"As in the paper's {title}", *grid(["model", *heads], rows)]
-    note = ("The rows marked *theirs* are published figures on their own test sets: they compare with ours on the same files only. "
-            "RadCliQ: lower is better. RadGraph F1: ours is the partial level.")
+    note = (
+        "The rows marked *theirs* are published figures on their own test sets: they compare with"
+        " ours on the same files only. RadCliQ: lower is better. RadGraph F1: ours is the partial"
+        " level."
+    )
     return ["", note, *lines] if lines else []
 
 
 def paper_set(found: dict, name: str) -> dict:
-    """Our figures for one of Table 2's columns: a kind of question, or a source named like the data set."""
-    plain = lambda text: "".join(c for c in text.lower() if c.isalnum())
-    return next((figures for field in ("kind", "source") for value, figures in found.get(field, {}).items()
-                 if plain(value).startswith(plain(name))), {})
+    """Our figures for one of Table 2's columns: a kind of question, or a source named like the data
+    set.
+    """
+
+    def plain(text):
+        return "".join(c for c in text.lower() if c.isalnum())
+
+    return next(
+        (
+            figures
+            for field in ("kind", "source")
+            for value, figures in found.get(field, {}).items()
+            if plain(value).startswith(plain(name))
+        ),
+        {},
+    )
 
 
 def figure(value: float | None, name: str, percent: float = 1) -> str:
-    """As the paper prints it: percent with one decimal, RadCliQ with two, whole characters; `percent` 100 for a fraction."""
+    """As the paper prints it: percent with one decimal, RadCliQ with two, whole characters;
+    `percent` 100 for a fraction.
+    """
     if value is None:
         return "-"
-    return f"{value:.2f}" if name == "RadCliQ" else f"{value:.0f}" if name == "characters" else f"{percent * value:.1f}"
+    return (
+        f"{value:.2f}"
+        if name == "RadCliQ"
+        else f"{value:.0f}"
+        if name == "characters"
+        else f"{percent * value:.1f}"
+    )

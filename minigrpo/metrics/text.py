@@ -9,10 +9,15 @@ _ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
 
 
 def rouge(prediction: str, reference: str) -> dict[str, float]:
-    """{"rouge_1", "rouge_2", "rouge_l"}: F of common words, of common bigrams and of the longest common subsequence, on
-    stemmed, lower-cased words. Range 0..1, floor 0. Source: Lin 2004; this is rouge-score's own figure."""
+    """{"rouge_1", "rouge_2", "rouge_l"}: F of common words, of common bigrams and of the longest
+    common subsequence, on stemmed, lower-cased words. Range 0..1, floor 0. Source: Lin 2004; this
+    is rouge-score's own figure.
+    """
     found = _ROUGE.score(reference, prediction)
-    return {name: float(found[key].fmeasure) for name, key in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL"))}
+    return {
+        name: float(found[key].fmeasure)
+        for name, key in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL"))
+    }
 
 
 def rouge_l(prediction: str, reference: str) -> float:
@@ -21,7 +26,8 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 
 def bleu_statistics(prediction: str, reference: str) -> list[int]:
-    """What corpus BLEU-4 needs of one item: clipped matches of n = 1..4, n-grams of n = 1..4, words of either text.
+    """What corpus BLEU-4 needs of one item: clipped matches of n = 1..4, n-grams of n = 1..4, words
+    of either text.
 
     Whitespace tokens. nltk's convention: a text too short for an n-gram counts one unmatched.
     """
@@ -32,9 +38,11 @@ def bleu_statistics(prediction: str, reference: str) -> list[int]:
 
 
 def bleu4(statistics: np.ndarray) -> np.ndarray:
-    """Corpus BLEU-4 of summed `bleu_statistics`, [..., 10] -> [...]. Range 0..1. Source: Papineni et al. 2002.
+    """Corpus BLEU-4 of summed `bleu_statistics`, [..., 10] -> [...]. Range 0..1. Source: Papineni
+    et al. 2002.
 
-    Smoothing: an n for which nothing matched counts 0.1 matches (nltk's method1), so that a small corpus without a
+    Smoothing: an n for which nothing matched counts 0.1 matches (nltk's method1), so that a small
+        corpus without a
     common 4-gram is not 0; with no common word at all it is 0.
     """
     sums = np.asarray(statistics, dtype=float)

@@ -1,13 +1,14 @@
 """Rewards: answers in, one float an answer out. `reward_fn` reads the --reward argument:
 
     gleu                                       one reward, on the tasks it applies to
-    0.9*gleu+0.1*soft_f1                       a weighted sum; each term enters on the tasks it applies to
-    report=gleu,grounding=0.5*soft_f1+0.5*dice one sum for each task
-    my_module:my_reward                        your own, anywhere a name may stand: callable(answers, samples) -> a list
+    0.9*gleu+0.1*soft_f1                       a weighted sum; each term enters on the tasks it
+    applies to report=gleu,grounding=0.5*soft_f1+0.5*dice one sum for each task my_module:my_reward
+    your own, anywhere a name may stand: callable(answers, samples) -> a list
                                                of numbers (None: not scored) or a `Scores`
 
-A built-in scores answers without their thinking and gives an empty one its floor. What a scorer can't do, by an exception or
-NaN, is marked as not scored, and is no fault of the model. docs/rewards.md has each reward's formula, range, floor and cost.
+A built-in scores answers without their thinking and gives an empty one its floor. What a scorer
+can't do, by an exception or NaN, is marked as not scored, and is no fault of the model.
+docs/rewards.md has each reward's formula, range, floor and cost.
 """
 
 import math
@@ -28,8 +29,18 @@ from .radcliq import radcliq_v1
 from .spec import REWARDS, Term, parse_spec
 from .text import gleu, length
 
-__all__ = ["REWARDS", "BadReward", "Reward", "Scores", "dice", "gleu", "length", "radcliq_v1",
-           "reward_fn", "soft_f1"]
+__all__ = [
+    "REWARDS",
+    "BadReward",
+    "Reward",
+    "Scores",
+    "dice",
+    "gleu",
+    "length",
+    "radcliq_v1",
+    "reward_fn",
+    "soft_f1",
+]
 
 LARGEST = 1e15  # of a reward: fp32, which compares them, overflows at the square of 2e19
 
@@ -41,12 +52,16 @@ class BadReward(ValueError):
 
 @dataclass
 class Scores:
-    """What a reward says of N answers, in their order; every list has N entries, but for `errors`."""
+    """What a reward says of N answers, in their order; every list has N entries, but for
+    `errors`.
+    """
 
     values: list[float]  # 0.0 where valid is False, so that no NaN travels on
     valid: list[bool]  # False: could not be scored, and must not count as a bad answer
-    parts: dict[str, list[float]] = field(default_factory=dict)  # each term unweighted; NaN where it gave nothing
-    errors: list[str] = field(default_factory=list)  # what scorers raised: the first few that differ
+    # each term unweighted; NaN where it gave nothing
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    # what scorers raised: the first few that differ
+    errors: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -64,12 +79,22 @@ class Reward:
 
     def __call__(self, answers: list[str], samples: list[Sample]) -> Scores:
         if len(answers) != len(samples):
-            raise ValueError(f"{len(answers)} answers for {len(samples)} samples: repeat each sample for its group")
+            raise ValueError(
+                f"{len(answers)} answers for {len(samples)} samples: repeat each sample for its"
+                " group"
+            )
         for sample in samples:
             if sample.task not in self.terms:
-                raise ValueError(f"--reward scores {', '.join(self.terms)}, but sample {sample.id!r} is {sample.task}: "
-                                 "leave such samples out, or name a reward for them")
-        texts = [answer if ok else "" for _, answer, ok in (split_thinking(text, self.template_opens_think) for text in answers)]
+                raise ValueError(
+                    f"--reward scores {', '.join(self.terms)}, but sample {sample.id!r} is"
+                    f" {sample.task}: leave such samples out, or name a reward for them"
+                )
+        texts = [
+            answer if ok else ""
+            for _, answer, ok in (
+                split_thinking(text, self.template_opens_think) for text in answers
+            )
+        ]
         scores = Scores([0.0] * len(answers), [True] * len(answers))
         for task in self.terms:
             rows = [row for row, sample in enumerate(samples) if sample.task == task]
@@ -77,25 +102,50 @@ class Reward:
                 call = self._bound(name, function, answers, texts, samples)
                 _add(scores, rows, weight, name, scored(call, rows, name, scores.errors))
         if any(valid and abs(value) > LARGEST for value, valid in zip(scores.values, scores.valid)):
-            _note(scores.errors, f"a value beyond {LARGEST:g}, which the comparison within a group "
-                  "cannot hold")
-        scores.valid = [valid and abs(value) <= LARGEST
-                        for value, valid in zip(scores.values, scores.valid)]
-        scores.values = [value if valid else 0.0 for value, valid in zip(scores.values, scores.valid)]
+            _note(
+                scores.errors,
+                f"a value beyond {LARGEST:g}, which the comparison within a group cannot hold",
+            )
+        scores.valid = [
+            valid and abs(value) <= LARGEST for value, valid in zip(scores.values, scores.valid)
+        ]
+        scores.values = [
+            value if valid else 0.0 for value, valid in zip(scores.values, scores.valid)
+        ]
         return scores
 
-    def _bound(self, name: str, function: Callable, answers: list[str], texts: list[str], samples: list[Sample]) -> Callable:
-        """callable(rows) -> the term's scores of these rows. A function of one's own gets the answers as written."""
+    def _bound(
+        self,
+        name: str,
+        function: Callable,
+        answers: list[str],
+        texts: list[str],
+        samples: list[Sample],
+    ) -> Callable:
+        """callable(rows) -> the term's scores of these rows. A function of one's own gets the
+        answers as written.
+        """
         raw = name not in REWARDS or name == "format"
-        extra = () if name not in REWARDS else (self.scorers,) if name in CLINICAL else (self.box_scale,)
+        extra = (
+            ()
+            if name not in REWARDS
+            else (self.scorers,)
+            if name in CLINICAL
+            else (self.box_scale,)
+        )
         if name == "format":
             extra = (self.template_opens_think, self.box_scale)
-        return lambda rows: function([(answers if raw else texts)[row] for row in rows], [samples[row] for row in rows], *extra)
+        return lambda rows: function(
+            [(answers if raw else texts)[row] for row in rows],
+            [samples[row] for row in rows],
+            *extra,
+        )
 
 
 def scored(call: Callable, rows: list[int], name: str, errors: list[str]) -> Scores:
-    """`call(rows)`. Where it raises, halves are tried, down to the single rows that can't be scored: these are NaN. Four
-    single failures before any success mean that the scorer itself is broken: the rest is NaN untried.
+    """`call(rows)`. Where it raises, halves are tried, down to the single rows that can't be
+    scored: these are NaN. Four single failures before any success mean that the scorer itself is
+    broken: the rest is NaN untried.
     """
     failed, succeeded = 0, 0
 
@@ -118,10 +168,11 @@ def scored(call: Callable, rows: list[int], name: str, errors: list[str]) -> Sco
         if len(part) == 1:
             failed += 1
             return nothing
-        a, b = attempt(part[:len(part) // 2]), attempt(part[len(part) // 2:])
+        a, b = attempt(part[: len(part) // 2]), attempt(part[len(part) // 2 :])
         no_a, no_b = [math.nan] * len(a.values), [math.nan] * len(b.values)
-        parts = {part: a.parts.get(part, no_a) + b.parts.get(part, no_b)
-                 for part in a.parts | b.parts}
+        parts = {
+            part: a.parts.get(part, no_a) + b.parts.get(part, no_b) for part in a.parts | b.parts
+        }
         return Scores(a.values + b.values, a.valid + b.valid, parts, a.errors + b.errors)
 
     return attempt(rows)
@@ -145,8 +196,9 @@ def _at_home(call: Callable, part: list[int], name: str) -> Any:
             there = "a folder that is gone"
         if there != here:
             os.chdir(here)
-            warnings.warn(f"reward {name!r} changed the working directory to {there}: it is "
-                          "put back")
+            warnings.warn(
+                f"reward {name!r} changed the working directory to {there}: it is put back"
+            )
 
 
 def as_scores(result: Any, count: int, name: str) -> Scores:
@@ -156,12 +208,16 @@ def as_scores(result: Any, count: int, name: str) -> Scores:
         values = _floats(result, count, name)
         return Scores(values, [math.isfinite(value) for value in values])
     values = _floats(result.values, count, f"{name}.values")
-    valid = [bool(ok) and ok == ok and math.isfinite(value)
-             for ok, value in zip(_floats(result.valid, count, f"{name}.valid"), values)]
+    valid = [
+        bool(ok) and ok == ok and math.isfinite(value)
+        for ok, value in zip(_floats(result.valid, count, f"{name}.valid"), values)
+    ]
     named = isinstance(result.parts, dict) and all(isinstance(part, str) for part in result.parts)
     if not named:
-        raise BadReward(f"reward {name!r} gave parts that are no dict with names: return "
-                        f"{{name: a number for each answer}}")
+        raise BadReward(
+            f"reward {name!r} gave parts that are no dict with names: return "
+            "{name: a number for each answer}"
+        )
     parts = {part: _floats(given, count, f"{name}.{part}") for part, given in result.parts.items()}
     return Scores(values, valid, parts, [str(error) for error in result.errors])
 
@@ -175,12 +231,15 @@ def _floats(given: Any, count: int, name: str) -> list[float]:
     # A number of NumPy, or a tensor without dimensions, is its item.
     plain = [] if wrong else [x.item() if getattr(x, "ndim", None) == 0 else x for x in flat]
     if wrong or not all(x is None or isinstance(x, Real) for x in plain):
-        raise BadReward(f"reward {name!r} gave {type(given).__name__} "
-                        f"{' '.join(repr(given).split())[:60]}: return a list with a number, or "
-                        "None, for each answer")
+        raise BadReward(
+            f"reward {name!r} gave {type(given).__name__} "
+            f"{' '.join(repr(given).split())[:60]}: return a list with a number, or "
+            "None, for each answer"
+        )
     if len(plain) != count:
-        raise BadReward(f"reward {name!r} gave {len(plain)} values for {count} answers: return one "
-                        "for each")
+        raise BadReward(
+            f"reward {name!r} gave {len(plain)} values for {count} answers: return one for each"
+        )
     return [_float(x) for x in plain]
 
 
@@ -193,7 +252,9 @@ def _float(x: Real | None) -> float:
 
 
 def _add(scores: Scores, rows: list[int], weight: float, name: str, result: Scores) -> None:
-    parts = {name: result.values} | {f"{name}.{part}": values for part, values in result.parts.items()}
+    parts = {name: result.values} | {
+        f"{name}.{part}": values for part, values in result.parts.items()
+    }
     for part, values in parts.items():
         column = scores.parts.setdefault(part, [math.nan] * len(scores.values))
         for row, value in zip(rows, values, strict=True):
@@ -205,13 +266,21 @@ def _add(scores: Scores, rows: list[int], weight: float, name: str, result: Scor
         scores.values[row] += weight * value
 
 
-def reward_fn(spec: str, *, template_opens_think: bool = False, box_scale: float = 1.0, weights_dir: str | None = None, device: str = "cpu",
-              cache: Path | None = None) -> Reward:
+def reward_fn(
+    spec: str,
+    *,
+    template_opens_think: bool = False,
+    box_scale: float = 1.0,
+    weights_dir: str | None = None,
+    device: str = "cpu",
+    cache: Path | None = None,
+) -> Reward:
     """The reward of a --reward argument (grammar above). `.tasks` is the set of tasks it can score.
 
-    An answer whose think block is broken counts as empty, which is each built-in's floor. `template_opens_think`: the chat template
-    already wrote <think>. `box_scale`: what the model's coordinates are divided by. `weights_dir` (None: the hub) and `device`
-    are for the clinical rewards, whose models are loaded here; `cache`: file that keeps their references between runs.
+    An answer whose think block is broken counts as empty, which is each built-in's floor.
+    `template_opens_think`: the chat template already wrote <think>. `box_scale`: what the model's
+    coordinates are divided by. `weights_dir` (None: the hub) and `device` are for the clinical
+    rewards, whose models are loaded here; `cache`: file that keeps their references between runs.
     """
     terms, scorers = parse_spec(spec), Scorers(weights_dir, device, cache)
     for name in {name for task in terms.values() for _, name, _ in task if name in CLINICAL}:

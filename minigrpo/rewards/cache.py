@@ -1,7 +1,8 @@
 """What a scorer made of a reference, kept: in memory for the run, on disk for the next one.
 
-A step asks for each reference G times and later steps ask again; its annotation changes with the text and the model
-alone, so these two are the key. SQLite makes each write whole or absent, also under a kill and with several processes.
+A step asks for each reference G times and later steps ask again; its annotation changes with the
+text and the model alone, so these two are the key. SQLite makes each write whole or absent, also
+under a kill and with several processes.
 """
 
 import hashlib
@@ -14,20 +15,38 @@ from typing import Any
 
 
 class Cached:
-    """`score(texts) -> values` with a memory. `model` names what the values depend on besides the text.
+    """`score(texts) -> values` with a memory. `model` names what the values depend on besides the
+    text.
 
-    `path` None: in memory only, the last `limit` texts. Values on disk go through `pack` and `unpack` (bytes).
+    `path` None: in memory only, the last `limit` texts. Values on disk go through `pack` and
+        `unpack` (bytes).
     """
 
-    def __init__(self, score: Callable[[list[str]], list], model: str, path: Path | None = None, *,
-                 pack: Callable[[Any], bytes] = bytes, unpack: Callable[[bytes], Any] = bytes, limit: int = 65_536):
-        self.score, self.model, self.pack, self.unpack, self.limit = score, model, pack, unpack, limit
+    def __init__(
+        self,
+        score: Callable[[list[str]], list],
+        model: str,
+        path: Path | None = None,
+        *,
+        pack: Callable[[Any], bytes] = bytes,
+        unpack: Callable[[bytes], Any] = bytes,
+        limit: int = 65_536,
+    ):
+        self.score, self.model, self.pack, self.unpack, self.limit = (
+            score,
+            model,
+            pack,
+            unpack,
+            limit,
+        )
         self.memory: OrderedDict[str, Any] = OrderedDict()
         self.disk = _open(path) if path else None
         self.scored = 0  # texts that went to the scorer
 
     def __call__(self, texts: list[str]) -> list:
-        """One value for each text, in order; each distinct unknown text is scored once, all in one call."""
+        """One value for each text, in order; each distinct unknown text is scored once, all in one
+        call.
+        """
         distinct = list(dict.fromkeys(texts))
         known = {text: self.memory[text] for text in distinct if text in self.memory}
         known |= self._read([text for text in distinct if text not in known])
@@ -51,10 +70,13 @@ class Cached:
         found = {}
         for text in texts if self.disk else ():
             try:
-                row = self.disk.execute("SELECT value FROM scores WHERE key = ?", (self._key(text),)).fetchone()
+                row = self.disk.execute(
+                    "SELECT value FROM scores WHERE key = ?", (self._key(text),)
+                ).fetchone()
                 if row:
                     found[text] = self.unpack(row[0])
-            except (sqlite3.Error, ValueError) as error:  # a damaged row is a missing one: it is scored and written anew
+            # a damaged row is a missing one: it is scored and written anew
+            except (sqlite3.Error, ValueError) as error:
                 _warn(error)
         return found
 
@@ -62,8 +84,10 @@ class Cached:
         if self.disk:
             try:
                 with self.disk:  # one transaction: all rows or none
-                    self.disk.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)",
-                                          [(self._key(text), self.pack(value)) for text, value in values.items()])
+                    self.disk.executemany(
+                        "INSERT OR REPLACE INTO scores VALUES (?, ?)",
+                        [(self._key(text), self.pack(value)) for text, value in values.items()],
+                    )
             except sqlite3.Error as error:  # a full disk must not end training
                 _warn(error)
 
@@ -73,13 +97,20 @@ def _open(path: Path) -> sqlite3.Connection | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         disk = sqlite3.connect(path, timeout=30, check_same_thread=False)
         with disk:
-            disk.execute("CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID")
+            disk.execute(
+                "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID"
+            )
         return disk
     except (OSError, sqlite3.Error) as error:
-        warnings.warn(f"references are not kept on disk: {path} cannot be used ({error}); delete it, or point $MINIGRPO_CACHE "
-                      "elsewhere")
+        warnings.warn(
+            f"references are not kept on disk: {path} cannot be used ({error}); delete it, or point"
+            " $MINIGRPO_CACHE elsewhere"
+        )
         return None
 
 
 def _warn(error: Exception) -> None:
-    warnings.warn(f"the cache of scored references on disk failed ({error}): going on without it, scores are not affected")
+    warnings.warn(
+        f"the cache of scored references on disk failed ({error}): going on without it, scores are"
+        " not affected"
+    )

@@ -1,4 +1,6 @@
-"""CheXbert (Smit et al. 2020, arXiv 2004.09167): fourteen findings of a report, and its vector. A BERT with a linear head each."""
+"""CheXbert (Smit et al. 2020, arXiv 2004.09167): fourteen findings of a report, and its vector. A
+BERT with a linear head each.
+"""
 
 import re
 
@@ -10,9 +12,24 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from .bert import encode
 from .weights import find_file, fingerprint, load_encoder, load_tensors
 
-CONDITIONS = ("Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia",
-              "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices", "No Finding")
-BLANK, POSITIVE, NEGATIVE, UNCERTAIN = range(4)  # the classes of a head; No Finding has the first two only
+CONDITIONS = (
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Opacity",
+    "Lung Lesion",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+    "No Finding",
+)
+# the classes of a head; No Finding has the first two only
+BLANK, POSITIVE, NEGATIVE, UNCERTAIN = range(4)
 LONGEST = 512  # tokens; the rest of a text is not read
 
 
@@ -28,29 +45,51 @@ class CheXbert(nn.Module):
 
     @classmethod
     def from_weights(cls, weights_dir: str | None, *, device: str = "cpu") -> "CheXbert":
-        """The folder holds chexbert.pth (1.31 GB) and bert-base-uncased/ (config.json and tokenizer)."""
+        """The folder holds chexbert.pth (1.31 GB) and bert-base-uncased/ (config.json and
+        tokenizer).
+        """
         path = find_file(weights_dir, "chexbert.pth")
-        config, tokenizer = load_encoder(weights_dir, "bert-base-uncased", lambda source: (
-            BertConfig.from_pretrained(source),
-            AutoTokenizer.from_pretrained(source, trust_remote_code=False)),
-            "config.json and tokenizer, under 1 MB")
+        config, tokenizer = load_encoder(
+            weights_dir,
+            "bert-base-uncased",
+            lambda source: (
+                BertConfig.from_pretrained(source),
+                AutoTokenizer.from_pretrained(source, trust_remote_code=False),
+            ),
+            "config.json and tokenizer, under 1 MB",
+        )
         state = load_tensors(path, "model_state_dict")
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         state.pop("bert.embeddings.position_ids", None)  # a buffer that older transformers saved
-        model = cls(config, tokenizer, fingerprint(path, "chexbert", sorted(tokenizer.get_vocab().items())))
+        model = cls(
+            config, tokenizer, fingerprint(path, "chexbert", sorted(tokenizer.get_vocab().items()))
+        )
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
-            raise ValueError(f"{path} does not fit the config of bert-base-uncased beside it: {error}") from error
+            raise ValueError(
+                f"{path} does not fit the config of bert-base-uncased beside it: {error}"
+            ) from error
         return model.to(device).eval().requires_grad_(False)
 
     def _cls(self, texts: list[str]) -> Tensor:
         """Last hidden state of [CLS], [N, d]."""
         clean = [re.sub(r"\s+", " ", text).strip() for text in texts]
-        ids = self.tokenizer(clean, truncation=True, max_length=LONGEST)["input_ids"] if clean else []
+        ids = (
+            self.tokenizer(clean, truncation=True, max_length=LONGEST)["input_ids"] if clean else []
+        )
         device = next(self.parameters()).device
-        rows = encode(lambda tokens, mask: self.bert(tokens, attention_mask=mask)[0], ids, self.tokenizer.pad_token_id, device)
-        first = torch.stack([row[0] for row in rows]) if rows else torch.empty(0, self.bert.config.hidden_size, device=device)
+        rows = encode(
+            lambda tokens, mask: self.bert(tokens, attention_mask=mask)[0],
+            ids,
+            self.tokenizer.pad_token_id,
+            device,
+        )
+        first = (
+            torch.stack([row[0] for row in rows])
+            if rows
+            else torch.empty(0, self.bert.config.hidden_size, device=device)
+        )
         if not first.isfinite().all():
             raise FloatingPointError("CheXbert gave NaN")  # whose argmax would pass for a class
         return first
@@ -61,9 +100,15 @@ class CheXbert(nn.Module):
 
     @torch.inference_mode()
     def labels(self, texts: list[str]) -> np.ndarray:
-        """Classes [N, 14] in the order of CONDITIONS: 0 blank, 1 positive, 2 negative, 3 uncertain."""
+        """Classes [N, 14] in the order of CONDITIONS: 0 blank, 1 positive, 2 negative, 3
+        uncertain.
+        """
         rows, index = self._distinct(texts)
-        return torch.stack([head(rows).argmax(-1) for head in self.linear_heads], 1).cpu().numpy()[index]
+        return (
+            torch.stack([head(rows).argmax(-1) for head in self.linear_heads], 1)
+            .cpu()
+            .numpy()[index]
+        )
 
     def vectors(self, texts: list[str]) -> np.ndarray:
         """The [CLS] vectors [N, d], fp32. Their cosine is RadCliQ's s_emb."""
@@ -77,8 +122,8 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def label_f1(predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """F1 of the findings of each pair of reports, [N, 14] -> [N], in 0..1. Positive and uncertain both count as there, as in
-    the paper's metric. No finding in either report is full agreement: 1.
+    """F1 of the findings of each pair of reports, [N, 14] -> [N], in 0..1. Positive and uncertain
+    both count as there, as in the paper's metric. No finding in either report is full agreement: 1.
     """
     a, b = ((labels == POSITIVE) | (labels == UNCERTAIN) for labels in (predicted, reference))
     both, either = (a & b).sum(-1), a.sum(-1) + b.sum(-1)

@@ -19,15 +19,23 @@ def _proper(boxes: Boxes) -> np.ndarray:
 
 
 def iou_matrix(predicted: Boxes, reference: Boxes) -> np.ndarray:
-    """Intersection over union of each pair, [P, N]. A box that is reversed, empty or leaves 0..1 overlaps nothing."""
+    """Intersection over union of each pair, [P, N]. A box that is reversed, empty or leaves 0..1
+    overlaps nothing.
+    """
     a, b = _proper(predicted)[:, None], _proper(reference)[None]  # [P, 1, 4], [1, N, 4]
-    inner = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(min=0).prod(-1)
+    inner = (
+        (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]))
+        .clip(min=0)
+        .prod(-1)
+    )
     union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - inner
     return np.divide(inner, union, out=np.zeros_like(inner), where=union > 0)
 
 
 def match(predicted: Boxes, reference: Boxes) -> np.ndarray:
-    """The overlaps > 0 of the one-to-one matching with the largest total IoU, [K], K <= min(P, N)."""
+    """The overlaps > 0 of the one-to-one matching with the largest total IoU, [K], K <= min(P,
+    N).
+    """
     iou = iou_matrix(predicted, reference)
     if min(iou.shape) == 1:  # the usual case: one box at least on one side
         matched = iou.max(keepdims=True)
@@ -37,9 +45,10 @@ def match(predicted: Boxes, reference: Boxes) -> np.ndarray:
 
 
 def soft_f1(predicted_boxes: Boxes, reference_boxes: Boxes) -> float:
-    """2T / (T + FP + n_ref), T the matched IoU, FP the boxes matched to nothing. Range 0..1; floor 0, also without any
-    predicted or reference box. Source: the paper (arXiv 2512.10691). Its loophole: a box that overlaps an unmatched
-    reference by 1% is no false positive, so junk is nearly free; `dice` charges for it.
+    """2T / (T + FP + n_ref), T the matched IoU, FP the boxes matched to nothing. Range 0..1; floor
+    0, also without any predicted or reference box. Source: the paper (arXiv 2512.10691). Its
+    loophole: a box that overlaps an unmatched reference by 1% is no false positive, so junk is
+    nearly free; `dice` charges for it.
     """
     if not len(predicted_boxes) or not len(reference_boxes):
         return 0.0
@@ -49,8 +58,9 @@ def soft_f1(predicted_boxes: Boxes, reference_boxes: Boxes) -> float:
 
 
 def dice(predicted_boxes: Boxes, reference_boxes: Boxes) -> float:
-    """2T / (n_pred + n_ref): soft F1 in which every predicted box costs 1. Range 0..1; floor 0, also without any
-    predicted or reference box. Source: ours, to close the loophole of the paper's `soft_f1`.
+    """2T / (n_pred + n_ref): soft F1 in which every predicted box costs 1. Range 0..1; floor 0,
+    also without any predicted or reference box. Source: ours, to close the loophole of the paper's
+    `soft_f1`.
     """
     if not len(predicted_boxes) or not len(reference_boxes):
         return 0.0
@@ -60,7 +70,9 @@ def dice(predicted_boxes: Boxes, reference_boxes: Boxes) -> float:
 
 def soft_f1_reward(answers: list[str], samples: list[Sample], box_scale: float) -> list[float]:
     """`soft_f1` of the boxes in each answer. Range 0..1, floor 0."""
-    return [soft_f1(parse_boxes(a, box_scale), s.boxes) for a, s in zip(answers, samples, strict=True)]
+    return [
+        soft_f1(parse_boxes(a, box_scale), s.boxes) for a, s in zip(answers, samples, strict=True)
+    ]
 
 
 def dice_reward(answers: list[str], samples: list[Sample], box_scale: float) -> list[float]:

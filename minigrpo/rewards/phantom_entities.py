@@ -1,9 +1,10 @@
-"""RadGraph's F1 on phantom reports: their words are few, so rules find what the network finds in real ones, without its weights.
+"""RadGraph's F1 on phantom reports: their words are few, so rules find what the network finds in
+real ones, without its weights.
 
     --reward minigrpo.rewards.phantom_entities:complete        or :partial, :simple
 
-`annotate` gives RadGraph's annotation of a text, and `radgraph_f1` compares two of them. For real reports
-take RadGraph itself; words that are not in the lists below are no entities here.
+`annotate` gives RadGraph's annotation of a text, and `radgraph_f1` compares two of them. For real
+reports take RadGraph itself; words that are not in the lists below are no entities here.
 """
 
 import re
@@ -14,21 +15,37 @@ from .radgraph import radgraph_f1
 
 LEVELS = ("simple", "partial", "complete")
 PRESENT, ABSENT, ANATOMY = "OBS-DP", "OBS-DA", "ANAT-DP"
-HEADS = set("""cardiomegaly consolidation nodule nodules atelectasis effusion effusions pneumothorax pacemaker tube tubes lines devices tip
-    clear normal enlarged intact blunted intubated ratio lead size limits""".split())
-MODIFIERS = set("""small medium-sized large mild moderate severe extensive linear mildly moderately severely bilateral two three endotracheal
-    nasogastric gastric support cardiothoracic""".split())
-PLACES = set("""heart lungs pleural cardiac silhouette zone chest carina stomach bones costophrenic angle airway diaphragm right left upper
-    mid lower sides""".split())
+HEADS = set(
+    """
+        cardiomegaly consolidation nodule nodules atelectasis effusion effusions pneumothorax
+        pacemaker tube tubes lines devices tip clear normal enlarged intact blunted intubated
+        ratio lead size limits
+    """.split()
+)
+MODIFIERS = set(
+    """
+        small medium-sized large mild moderate severe extensive linear mildly moderately severely
+        bilateral two three endotracheal nasogastric gastric support cardiothoracic
+    """.split()
+)
+PLACES = set(
+    """
+        heart lungs pleural cardiac silhouette zone chest carina stomach bones costophrenic angle
+        airway diaphragm right left upper mid lower sides
+    """.split()
+)
 DENIALS = {"no", "not", "without"}
 
 
 def annotate(text: str) -> dict:
-    """{"text", "entities": {"1": {"tokens", "label", "start_ix", "end_ix", "relations": [[type, id], ...]}}}, words counted from 0.
+    """{"text", "entities": {"1": {"tokens", "label", "start_ix", "end_ix", "relations": [[type,
+    id], ...]}}}, words counted from 0.
 
-    A run of places is one region: its last word is modified by those before it. Modifiers modify the next observation. That is located
-    at the region right before it ("left pneumothorax"), at the next one ("nodule in the left upper zone"), or else at the last one ("the
-    heart is enlarged"). Behind a denial a sentence's observations are absent.
+    A run of places is one region: its last word is modified by those before it. Modifiers modify
+        the next observation. That is located
+    at the region right before it ("left pneumothorax"), at the next one ("nodule in the left upper
+    zone"), or else at the last one ("the heart is enlarged"). Behind a denial a sentence's
+    observations are absent.
     """
     words, entities, first = re.findall(r"[\w-]+|[^\w\s]", text.lower()), {}, 0
     for end in [i for i, word in enumerate(words) if word == "."] + [len(words)]:
@@ -45,9 +62,18 @@ def _sentence(words: list[str], first: int, end: int, entities: dict) -> None:
         if words[i] in HEADS | MODIFIERS | PLACES:
             ids[i] = str(len(entities) + 1)
             label = ANATOMY if words[i] in PLACES else ABSENT if i > denied else PRESENT
-            entities[ids[i]] = {"tokens": words[i], "label": label, "start_ix": i, "end_ix": i, "relations": []}
+            entities[ids[i]] = {
+                "tokens": words[i],
+                "label": label,
+                "start_ix": i,
+                "end_ix": i,
+                "relations": [],
+            }
     heads = [i for i in ids if words[i] in HEADS]
-    regions = [i for i in ids if words[i] in PLACES and not (i + 1 in ids and words[i + 1] in PLACES)]  # last words of runs
+    # last words of runs
+    regions = [
+        i for i in ids if words[i] in PLACES and not (i + 1 in ids and words[i + 1] in PLACES)
+    ]
 
     def relate(i: int, kind: str, to: int | None) -> None:
         if to is not None:
@@ -66,7 +92,9 @@ def _sentence(words: list[str], first: int, end: int, entities: dict) -> None:
 
 
 def entity_f1(hypothesis: str, reference: str) -> dict[str, float]:
-    """{"simple", "partial", "complete"}: RadGraph's F1 of two phantom reports, each in 0..1; 0 where either has no entity."""
+    """{"simple", "partial", "complete"}: RadGraph's F1 of two phantom reports, each in 0..1; 0
+    where either has no entity.
+    """
     scores = radgraph_f1(annotate(hypothesis), annotate(reference))
     return {level: scores[level] for level in LEVELS}
 
@@ -74,7 +102,9 @@ def entity_f1(hypothesis: str, reference: str) -> dict[str, float]:
 def _reward(level: str, answers: list[str], samples: list[Sample]) -> list[float]:
     """Range 0..1, floor 0, also for a broken think block."""
     texts = [answer if ok else "" for _, answer, ok in map(split_thinking, answers)]
-    return [entity_f1(text, sample.answer)[level] for text, sample in zip(texts, samples, strict=True)]
+    return [
+        entity_f1(text, sample.answer)[level] for text, sample in zip(texts, samples, strict=True)
+    ]
 
 
 def simple(answers: list[str], samples: list[Sample]) -> list[float]:

@@ -50,19 +50,29 @@ def read_archive(folder: Path) -> Archive:
     bert, same = reader["token_indexers"]["bert"], model["embedder"]["token_embedders"]["bert"]
     agree = all(bert[name] == same[name] for name in ("model_name", "max_length"))
     if not agree or reader["max_span_width"] != model["max_span_width"]:
-        raise ValueError(f"{path}: dataset_reader and model do not agree on encoder, max_length "
-                         f"and max_span_width: {MEND}")
+        raise ValueError(
+            f"{path}: dataset_reader and model do not agree on encoder, max_length "
+            f"and max_span_width: {MEND}"
+        )
     settings = {name: model[name] for name in BUILT if name in model}
     words = found.get("vocabulary") or {}
-    return Archive(bert["model_name"], bert["max_length"], reader["max_span_width"], settings,
-                   (words.get("padding_token"), words.get("oov_token")),
-                   _vocabulary(folder / "vocabulary"))
+    return Archive(
+        bert["model_name"],
+        bert["max_length"],
+        reader["max_span_width"],
+        settings,
+        (words.get("padding_token"), words.get("oov_token")),
+        _vocabulary(folder / "vocabulary"),
+    )
 
 
 def _vocabulary(folder: Path) -> dict[str, str]:
     paths = sorted(folder.glob("[!.]*"))
-    odd = [path.name for path in paths
-           if not re.fullmatch(r"[\w*-]+\.txt", path.name) or not path.is_file()]
+    odd = [
+        path.name
+        for path in paths
+        if not re.fullmatch(r"[\w*-]+\.txt", path.name) or not path.is_file()
+    ]
     if odd or len(paths) > MOST_VOCABULARIES or not (folder / PADDING).is_file():
         what = f"holds {odd[0]!r}" if odd else f"has {len(paths)} files, or no {PADDING}"
         raise ValueError(f"{folder} {what}, and so is no vocabulary of RadGraph: {MEND}")
@@ -88,16 +98,19 @@ def _check(value: Any, allowed: dict | Callable | None, path: Path, where: str) 
         return _plain(value, path, where)
     if not isinstance(allowed, dict):
         if not allowed(value):
-            raise ValueError(f"{path}: {where} is {str(value)[:80]!r}, which no RadGraph has "
-                             f"there: {MEND}")
+            raise ValueError(
+                f"{path}: {where} is {str(value)[:80]!r}, which no RadGraph has there: {MEND}"
+            )
         return
     if not isinstance(value, dict):
         raise ValueError(f"{path}: {where or 'it'} is no object: {MEND}")
     keys = {key.removesuffix("?"): rule for key, rule in allowed.items()}
     for key in value:
         if key not in keys:
-            raise ValueError(f"{path}: {where}{'.' if where else ''}{str(key)[:80]} is unknown, "
-                             f"and so not read: {MEND}")
+            raise ValueError(
+                f"{path}: {where}{'.' if where else ''}{str(key)[:80]} is unknown, "
+                f"and so not read: {MEND}"
+            )
     for key, rule in allowed.items():
         name = f"{where}{'.' if where else ''}{key.removesuffix('?')}"
         if key in value or key.removesuffix("?") in value:
@@ -115,8 +128,9 @@ def _plain(value: Any, path: Path, where: str) -> None:
         for key, inner in enumerate(part) if isinstance(part, list) else inside:
             word = isinstance(inner, str) and WORD.fullmatch(inner)
             if key == "_pretrained" or key == "type" and not word:
-                raise ValueError(f"{path}: {where}.{key} is {str(inner)[:80]!r}, which could be "
-                                 f"code: {MEND}")
+                raise ValueError(
+                    f"{path}: {where}.{key} is {str(inner)[:80]!r}, which could be code: {MEND}"
+                )
             waiting.append((f"{where}.{str(key)[:80]}", inner))
 
 
@@ -127,6 +141,7 @@ def _whole(low: int, high: int) -> Callable[[Any], bool]:
 def _number(low: float, high: float) -> Callable[[Any], bool]:
     def fits(value: Any) -> bool:
         return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+
     return fits
 
 
@@ -156,45 +171,91 @@ def _hidden(value: Any) -> bool:
     return 0 < len(sizes) <= 4 and all(map(_whole(1, 4096), sizes))
 
 
-BERT = {"type": _one_of("pretrained_transformer_mismatched"), "model_name": _hub_name,
-        "max_length": _whole(8, 8192),
-        "namespace?": _text_of(64), "token_min_padding_length?": _whole(0, 8192),
-        "train_parameters?": _flag,
-        "gradient_checkpointing?": _flag, "last_layer_only?": lambda value: value is True}
+BERT = {
+    "type": _one_of("pretrained_transformer_mismatched"),
+    "model_name": _hub_name,
+    "max_length": _whole(8, 8192),
+    "namespace?": _text_of(64),
+    "token_min_padding_length?": _whole(0, 8192),
+    "train_parameters?": _flag,
+    "gradient_checkpointing?": _flag,
+    "last_layer_only?": lambda value: value is True,
+}
 WEIGHTS = _number(0, 1e6)
 # The arguments of the package's DyGIE that archives may set.
 BUILT = {
-    "max_span_width": _whole(1, 64), "feature_size": _whole(1, 256),
+    "max_span_width": _whole(1, 64),
+    "feature_size": _whole(1, 256),
     "target_task": _one_of("ner", "relation", "coref", "events"),
-    "feedforward_params": {"num_layers": _whole(1, 4), "hidden_dims": _hidden,
-                           "dropout": _number(0, 1)},
+    "feedforward_params": {
+        "num_layers": _whole(1, 4),
+        "hidden_dims": _hidden,
+        "dropout": _number(0, 1),
+    },
     "loss_weights": {f"{name}?": WEIGHTS for name in ("ner", "relation", "coref", "events")},
     "modules": {
         "ner": {"regularizer?": _nothing},
-        "relation": {"spans_per_word": _number(0, 100), "positive_label_weight?": WEIGHTS,
-                     "regularizer?": _nothing},
-        "coref": {"spans_per_word": _number(0, 100), "max_antecedents": _whole(0, 10_000),
-                  "coref_prop?": _whole(0, 100),
-                  "coref_prop_dropout_f?": _number(0, 1), "regularizer?": _nothing},
-        "events": {"trigger_spans_per_word": _number(0, 100),
-                   "argument_spans_per_word": _number(0, 100),
-                   "loss_weights": {"trigger": WEIGHTS, "arguments": WEIGHTS},
-                   "regularizer?": _nothing}}}
+        "relation": {
+            "spans_per_word": _number(0, 100),
+            "positive_label_weight?": WEIGHTS,
+            "regularizer?": _nothing,
+        },
+        "coref": {
+            "spans_per_word": _number(0, 100),
+            "max_antecedents": _whole(0, 10_000),
+            "coref_prop?": _whole(0, 100),
+            "coref_prop_dropout_f?": _number(0, 1),
+            "regularizer?": _nothing,
+        },
+        "events": {
+            "trigger_spans_per_word": _number(0, 100),
+            "argument_spans_per_word": _number(0, 100),
+            "loss_weights": {"trigger": WEIGHTS, "arguments": WEIGHTS},
+            "regularizer?": _nothing,
+        },
+    },
+}
 CONFIG = {
     "type?": _one_of("default"),
-    "dataset_reader": {"type?": _one_of("dygie"), "max_span_width": _whole(1, 64),
-                       "token_indexers": {"bert": BERT},
-                       "cache_directory?": _text_of(4096), "lazy?": _flag,
-                       "max_instances?": _nothing},
-    "model": {"type?": _one_of("dygie"), "embedder": {"type?": _one_of("basic"),
-        "token_embedders": {"bert": BERT}},
-              "initializer?": UNREAD, "module_initializer?": UNREAD, "regularizer?": _nothing,
-              "display_metrics?": UNREAD, **BUILT},
-    "vocabulary?": {"type?": _one_of("from_files", "from_instances", "extend"),
-                    "padding_token?": _text_of(64), "oov_token?": _text_of(64)},
-    **{f"{name}?": UNREAD for name in (
-        "trainer", "data_loader", "validation_data_loader", "validation_dataset_reader",
-        "train_data_path", "validation_data_path",
-        "test_data_path", "datasets_for_vocab_creation", "evaluate_on_test", "random_seed",
-        "numpy_seed", "pytorch_seed",
-        "batch_weight_key", "distributed")}}
+    "dataset_reader": {
+        "type?": _one_of("dygie"),
+        "max_span_width": _whole(1, 64),
+        "token_indexers": {"bert": BERT},
+        "cache_directory?": _text_of(4096),
+        "lazy?": _flag,
+        "max_instances?": _nothing,
+    },
+    "model": {
+        "type?": _one_of("dygie"),
+        "embedder": {"type?": _one_of("basic"), "token_embedders": {"bert": BERT}},
+        "initializer?": UNREAD,
+        "module_initializer?": UNREAD,
+        "regularizer?": _nothing,
+        "display_metrics?": UNREAD,
+        **BUILT,
+    },
+    "vocabulary?": {
+        "type?": _one_of("from_files", "from_instances", "extend"),
+        "padding_token?": _text_of(64),
+        "oov_token?": _text_of(64),
+    },
+    **{
+        f"{name}?": UNREAD
+        for name in (
+            "trainer",
+            "data_loader",
+            "validation_data_loader",
+            "validation_dataset_reader",
+            "train_data_path",
+            "validation_data_path",
+            "test_data_path",
+            "datasets_for_vocab_creation",
+            "evaluate_on_test",
+            "random_seed",
+            "numpy_seed",
+            "pytorch_seed",
+            "batch_weight_key",
+            "distributed",
+        )
+    },
+}

@@ -1,9 +1,11 @@
 """What radgraph 0.1.18 needs to run on transformers 5, in one place and ready to go upstream.
 
-Its copy of AllenNLP calls two tokenizer methods that transformers 5 removed. In upstream's code the mend is one line each:
-`tokenizer.encode_plus(...)` becomes `tokenizer(...)`, and `build_inputs_with_special_tokens(ids)` puts the special tokens
-around ids that the class has already found (`single_sequence_start_tokens`, `single_sequence_end_tokens`). Here the same is
-given to the tokenizers that radgraph makes, and to no other. Upstream should also declare `requests`, which it imports.
+Its copy of AllenNLP calls two tokenizer methods that transformers 5 removed. In upstream's code the
+mend is one line each: `tokenizer.encode_plus(...)` becomes `tokenizer(...)`, and
+`build_inputs_with_special_tokens(ids)` puts the special tokens around ids that the class has
+already found (`single_sequence_start_tokens`, `single_sequence_end_tokens`). Here the same is given
+to the tokenizers that radgraph makes, and to no other. Upstream should also declare `requests`,
+which it imports.
 """
 
 import warnings
@@ -12,14 +14,18 @@ from ..packages import how_to_install, need
 
 
 def import_radgraph():
-    """The radgraph package, mended. ValueError if it is not installed, or does not fit what is installed."""
+    """The radgraph package, mended. ValueError if it is not installed, or does not fit what is
+    installed.
+    """
     need("RadGraph", "radgraph", "requests")  # radgraph does not say that it needs the latter
     try:
         with warnings.catch_warnings():  # it turns all DeprecationWarnings on, for everybody
             import radgraph
             from radgraph.allennlp.common import cached_transformers
     except ImportError as error:
-        raise ValueError(f"radgraph cannot be imported ({error}): {how_to_install('radgraph')}") from error
+        raise ValueError(
+            f"radgraph cannot be imported ({error}): {how_to_install('radgraph')}"
+        ) from error
     if not getattr(cached_transformers, "mended", False):
         made = cached_transformers.get_tokenizer
         cached_transformers.get_tokenizer = lambda name, **kwargs: mend(made(name, **kwargs))
@@ -40,5 +46,5 @@ def mend(tokenizer):
 def special_tokens(tokenizer) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before and after a text."""
     bare, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    at = next(i for i in range(len(full)) if full[i:i + len(bare)] == bare)
-    return full[:at], full[at + len(bare):]
+    at = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    return full[:at], full[at + len(bare) :]

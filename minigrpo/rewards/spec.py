@@ -44,15 +44,24 @@ def _load(name: str, spec: str) -> tuple[Callable, set[str]]:
         known = _known(name, list(REWARDS))
         raise _error(spec, f"unknown reward {name!r}; {known}; your own is written module:function")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # `minigrpo` is started elsewhere; last, so that no file here hides a package
+        # `minigrpo` is started elsewhere; last, so that no file here hides a package
+        sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
     except MissingPackage as error:
         raise _error(spec, str(error)) from error
     except Exception as error:  # a module of the user's own may fail in any way
-        absent = isinstance(error, AttributeError | ValueError) or getattr(error, "name", "") == module
-        mend = "write module:function, and put the module's folder on PYTHONPATH" if absent else f"mend {module}"
-        raise _error(spec, f"cannot load {name!r} ({type(error).__name__}: {error}): {mend}") from error
+        absent = (
+            isinstance(error, AttributeError | ValueError) or getattr(error, "name", "") == module
+        )
+        mend = (
+            "write module:function, and put the module's folder on PYTHONPATH"
+            if absent
+            else f"mend {module}"
+        )
+        raise _error(
+            spec, f"cannot load {name!r} ({type(error).__name__}: {error}): {mend}"
+        ) from error
     if not callable(function):
         raise _error(spec, f"{name!r} is no function: write one that takes (answers, samples)")
     return function, set(TASKS)
@@ -67,7 +76,10 @@ def _parse_sum(text: str, spec: str) -> list[tuple[float, str, Callable, set[str
         except ValueError:
             weight = math.nan
         if not math.isfinite(weight) or weight == 0:
-            raise _error(spec, f"bad weight {factor!r} of {name!r}: write a number other than 0, as in 0.5*{name}")
+            raise _error(
+                spec,
+                f"bad weight {factor!r} of {name!r}: write a number other than 0, as in 0.5*{name}",
+            )
         if name in terms:
             raise _error(spec, f"{name!r} stands twice in one sum: add its weights up")
         terms[name] = (weight, name, *_load(name, spec))
@@ -75,11 +87,16 @@ def _parse_sum(text: str, spec: str) -> list[tuple[float, str, Callable, set[str
 
 
 def parse_spec(spec: str) -> dict[str, list[Term]]:
-    """{task: the terms of its weighted sum}. ValueError names the part that is wrong and what to write instead."""
+    """{task: the terms of its weighted sum}. ValueError names the part that is wrong and what to
+    write instead.
+    """
     pieces = [tuple(text.strip() for text in piece.partition("=")) for piece in spec.split(",")]
     if len(pieces) == 1 and not pieces[0][1]:
         parsed = _parse_sum(spec, spec)
-        sums = {task: [(weight, name, f) for weight, name, f, tasks in parsed if task in tasks] for task in TASKS}
+        sums = {
+            task: [(weight, name, f) for weight, name, f, tasks in parsed if task in tasks]
+            for task in TASKS
+        }
         return {task: terms for task, terms in sums.items() if terms}
     sums = {}
     for task, equals, text in pieces:

@@ -12,8 +12,9 @@ def ngrams(tokens: Sequence[str], n: int) -> Counter:
 
 
 def gleu(prediction: str, reference: str) -> float:
-    """Google BLEU of one pair on whitespace tokens: matching 1- to 4-grams over those of the longer text, which is
-    min(precision, recall). Range 0..1; floor 0, for an empty text too. Source: Wu et al. 2016 (arXiv 1609.08144), 5.2.
+    """Google BLEU of one pair on whitespace tokens: matching 1- to 4-grams over those of the longer
+    text, which is min(precision, recall). Range 0..1; floor 0, for an empty text too. Source: Wu et
+    al. 2016 (arXiv 1609.08144), 5.2.
     """
     predicted, wanted = prediction.split(), reference.split()
     if not predicted or not wanted:
@@ -24,18 +25,22 @@ def gleu(prediction: str, reference: str) -> float:
 
 
 def gleu_reward(answers: list[str], samples: list[Sample], box_scale: float) -> list[float]:
-    """`gleu` of each answer with its sample's. Range 0..1, floor 0. Table 3 of the paper: nearly as good as RadCliQ."""
+    """`gleu` of each answer with its sample's. Range 0..1, floor 0. Table 3 of the paper: nearly as
+    good as RadCliQ.
+    """
     return [gleu(answer, sample.answer) for answer, sample in zip(answers, samples, strict=True)]
 
 
 def length(prediction: str, reference: str) -> float:
-    """Words of the shorter text over words of the longer. Range 0..1; floor 0, for an empty text. Source: ours, against rewards
-    that are hacked by shortening or by padding.
+    """Words of the shorter text over words of the longer. Range 0..1; floor 0, for an empty text.
+    Source: ours, against rewards that are hacked by shortening or by padding.
     """
     words = sorted((len(prediction.split()), len(reference.split())))
     return words[0] / words[1] if words[0] else 0.0
 
 
 def length_reward(answers: list[str], samples: list[Sample], box_scale: float) -> list[float]:
-    """`length` of each answer beside its sample's. Range 0..1, floor 0. Knows nothing of content: a small weight in a mix."""
+    """`length` of each answer beside its sample's. Range 0..1, floor 0. Knows nothing of content: a
+    small weight in a mix.
+    """
     return [length(answer, sample.answer) for answer, sample in zip(answers, samples, strict=True)]

@@ -1,11 +1,14 @@
-"""Where the clinical scorers' weights come from: a folder that you name (--reward_weights), or the Hugging Face hub.
+"""Where the clinical scorers' weights come from: a folder that you name (--reward_weights), or the
+Hugging Face hub.
 
-The folder holds the files as they are published; each scorer asks for those it needs and says what is missing:
+The folder holds the files as they are published; each scorer asks for those it needs and says what
+is missing:
 
-    DIR/radgraph-xl.tar.gz       RadGraph-XL, 416 MB (unpacked beside it on first use); radgraph.tar.gz is RadGraph 1.0
-    DIR/chexbert.pth             CheXbert, 1.31 GB
-    DIR/<encoder>/               a folder for each encoder that these name: config.json and tokenizer, for BERTScore the
-                                 weights too: bert-base-uncased, distilroberta-base, distilbert-base-uncased, ...
+    DIR/radgraph-xl.tar.gz       RadGraph-XL, 416 MB (unpacked beside it on first use);
+    radgraph.tar.gz is RadGraph 1.0 DIR/chexbert.pth             CheXbert, 1.31 GB DIR/<encoder>/
+    a folder for each encoder that these name: config.json and tokenizer, for BERTScore the
+                                 weights too: bert-base-uncased, distilroberta-base,
+                                     distilbert-base-uncased, ...
 """
 
 import gzip
@@ -35,27 +38,56 @@ MOST_MEMBERS = 100  # files and folders of an archive; RadGraph's has about ten
 # bytes that an archive's reader asks for at once: a header of a GB would be held in memory
 MOST_AT_ONCE = 2**24
 ENCODERS = ("bert", "distilbert", "roberta")  # model types
-LARGEST = {"vocab_size": 500_000, "max_position_embeddings": 16_384, "type_vocab_size": 16,
-           "num_hidden_layers": 64, "n_layers": 64,
-           "hidden_size": 4096, "dim": 4096, "num_attention_heads": 64, "n_heads": 64,
-           "intermediate_size": 16_384, "hidden_dim": 16_384}
-PUBLISHED = ["config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.txt", "vocab.json",
-             "merges.txt", "model.safetensors"]
+LARGEST = {
+    "vocab_size": 500_000,
+    "max_position_embeddings": 16_384,
+    "type_vocab_size": 16,
+    "num_hidden_layers": 64,
+    "n_layers": 64,
+    "hidden_size": 4096,
+    "dim": 4096,
+    "num_attention_heads": 64,
+    "n_heads": 64,
+    "intermediate_size": 16_384,
+    "hidden_dim": 16_384,
+}
+PUBLISHED = [
+    "config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "model.safetensors",
+]
 REPO = "StanfordAIMI/RRG_scorers"  # holds the files of SIZES, tagged MIT
-SIZES = {"radgraph-xl.tar.gz": "416 MB", "radgraph.tar.gz": "a BERT, hundreds of MB", "chexbert.pth": "1.31 GB"}
+SIZES = {
+    "radgraph-xl.tar.gz": "416 MB",
+    "radgraph.tar.gz": "a BERT, hundreds of MB",
+    "chexbert.pth": "1.31 GB",
+}
 
 
 def find_file(weights_dir: str | None, name: str) -> Path:
-    """The file `name` of SIZES, from the folder or the hub. ValueError: what is missing, how large it is, where to put it."""
+    """The file `name` of SIZES, from the folder or the hub. ValueError: what is missing, how large
+    it is, where to put it.
+    """
     if weights_dir is None:
         try:
             return Path(hf_hub_download(REPO, name))
-        except Exception as error:  # offline, no such host, no space: the hub raises a dozen kinds, the mend is one
-            raise ValueError(f"{name} ({SIZES[name]}) could not be fetched from {REPO} on the Hugging Face hub "
-                             f"({type(error).__name__}): fetch it elsewhere, put it into a folder DIR, and give --reward_weights DIR") from error
+        # offline, no such host, no space: the hub raises a dozen kinds, the mend is one
+        except Exception as error:
+            raise ValueError(
+                f"{name} ({SIZES[name]}) could not be fetched from {REPO} on the Hugging Face hub"
+                f" ({type(error).__name__}): fetch it elsewhere, put it into a folder DIR, and give"
+                " --reward_weights DIR"
+            ) from error
     path = Path(weights_dir) / name
     if not path.is_file():
-        raise ValueError(f"{path} is missing: fetch {name} ({SIZES[name]}) from {REPO} on the Hugging Face hub and put it there")
+        raise ValueError(
+            f"{path} is missing: fetch {name} ({SIZES[name]}) from {REPO} on the Hugging Face hub"
+            " and put it there"
+        )
     return path
 
 
@@ -64,15 +96,24 @@ def load_encoder(weights_dir: str | None, name: str, load: Callable[[str], T], s
     what it holds."""
     source = name if weights_dir is None else str(Path(weights_dir) / name.split("/")[-1])
     if weights_dir is not None and not os.path.isdir(source):
-        raise ValueError(f"{source} is missing: fetch the files of {name} ({size}) from the Hugging Face hub and put them there")
+        raise ValueError(
+            f"{source} is missing: fetch the files of {name} ({size}) from the Hugging Face hub and"
+            " put them there"
+        )
     try:
         folder = source if weights_dir else snapshot_download(name, allow_patterns=PUBLISHED)
         check_encoder(Path(folder))
         return load(folder)
     # the hub, transformers, tokenizers and safetensors raise dozens of kinds; the mend is one
     except Exception as error:
-        mend = "fetch its files again" if weights_dir else \
-            f"put its files into a folder DIR/{name.split('/')[-1]}, and give --reward_weights DIR"
+        mend = (
+            "fetch its files again"
+            if weights_dir
+            else (
+                f"put its files into a folder DIR/{name.split('/')[-1]}, and give"
+                " --reward_weights DIR"
+            )
+        )
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{source} ({size}) could not be loaded ({reason}): {mend}") from error
 
@@ -81,21 +122,28 @@ def check_encoder(folder: Path) -> None:
     """ValueError for an encoder's folder whose settings bring code, name files elsewhere, or would
     fill the memory."""
     if adapters := sorted(folder.glob("adapter_*")):
-        raise ValueError(f"{adapters[0].name} names another model: a scorer's encoder has no "
-                         "adapter")
-    settings = {name: parse(folder / name, text) for name in JSON
-                if (text := read_text(folder / name)) is not None}
+        raise ValueError(
+            f"{adapters[0].name} names another model: a scorer's encoder has no adapter"
+        )
+    settings = {
+        name: parse(folder / name, text)
+        for name in JSON
+        if (text := read_text(folder / name)) is not None
+    }
     for name, found in settings.items():
         for key, value in entries(found):
             check_entry(folder / name, key, value)
     config = settings.get("config.json", {})
     if config.get("model_type") not in ENCODERS:
-        raise ValueError(f"config.json: model_type {str(config.get('model_type'))[:80]!r} is none "
-                         f"of {', '.join(ENCODERS)}")
+        raise ValueError(
+            f"config.json: model_type {str(config.get('model_type'))[:80]!r} is none "
+            f"of {', '.join(ENCODERS)}"
+        )
     for key, most in LARGEST.items():
         if key in config and (type(config[key]) is not int or not 1 <= config[key] <= most):
-            raise ValueError(f"config.json: {key} is {str(config[key])[:80]}, not a number in "
-                             f"1..{most:,}")
+            raise ValueError(
+                f"config.json: {key} is {str(config[key])[:80]}, not a number in 1..{most:,}"
+            )
     if (folder / INDEX).exists():
         raise ValueError(f"{INDEX}: an encoder of this size has one model.safetensors")
 
@@ -118,12 +166,15 @@ def load_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:  # whose own message advises to run the code
         named = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {named[1]}, and could run code" if named else "no plain tensors"
-        raise ValueError(f"{path} holds no weights that can be read ({reason}): fetch it again, "
-                         "from its authors") from None
+        raise ValueError(
+            f"{path} holds no weights that can be read ({reason}): fetch it again, from its authors"
+        ) from None
     except Exception as error:  # a damaged or hostile pickle makes torch raise of nearly every kind
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} holds no weights that can be read ({reason[:300]}): fetch it "
-                         "again, from its authors") from error
+        raise ValueError(
+            f"{path} holds no weights that can be read ({reason[:300]}): fetch it "
+            "again, from its authors"
+        ) from error
     return dict(state)
 
 
@@ -143,9 +194,11 @@ def unpack(archive: Path, folder: Path) -> Path:
             if scratch:
                 shutil.rmtree(scratch, ignore_errors=True)
             if not folder.is_dir():  # else another process was first
-                raise ValueError(f"{archive} cannot be unpacked into {folder} "
-                                 f"({str(error)[:300]}): fetch it again, or unpack it by "
-                                 "hand") from error
+                raise ValueError(
+                    f"{archive} cannot be unpacked into {folder} "
+                    f"({str(error)[:300]}): fetch it again, or unpack it by "
+                    "hand"
+                ) from error
     return folder
 
 
@@ -173,10 +226,13 @@ def _only_files() -> Callable:
         if not (member.isreg() or member.isdir()) or member.issparse():
             raise tarfile.TarError(f"{member.name[:80]!r} is neither a file nor a folder")
         if members > MOST_MEMBERS or size > MOST_UNPACKED:
-            raise tarfile.TarError(f"it holds more than {MOST_UNPACKED // 10**9} GB"
-                                   if size > MOST_UNPACKED else
-                                   f"it holds more than {MOST_MEMBERS} files")
+            raise tarfile.TarError(
+                f"it holds more than {MOST_UNPACKED // 10**9} GB"
+                if size > MOST_UNPACKED
+                else f"it holds more than {MOST_MEMBERS} files"
+            )
         return tarfile.data_filter(member, folder)
+
     return keep
 
 
@@ -188,7 +244,9 @@ def cache_dir() -> Path:
 
 
 def fingerprint(*parts: Path | str | list) -> str:
-    """Changes with the content of each file and with each setting: what a cached score belongs to."""
+    """Changes with the content of each file and with each setting: what a cached score belongs
+    to.
+    """
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):

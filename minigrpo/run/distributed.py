@@ -1,8 +1,10 @@
-"""Everything that is distributed: data parallel over the processes that `torchrun` starts, with PyTorch's own collectives.
+"""Everything that is distributed: data parallel over the processes that `torchrun` starts, with
+PyTorch's own collectives.
 
-Each rank samples and scores whole groups of its own; counts, rewards and metrics are those of all ranks together; gradients
-are summed, and each rank keeps the optimiser state of some parameters, steps those, and sends them to the others (ZeRO-1,
-Rajbhandari et al. 1910.02054). In one process every function here gives back what it was given.
+Each rank samples and scores whole groups of its own; counts, rewards and metrics are those of all
+ranks together; gradients are summed, and each rank keeps the optimiser state of some parameters,
+steps those, and sends them to the others (ZeRO-1, Rajbhandari et al. 1910.02054). In one process
+every function here gives back what it was given.
 """
 
 import atexit
@@ -20,7 +22,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 PATIENCE = timedelta(minutes=30)  # for a rank that neither answers nor dies
-BUCKET = 2**26  # numbers that travel at once: a call for each of hundreds of tensors would cost more than the transfer
+# numbers that travel at once: a call for each of hundreds of tensors would cost more than the
+# transfer
+BUCKET = 2**26
 
 
 def rank() -> int:
@@ -42,16 +46,22 @@ def say(*words: Any) -> None:
 
 
 def join(device: str) -> None:
-    """Meet the other processes of `torchrun --nproc-per-node N program.py`; alone, do nothing. `device` is cpu or cuda."""
+    """Meet the other processes of `torchrun --nproc-per-node N program.py`; alone, do nothing.
+    `device` is cpu or cuda.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     if device == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
-            raise ValueError(f"--nproc-per-node is above the {torch.cuda.device_count()} GPUs of this node: one process a GPU")
+            raise ValueError(
+                f"--nproc-per-node is above the {torch.cuda.device_count()} GPUs of this node: one"
+                " process a GPU"
+            )
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
-    atexit.register(dist.destroy_process_group)  # or gloo's threads, still running, abort a process that has ended well
+    # or gloo's threads, still running, abort a process that has ended well
+    atexit.register(dist.destroy_process_group)
 
 
 def is_lost(error: RuntimeError) -> bool:
@@ -68,36 +78,47 @@ def lost_rank(advice: Callable[[], str]):
     except RuntimeError as error:
         if not is_lost(error):
             raise
-        print(f"rank {rank()}: another rank has died, so this run cannot go on "
-              f"({str(error).splitlines()[0]}). {advice()}, with as many ranks as you like",
-              file=sys.stderr, flush=True)
+        print(
+            f"rank {rank()}: another rank has died, so this run cannot go on "
+            f"({str(error).splitlines()[0]}). {advice()}, with as many ranks as you like",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(1)  # at a plain exit, threads of collectives may wait for the dead rank
 
 
 def speak_in_turn() -> None:
-    """Before an error message: the first rank speaks at once, and ends the others; one that failed alone speaks a little later."""
+    """Before an error message: the first rank speaks at once, and ends the others; one that failed
+    alone speaks a little later.
+    """
     if int(os.environ.get("RANK", 0)):
         time.sleep(3)
 
 
-# ---- who does what --------------------------------------------------------------------------------------------------
+# ---- who does what -------------------------------------------------------------------------------
 
 
 def places_of_this_rank(n: int) -> list[int]:
-    """This rank's places among 0..n-1. Where there are fewer things than ranks, a rank takes the first, as another does, too."""
+    """This rank's places among 0..n-1. Where there are fewer things than ranks, a rank takes the
+    first, as another does, too.
+    """
     return list(range(rank(), n, ranks())) or [0]
 
 
 def balance_over_ranks(costs: list[int], size: int) -> tuple[list[int], list[range]]:
-    """Things in consecutive parts of `size`, each part dealt to the ranks so that their costs are as equal as may be.
+    """Things in consecutive parts of `size`, each part dealt to the ranks so that their costs are
+    as equal as may be.
 
-    The places of this rank, in order, and for each part the span among them. The largest goes first, to the rank that has
-    least of this part, and of those least of all parts; every rank computes the same.
+    The places of this rank, in order, and for each part the span among them. The largest goes
+    first, to the rank that has least of this part, and of those least of all parts; every rank
+    computes the same.
     """
     mine, spans, all_parts = [], [], [0] * ranks()
     for begin in range(0, len(costs), size):
         part, got = [0] * ranks(), []
-        for place in sorted(range(begin, min(begin + size, len(costs))), key=lambda i: (-costs[i], i)):
+        for place in sorted(
+            range(begin, min(begin + size, len(costs))), key=lambda i: (-costs[i], i)
+        ):
             to = min(range(ranks()), key=lambda r: (part[r], all_parts[r], r))
             part[to] += costs[place]
             all_parts[to] += costs[place]
@@ -107,7 +128,7 @@ def balance_over_ranks(costs: list[int], size: int) -> tuple[list[int], list[ran
     return mine, spans
 
 
-# ---- what all ranks know --------------------------------------------------------------------------------------------
+# ---- what all ranks know -------------------------------------------------------------------------
 
 
 def gathered(mine: Any) -> list:
@@ -135,16 +156,22 @@ def in_order(places: list[int], x: Tensor) -> Tensor:
     """Rows x of `places` -> the rows of all ranks, in order of their places, on the CPU."""
     if ranks() == 1:
         return x
-    found = {place: row for theirs, rows in gathered((places, x.cpu())) for place, row in zip(theirs, rows)}
+    found = {
+        place: row
+        for theirs, rows in gathered((places, x.cpu()))
+        for place, row in zip(theirs, rows)
+    }
     return torch.stack([found[place] for place in sorted(found)])
 
 
-# ---- gradients and weights ------------------------------------------------------------------------------------------
+# ---- gradients and weights -----------------------------------------------------------------------
 
 
 @torch.no_grad()
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Losses are divided by the count of all ranks, so their gradients add up. What no rank has a gradient for keeps none."""
+    """Losses are divided by the count of all ranks, so their gradients add up. What no rank has a
+    gradient for keeps none.
+    """
     if ranks() == 1:
         return
     parameters = unsharded(parameters)
@@ -156,7 +183,9 @@ def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Whether this rank has a slice of it alone: the decoder layers with --shard, whose gradients FSDP2 sums (shard.py)."""
+    """Whether this rank has a slice of it alone: the decoder layers with --shard, whose gradients
+    FSDP2 sums (shard.py).
+    """
     return isinstance(x, DTensor)
 
 
@@ -165,7 +194,9 @@ def unsharded(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Paramet
 
 
 def owners(parameters: Iterable[torch.nn.Parameter]) -> list[int]:
-    """The rank that keeps each parameter's optimiser state: whole parameters, about as many numbers on each rank."""
+    """The rank that keeps each parameter's optimiser state: whole parameters, about as many numbers
+    on each rank.
+    """
     parameters, loads = list(parameters), [0] * ranks()
     found = [0] * len(parameters)
     for i in sorted(range(len(parameters)), key=lambda i: -parameters[i].numel()):
@@ -175,7 +206,9 @@ def owners(parameters: Iterable[torch.nn.Parameter]) -> list[int]:
 
 
 def parameters_of_this_rank(parameters: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-    """What this rank's optimiser steps: its share of the whole parameters, and its slices of all sharded ones."""
+    """What this rank's optimiser steps: its share of the whole parameters, and its slices of all
+    sharded ones.
+    """
     whole = unsharded(parameters)
     kept = {id(p) for p, owner in zip(whole, owners(whole)) if owner == rank()}
     return [p for p in parameters if is_sharded(p) or id(p) in kept]
@@ -188,8 +221,10 @@ def share_weights(parameters: list[torch.nn.Parameter]) -> None:
         parameters = unsharded(parameters)
         owner_of = owners(parameters)
         for source in range(ranks()):
-            _together([p for p, owner in zip(parameters, owner_of) if owner == source],
-                      lambda flat, source=source: dist.broadcast(flat, source))
+            _together(
+                [p for p, owner in zip(parameters, owner_of) if owner == source],
+                lambda flat, source=source: dist.broadcast(flat, source),
+            )
 
 
 def _together(tensors: list[Tensor], work: Callable[[Tensor], Any]) -> None:

@@ -100,11 +100,13 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output_dir {folder} cannot be made ({error.strerror}): give "
-                         "another") from None
+        raise ValueError(
+            f"--output_dir {folder} cannot be made ({error.strerror}): give another"
+        ) from None
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"--output_dir {folder} cannot be written into: give another, or change "
-                         "its permissions")
+        raise ValueError(
+            f"--output_dir {folder} cannot be written into: give another, or change its permissions"
+        )
 
 
 def sync(path: Path) -> None:
@@ -144,15 +146,17 @@ def seal(part: Path, path: Path, *, durable: bool = True) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a sealed folder: a file that is missing, or not as it was written; None
     where all is well."""
-    odd = [path for path in folder.rglob("*") if path.exists() and not path.is_dir()
-           and not path.is_file()]
+    odd = [
+        path
+        for path in folder.rglob("*")
+        if path.exists() and not path.is_dir() and not path.is_file()
+    ]
     if odd:  # reading a pipe would wait for ever
         return f"{odd[0].relative_to(folder)} is no plain file"
     try:
         sums = json.loads((folder / CHECKSUMS).read_text())
     except (OSError, ValueError, RecursionError):
-        return (f"it has no readable {CHECKSUMS}: it was not finished, or an older version made "
-                "it")
+        return f"it has no readable {CHECKSUMS}: it was not finished, or an older version made it"
     present = set(_files(folder)) - {CHECKSUMS}
     if not isinstance(sums, dict) or present != set(sums):
         odd = sorted(present ^ set(sums))
@@ -183,8 +187,9 @@ def lock(path: Path) -> IO | None:
         handle.close()
         return None
     except OSError as error:
-        print(f"note: no lock on {path} ({error.strerror}): take care that no other run writes "
-              "there")
+        print(
+            f"note: no lock on {path} ({error.strerror}): take care that no other run writes there"
+        )
     return handle
 
 

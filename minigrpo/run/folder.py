@@ -26,13 +26,21 @@ from minigrpo.run.plots import draw_curves
 from minigrpo.run.starts import add_start, differences, past_starts, this_start
 from minigrpo.run.state import check_optimizer
 
-OWN = (".lock", "args.json", "starts.jsonl", "metrics.jsonl", "metrics.jsonl.damaged",
-       "rollouts.jsonl", "rollouts.jsonl.damaged")  # files that are read or opened at a start
+OWN = (
+    ".lock",
+    "args.json",
+    "starts.jsonl",
+    "metrics.jsonl",
+    "metrics.jsonl.damaged",
+    "rollouts.jsonl",
+    "rollouts.jsonl.damaged",
+)  # files that are read or opened at a start
 STEP = re.compile(r"step-([0-9]{6,})")
 
 
-def open_run(args, checkpoint: Path | None = None, samples: Sequence[Sample] = ()
-             ) -> tuple[Path, AbstractContextManager]:
+def open_run(
+    args, checkpoint: Path | None = None, samples: Sequence[Sample] = ()
+) -> tuple[Path, AbstractContextManager]:
     """The run's folder, made and with args.json in it, and its lock, a context for as long as
     the run lasts. ValueError for a folder that holds a run without --resume, or that another
     process is writing to.
@@ -46,8 +54,10 @@ def open_run(args, checkpoint: Path | None = None, samples: Sequence[Sample] = (
         make_folder(folder)
         held = lock(folder / ".lock")
         if held is None:
-            raise ValueError(f"{folder} is in use: another process is writing this run. Give "
-                             "another --output_dir")
+            raise ValueError(
+                f"{folder} is in use: another process is writing this run. Give "
+                "another --output_dir"
+            )
         before = [] if first_args is None else past_starts(folder, first_args)
         now = this_start(args, step_of(checkpoint), samples)
         for note in differences(before, now):
@@ -65,25 +75,30 @@ def _check_folder(folder: Path, args) -> dict | None:
     path = folder / "args.json"
     for name in OWN:  # opening a pipe would wait for ever
         if (folder / name).exists() and not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is no plain file: remove it, or give another "
-                             "--output_dir")
+            raise ValueError(
+                f"{folder / name} is no plain file: remove it, or give another --output_dir"
+            )
     if not path.exists():
         ours = (".lock", "args.json.part")
         if folder.is_dir() and any(inside.name not in ours for inside in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no run. Give another --output_dir")
         return None
     if not args.resume:
-        raise ValueError(f"{folder} already holds a run. Give another --output_dir, or --resume "
-                         "to continue it")
+        raise ValueError(
+            f"{folder} already holds a run. Give another --output_dir, or --resume to continue it"
+        )
     try:
         first_args = dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} does not hold a run's arguments ({error}): put back what the "
-                         "run wrote") from None
+        raise ValueError(
+            f"{path} does not hold a run's arguments ({error}): put back what the run wrote"
+        ) from None
     grpo = "group_size" in first_args
     if first_args and grpo != hasattr(args, "group_size"):
-        raise ValueError(f"{folder} holds a run of {'train_grpo.py' if grpo else 'train_sft.py'}: "
-                         "resume it with that, or give another --output_dir")
+        raise ValueError(
+            f"{folder} holds a run of {'train_grpo.py' if grpo else 'train_sft.py'}: "
+            "resume it with that, or give another --output_dir"
+        )
     return first_args
 
 
@@ -99,8 +114,10 @@ def last_checkpoint(args) -> Path | None:
         if first():
             probe = lock(folder / ".lock")
             if probe is None:
-                raise ValueError(f"{folder} is in use: another process is writing this run. Wait "
-                                 "for it, or end it")
+                raise ValueError(
+                    f"{folder} is in use: another process is writing this run. Wait "
+                    "for it, or end it"
+                )
             probe.close()
         if (folder / "final").exists():
             _end_finished(folder, args)
@@ -115,8 +132,10 @@ def last_checkpoint(args) -> Path | None:
             return checkpoint
         say(f"{checkpoint} cannot be used: {wrong}")
     if found:
-        raise ValueError(f"no checkpoint in {folder / 'checkpoints'} can be used. Put a whole one "
-                         "back, or begin anew in another --output_dir")
+        raise ValueError(
+            f"no checkpoint in {folder / 'checkpoints'} can be used. Put a whole one "
+            "back, or begin anew in another --output_dir"
+        )
     say(f"no checkpoint in {folder}: starting at step 0")
     return None
 
@@ -130,9 +149,11 @@ def _end_finished(folder: Path, args) -> None:
             draw_curves(folder)
     say(f"{folder} is finished: its model is {folder / 'final'}")
     if rows and args.max_steps > (done := rows[-1]["step"] + 1):
-        say(f"It took {done} steps, and --max_steps is {args.max_steps}. To train it further, "
+        say(
+            f"It took {done} steps, and --max_steps is {args.max_steps}. To train it further, "
             f"begin another run from it: --model {folder / 'final'} --output_dir ANOTHER, "
-            "without --resume")
+            "without --resume"
+        )
     sys.exit(0)
 
 
@@ -188,6 +209,7 @@ def remove_checkpoints(folder: Path) -> None:
 def run_errors(folder: Path, memory: str):
     """Around a run's steps: what ends it from outside is said in one message, with where
     --resume goes on. `memory` names the arguments to lower where memory runs out."""
+
     def advice() -> str:
         return f"--resume goes on from {newest(folder)}"
 

@@ -1,4 +1,6 @@
-"""The groups of a step: B questions with G answers each, R = B G, and what the answers were worth."""
+"""The groups of a step: B questions with G answers each, R = B G, and what the answers were
+worth.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -37,30 +39,63 @@ class Groups:
         return [prompt + own for prompt, own in zip(self.prompt_tokens, answers)]
 
     def take(self, places: list[int]) -> "Groups":
-        """The groups at `places`, in that order; what the rollout cost stays that of the whole step."""
+        """The groups at `places`, in that order; what the rollout cost stays that of the whole
+        step.
+        """
         size, r = self.rewards.shape[1], self.rollout
         rows = [g * size + i for g in places for i in range(size)]
         at = torch.tensor(rows, device=r.mask.device)
-        rollout = Rollout(r.tokens[at], r.mask[at], r.logprob[at], r.finished[at], [r.texts[i] for i in rows], r.row_steps, r.bytes_read)
-        return Groups([self.samples[g] for g in places], rollout, self.rewards[places], self.valid[places],
-                      {name: [values[i] for i in rows] for name, values in self.parts.items()},
-                      [self.prompt_tokens[g] for g in places])
+        rollout = Rollout(
+            r.tokens[at],
+            r.mask[at],
+            r.logprob[at],
+            r.finished[at],
+            [r.texts[i] for i in rows],
+            r.row_steps,
+            r.bytes_read,
+        )
+        return Groups(
+            [self.samples[g] for g in places],
+            rollout,
+            self.rewards[places],
+            self.valid[places],
+            {name: [values[i] for i in rows] for name, values in self.parts.items()},
+            [self.prompt_tokens[g] for g in places],
+        )
 
     def to(self, device: torch.device) -> "Groups":
         """With the tensors of the rollout on `device`; rewards stay on the CPU."""
         r = self.rollout
-        moved = Rollout(*(x.to(device) for x in (r.tokens, r.mask, r.logprob, r.finished)), r.texts, r.row_steps, r.bytes_read)
+        moved = Rollout(
+            *(x.to(device) for x in (r.tokens, r.mask, r.logprob, r.finished)),
+            r.texts,
+            r.row_steps,
+            r.bytes_read,
+        )
         return replace(self, rollout=moved)
 
     def without_spread(self) -> list[int]:
-        """The groups whose advantages are all 0: equal rewards, or fewer than two answers that could be scored."""
-        return (group_advantages(self.rewards, scale="none", valid=self.valid) == 0).all(1).nonzero()[:, 0].tolist()
+        """The groups whose advantages are all 0: equal rewards, or fewer than two answers that
+        could be scored.
+        """
+        return (
+            (group_advantages(self.rewards, scale="none", valid=self.valid) == 0)
+            .all(1)
+            .nonzero()[:, 0]
+            .tolist()
+        )
 
     def replace(self, which: list[int], fresh: "Groups") -> "Groups":
-        """These groups with the fresh ones at `which`, in order; answers are padded to the longer of both."""
+        """These groups with the fresh ones at `which`, in order; answers are padded to the longer
+        of both.
+        """
         size = self.rewards.shape[1]
         groups, rows = torch.tensor(which), [g * size + i for g in which for i in range(size)]
-        old, new, at = self.rollout, fresh.rollout, torch.tensor(rows, device=self.rollout.mask.device)
+        old, new, at = (
+            self.rollout,
+            fresh.rollout,
+            torch.tensor(rows, device=self.rollout.mask.device),
+        )
         width = max(old.tokens.shape[1], new.tokens.shape[1])
 
         def put(a: Tensor, b: Tensor) -> Tensor:
@@ -70,12 +105,26 @@ class Groups:
         parts = {}
         for name in self.parts | fresh.parts:
             missing = [float("nan")] * len(old.texts)
-            parts[name] = _put(self.parts.get(name, missing), fresh.parts.get(name, missing[:len(rows)]), rows)
-        rollout = Rollout(put(old.tokens, new.tokens), put(old.mask, new.mask), put(old.logprob, new.logprob),
-                          old.finished.index_copy(0, at, new.finished), _put(old.texts, new.texts, rows),
-                          old.row_steps + new.row_steps, old.bytes_read + new.bytes_read)
-        return Groups(_put(self.samples, fresh.samples, which), rollout, self.rewards.index_copy(0, groups, fresh.rewards),
-                      self.valid.index_copy(0, groups, fresh.valid), parts, _put(self.prompt_tokens, fresh.prompt_tokens, which))
+            parts[name] = _put(
+                self.parts.get(name, missing), fresh.parts.get(name, missing[: len(rows)]), rows
+            )
+        rollout = Rollout(
+            put(old.tokens, new.tokens),
+            put(old.mask, new.mask),
+            put(old.logprob, new.logprob),
+            old.finished.index_copy(0, at, new.finished),
+            _put(old.texts, new.texts, rows),
+            old.row_steps + new.row_steps,
+            old.bytes_read + new.bytes_read,
+        )
+        return Groups(
+            _put(self.samples, fresh.samples, which),
+            rollout,
+            self.rewards.index_copy(0, groups, fresh.rewards),
+            self.valid.index_copy(0, groups, fresh.valid),
+            parts,
+            _put(self.prompt_tokens, fresh.prompt_tokens, which),
+        )
 
 
 def of_all_ranks(mine: list[int], groups: Groups) -> Groups:
@@ -96,8 +145,12 @@ def joined(shares: list[tuple[list[int], Groups]]) -> Groups:
     return whole
 
 
-def micro_batches(prompts: Prompts, mask: torch.Tensor, among: range, budget: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(prompts, their rows of answers) of each forward and backward pass over the prompts `among`, as indices; mask [R, T]."""
+def micro_batches(
+    prompts: Prompts, mask: torch.Tensor, among: range, budget: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(prompts, their rows of answers) of each forward and backward pass over the prompts `among`,
+    as indices; mask [R, T].
+    """
     size = len(mask) // len(prompts.ids)
     longest = mask.sum(1).view(-1, size).amax(1).tolist()
     parts = by_token_budget(prompts.mask.sum(1).tolist(), longest, size, budget, among)
@@ -105,26 +158,39 @@ def micro_batches(prompts: Prompts, mask: torch.Tensor, among: range, budget: in
     return [(torch.tensor(part), rows[part].flatten()) for part in parts]
 
 
-def by_token_budget(prompts: list[int], answers: list[int], group_size: int, budget: int, among: range) -> list[list[int]]:
-    """Micro-batches of at most `budget` tokens each, padding included, of the prompts `among`; like lengths go together.
+def by_token_budget(
+    prompts: list[int], answers: list[int], group_size: int, budget: int, among: range
+) -> list[list[int]]:
+    """Micro-batches of at most `budget` tokens each, padding included, of the prompts `among`; like
+    lengths go together.
 
-    prompts [B] and answers [B] (each group's longest) in tokens. A micro-batch computes each prompt once and its answers
-    group_size times, all as long as the longest; a group that is larger than the budget goes alone.
+    prompts [B] and answers [B] (each group's longest) in tokens. A micro-batch computes each prompt
+    once and its answers group_size times, all as long as the longest; a group that is larger than
+    the budget goes alone.
     """
     parts: list[list[int]] = []
     for i in sorted(among, key=lambda i: (-answers[i], -prompts[i])):
         joined = [*parts[-1], i] if parts else []
-        if joined and len(joined) * (max(prompts[j] for j in joined) + group_size * answers[joined[0]]) <= budget:
+        if (
+            joined
+            and len(joined) * (max(prompts[j] for j in joined) + group_size * answers[joined[0]])
+            <= budget
+        ):
             parts[-1] = joined
         else:
             parts.append([i])
     return parts
 
 
-def padding_share(prompts: Prompts, mask: torch.Tensor, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+def padding_share(
+    prompts: Prompts, mask: torch.Tensor, parts: list[tuple[torch.Tensor, torch.Tensor]]
+) -> float:
     """Share of a step's computed tokens that are padding, over all its micro-batches."""
     lengths, answers = prompts.mask.sum(1).cpu(), mask.sum(1).cpu()
-    computed = sum(len(part) * int(lengths[part].max()) + len(rows) * int(answers[rows].max()) for part, rows in parts)
+    computed = sum(
+        len(part) * int(lengths[part].max()) + len(rows) * int(answers[rows].max())
+        for part, rows in parts
+    )
     needed, computed = total(torch.tensor([int(lengths.sum() + answers.sum()), computed])).tolist()
     return 1 - needed / max(1, computed)
 

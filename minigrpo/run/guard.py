@@ -1,4 +1,6 @@
-"""What goes wrong inside a step, and how the run goes on: too little memory, gradients that explode, a reward that hangs."""
+"""What goes wrong inside a step, and how the run goes on: too little memory, gradients that
+explode, a reward that hangs.
+"""
 
 import json
 import math
@@ -23,11 +25,20 @@ T = TypeVar("T")
 LONGEST_TIMEOUT = 3 * PATIENCE.total_seconds() / 8
 
 
-def retry_smaller_on_oom(args: Any, name: str, work: Callable[[], T], undo: Callable[[], Any] = lambda: None, *, alone: bool = True) -> T:
-    """work(), and where memory runs out undo() and work() again with args.NAME halved, until it fits or cannot be less.
+def retry_smaller_on_oom(
+    args: Any,
+    name: str,
+    work: Callable[[], T],
+    undo: Callable[[], Any] = lambda: None,
+    *,
+    alone: bool = True,
+) -> T:
+    """work(), and where memory runs out undo() and work() again with args.NAME halved, until it
+    fits or cannot be less.
 
-    The smaller size stays for the rest of the run. It changes nothing but rounding. Each rank does this by itself; where the
-    others take part in the work (`alone` False, sharded layers), it cannot go back without them, and the run ends.
+    The smaller size stays for the rest of the run. It changes nothing but rounding. Each rank does
+    this by itself; where the others take part in the work (`alone` False, sharded layers), it
+    cannot go back without them, and the run ends.
     """
     while True:
         try:
@@ -37,9 +48,11 @@ def retry_smaller_on_oom(args: Any, name: str, work: Callable[[], T], undo: Call
                 raise
             size = getattr(args, name)
             if not alone:
-                warn(f"rank {rank()}: out of memory with --{name} {size}; with --shard a rank "
-                     "cannot go back alone: --resume with a "
-                      f"smaller --{name}, or with --activation_checkpointing")
+                warn(
+                    f"rank {rank()}: out of memory with --{name} {size}; with --shard a rank "
+                    "cannot go back alone: --resume with a "
+                    f"smaller --{name}, or with --activation_checkpointing"
+                )
             if size <= 1 or not alone:
                 raise
         # Outside of `except`, or the traceback would keep the tensors of the failed try alive.
@@ -50,44 +63,69 @@ def retry_smaller_on_oom(args: Any, name: str, work: Callable[[], T], undo: Call
 
 
 class Skipped:
-    """Updates that are not taken, because their gradient is NaN, infinite or above --max_grad_norm: counted, and their batch
-    kept for study in RUN/skipped/."""
+    """Updates that are not taken, because their gradient is NaN, infinite or above --max_grad_norm:
+    counted, and their batch kept for study in RUN/skipped/.
+    """
 
     def __init__(self, folder: Path, args: Any, before: int):
-        self.folder, self.largest, self.most, self.count = folder / "skipped", args.max_grad_norm, args.max_skipped, before
+        self.folder, self.largest, self.most, self.count = (
+            folder / "skipped",
+            args.max_grad_norm,
+            args.max_skipped,
+            before,
+        )
 
-    def accept_or_record(self, grad_norm: torch.Tensor, step: int, update: int, batch: Callable[[], list[dict]]) -> bool:
-        """Whether to take the update; if not, `batch` gives the rows to write down. All ranks decide alike, on the same norm."""
+    def accept_or_record(
+        self, grad_norm: torch.Tensor, step: int, update: int, batch: Callable[[], list[dict]]
+    ) -> bool:
+        """Whether to take the update; if not, `batch` gives the rows to write down. All ranks
+        decide alike, on the same norm.
+        """
         norm = float(grad_norm)
         if math.isfinite(norm) and norm <= self.largest:
             return True
         self.count += 1
         path = self.folder / f"step-{step:06d}-{update}-rank-{rank()}.json"
         path.parent.mkdir(exist_ok=True)
-        write_aside(path, json.dumps({"step": step, "update": update, "grad_norm": str(norm), "batch": batch()}, indent=1) + "\n")
+        write_aside(
+            path,
+            json.dumps(
+                {"step": step, "update": update, "grad_norm": str(norm), "batch": batch()}, indent=1
+            )
+            + "\n",
+        )
         if first():
-            warn(f"step {step}: gradient norm {norm:.3g}, update {update} skipped, {self.count} so "
-                 f"far, at {self.most} the run stops; "
-                  f"its batch: {path}")
+            warn(
+                f"step {step}: gradient norm {norm:.3g}, update {update} skipped, {self.count} so "
+                f"far, at {self.most} the run stops; "
+                f"its batch: {path}"
+            )
         return False
 
     def stop_if_too_many(self) -> None:
         if self.count >= self.most:
-            sys.exit(f"{Path(sys.argv[0]).name}: error: {self.count} updates were skipped, --max_skipped is {self.most}. Their batches are "
-                     f"in {self.folder}, and the last checkpoint is untouched by them. Mend the data, lower --learning_rate, or "
-                     "raise --max_skipped, and --resume")
+            sys.exit(
+                f"{Path(sys.argv[0]).name}: error: {self.count} updates were skipped, --max_skipped"
+                f" is {self.most}. Their batches are in {self.folder}, and the last checkpoint is"
+                " untouched by them. Mend the data, lower --learning_rate, or raise --max_skipped,"
+                " and --resume"
+            )
 
 
 def check_timeout(seconds: float) -> None:
     """ValueError for a --reward_timeout for which the other processes would not wait."""
     if ranks() > 1 and seconds > LONGEST_TIMEOUT:
-        raise ValueError(f"--reward_timeout {seconds:g} with {ranks()} processes: while the reward "
-                         f"of one hangs the others wait, and after {PATIENCE.seconds // 60} "
-                         "minutes they take it for dead; give "
-                         f"{LONGEST_TIMEOUT:g} seconds at most")
+        raise ValueError(
+            f"--reward_timeout {seconds:g} with {ranks()} processes: while the reward "
+            f"of one hangs the others wait, and after {PATIENCE.seconds // 60} "
+            "minutes they take it for dead; give "
+            f"{LONGEST_TIMEOUT:g} seconds at most"
+        )
 
 
-def in_time(reward: Callable, answers: list[str], samples: list, size: int, seconds: float) -> Scores:
+def in_time(
+    reward: Callable, answers: list[str], samples: list, size: int, seconds: float
+) -> Scores:
     """reward(answers, samples), and where that takes longer than `seconds`, each group of `size`
     answers by itself, for as long again in all: a group may take its share of what is left. Those
     that take longer could not be scored. A call that hangs is left behind in its thread, which gets
@@ -95,8 +133,10 @@ def in_time(reward: Callable, answers: list[str], samples: list, size: int, seco
     found = _within(seconds, reward, list(answers), list(samples))
     if found is not None:
         return found
-    warn(f"rank {rank()}: the reward took longer than --reward_timeout {seconds:g} s; asking for "
-         "each group alone")
+    warn(
+        f"rank {rank()}: the reward took longer than --reward_timeout {seconds:g} s; asking for "
+        "each group alone"
+    )
     spans = [slice(begin, begin + size) for begin in range(0, len(answers), size)]
     shares, end = [], time.monotonic() + seconds
     for number, span in enumerate(spans):
@@ -105,8 +145,10 @@ def in_time(reward: Callable, answers: list[str], samples: list, size: int, seco
     late = [samples[span][0].id for span, share in zip(spans, shares) if share is None]
     if late:
         more = f" and {len(late) - 5} more" if len(late) > 5 else ""
-        warn(f"rank {rank()}: no reward in time for the answers to {', '.join(late[:5])}{more}: "
-             "they are masked")
+        warn(
+            f"rank {rank()}: no reward in time for the answers to {', '.join(late[:5])}{more}: "
+            "they are masked"
+        )
     names = {name: None for share in shares if share for name in share.parts}  # in their order
     values, valid, parts = [], [], {name: [] for name in names}
     for span, share in zip(spans, shares):
@@ -134,12 +176,18 @@ def agreed_scores(work: Callable[[], Scores], most: float, step: int) -> Scores:
     valid = [ok for theirs, _, _ in everyone for ok in theirs]
     failed = len(valid) - sum(valid)
     if failed:
-        reasons = "; ".join(dict.fromkeys(error for _, errors, _ in everyone
-                                          for error in errors)) or "NaN"
-        text = f"step {step}: the reward could not score {failed} of {len(valid)} answers: {reasons}"
+        reasons = (
+            "; ".join(dict.fromkeys(error for _, errors, _ in everyone for error in errors))
+            or "NaN"
+        )
+        text = (
+            f"step {step}: the reward could not score {failed} of {len(valid)} answers: {reasons}"
+        )
         if failed > most * len(valid):
-            end_for(f"{text}\nThis is more than --max_unscored {most}. Mend the reward, then "
-                    "--resume goes on from the last checkpoint")
+            end_for(
+                f"{text}\nThis is more than --max_unscored {most}. Mend the reward, then "
+                "--resume goes on from the last checkpoint"
+            )
         if first():
             warn(text)
     return scores
@@ -165,7 +213,8 @@ def _within(seconds: float, work: Callable, *given: Any) -> Any:
         except BaseException as error:  # raised again below, where someone listens
             result.append((None, error))
 
-    thread = threading.Thread(target=run, daemon=True)  # so that one that hangs cannot keep the process
+    # so that one that hangs cannot keep the process
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(min(seconds, threading.TIMEOUT_MAX))  # inf, for no limit, would be an OverflowError
     if not result:

@@ -1,4 +1,6 @@
-"""metrics.jsonl and rollouts.jsonl: one line a step, flushed, and cut back to the checkpoint that a run resumes from."""
+"""metrics.jsonl and rollouts.jsonl: one line a step, flushed, and cut back to the checkpoint that a
+run resumes from.
+"""
 
 import json
 import os
@@ -46,7 +48,7 @@ class JsonLines:
             with writes(self.path):
                 line = json.dumps(row).encode() + b"\n"
                 while line:  # a disk that fills up takes the beginning and refuses the rest
-                    line = line[self.file.write(line):]
+                    line = line[self.file.write(line) :]
                 os.fsync(self.file.fileno())
             there = self.path.stat() if self.path.exists() else None
             if not there or not os.path.samestat(there, os.fstat(self.file.fileno())):
@@ -75,8 +77,10 @@ def set_aside(path: Path, damaged: dict[int, bytes]) -> None:
     beside = path.with_name(path.name + ".damaged")
     before = beside.read_bytes() if beside.exists() else b""
     write_aside(beside, before + b"".join(line + b"\n" for line in damaged.values()))
-    say(f"note: {path}: line {', '.join(map(str, damaged))}: no row of a log, set aside in "
-        f"{beside.name}; all others are kept")
+    say(
+        f"note: {path}: line {', '.join(map(str, damaged))}: no row of a log, set aside in "
+        f"{beside.name}; all others are kept"
+    )
 
 
 class Timer:
@@ -99,22 +103,30 @@ class Timer:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most that this process has held so far in 1e9 bytes, of the largest rank: resident, or on a GPU of its tensors there."""
+    """Most that this process has held so far in 1e9 bytes, of the largest rank: resident, or on a
+    GPU of its tensors there.
+    """
     if device.type == "cuda":
         held = torch.cuda.max_memory_allocated(device)
     else:
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
     return max(gathered(held)) / 1e9
 
 
 class Means:
-    """Means over the updates of a step: of each figure, weighted by the tokens it was taken over."""
+    """Means over the updates of a step: of each figure, weighted by the tokens it was taken
+    over.
+    """
 
     def __init__(self, sums: dict[str, list[float]] | None = None):
         self.sums = sums or {}
 
     def add(self, weight: float, **figures: torch.Tensor) -> None:
-        """Figures of one micro-batch or update, each the mean over `weight` tokens (or of one update: weight 1)."""
+        """Figures of one micro-batch or update, each the mean over `weight` tokens (or of one
+        update: weight 1).
+        """
         for name, value in figures.items():
             total = self.sums.setdefault(name, [0.0, 0.0])
             total[0] += float(weight) * float(value)
@@ -135,11 +147,14 @@ class Means:
 
 
 def rollout_stats(groups: Groups, template_opens_think: bool = False) -> dict[str, float]:
-    """What a step's answers and rewards looked like; thinking and answer apart where thinking was asked for. What each figure
-    means: docs/metrics.md."""
+    """What a step's answers and rewards looked like; thinking and answer apart where thinking was
+    asked for. What each figure means: docs/metrics.md.
+    """
     rewards, valid, rollout = groups.rewards, groups.valid, groups.rollout
     counted = rewards[valid]
-    spread = torch.tensor([row[ok].std().item() if ok.sum() > 1 else 0.0 for row, ok in zip(rewards, valid)])
+    spread = torch.tensor(
+        [row[ok].std().item() if ok.sum() > 1 else 0.0 for row, ok in zip(rewards, valid)]
+    )
     stats = {
         # where nothing could be scored, no figure
         **({"reward": counted.mean().item()} if len(counted) else {}),
@@ -151,9 +166,12 @@ def rollout_stats(groups: Groups, template_opens_think: bool = False) -> dict[st
     }
     if template_opens_think or any(asks_to_think(sample.question) for sample in groups.samples):
         read = [split_thinking(text, template_opens_think) for text in rollout.texts]
-        stats |= {"think_format": sum(bool(ok and thinking and answer) for thinking, answer, ok in read) / len(read),
-                  "thinking_words": sum(len(thinking.split()) for thinking, _, _ in read) / len(read),
-                  "answer_words": sum(len(answer.split()) for _, answer, _ in read) / len(read)}
+        stats |= {
+            "think_format": sum(bool(ok and thinking and answer) for thinking, answer, ok in read)
+            / len(read),
+            "thinking_words": sum(len(thinking.split()) for thinking, _, _ in read) / len(read),
+            "answer_words": sum(len(answer.split()) for _, answer, _ in read) / len(read),
+        }
     for name, values in groups.parts.items():
         known = [v for v in values if v == v]
         stats |= {f"reward_{name}": sum(known) / len(known)} if known else {}
@@ -167,9 +185,26 @@ def group_rows(groups: Groups, advantage: torch.Tensor, count: int | None = None
     rows = []
     for b, sample in enumerate(groups.samples[:count]):
         span = range(b * size, (b + 1) * size)
-        rows.append({"id": sample.id, "question": sample.question, "reference": sample.answer, "answers": [
-            {"text": groups.rollout.texts[r], "reward": groups.rewards[b, r - b * size].item()
-             if groups.valid[b, r - b * size] else None,
-             "advantage": advantage[r].item(),
-             **{name: values[r] for name, values in groups.parts.items() if values[r] == values[r]}} for r in span]})
+        rows.append(
+            {
+                "id": sample.id,
+                "question": sample.question,
+                "reference": sample.answer,
+                "answers": [
+                    {
+                        "text": groups.rollout.texts[r],
+                        "reward": groups.rewards[b, r - b * size].item()
+                        if groups.valid[b, r - b * size]
+                        else None,
+                        "advantage": advantage[r].item(),
+                        **{
+                            name: values[r]
+                            for name, values in groups.parts.items()
+                            if values[r] == values[r]
+                        },
+                    }
+                    for r in span
+                ],
+            }
+        )
     return rows

@@ -20,7 +20,7 @@ ELSEWHERE = {  # TRL, EasyR1 and LLaMA-Factory
     "scale_rewards": "--advantage_scale",
     "reward_funcs": "--reward",
     "per_device_train_batch_size": "--prompts_per_step for GRPO, --batch_size for SFT, of all "
-                                   "devices together; --micro_tokens and --micro_batch bound memory",
+    "devices together; --micro_tokens and --micro_batch bound memory",
     "gradient_accumulation_steps": "nothing: it follows from --micro_tokens or --micro_batch",
     "lr_scheduler_type": "--lr_schedule",
     "warmup_ratio": "--warmup",
@@ -34,9 +34,9 @@ ELSEWHERE = {  # TRL, EasyR1 and LLaMA-Factory
     "finetuning_type": "--lora_rank, or --freeze",
     "gradient_checkpointing": "--activation_checkpointing",
     "top_p": "nothing: answers are drawn from the whole distribution, whose log-probs the loss "
-             "takes; cut off, they would be those of another policy",
+    "takes; cut off, they would be those of another policy",
     "top_k": "nothing: answers are drawn from the whole distribution, whose log-probs the loss "
-             "takes; cut off, they would be those of another policy",
+    "takes; cut off, they would be those of another policy",
     "system_prompt": "nothing: write it into the question of each sample",
     "use_vllm": "nothing: sampling is minigrpo's own",
     "report_to": "--track",

@@ -14,10 +14,10 @@ from minigrpo.run.distributed import (
     total,
 )
 from minigrpo.run.groups import Groups, of_all_ranks, padding_share
-from minigrpo.run.guard import Skipped, agreed_scores, retry_smaller_on_oom, in_time
+from minigrpo.run.guard import Skipped, agreed_scores, in_time, retry_smaller_on_oom
 from minigrpo.run.log import Means, Timer, group_rows, peak_memory_gb, rollout_stats
 from minigrpo.run.roofline import efficiency
-from minigrpo.run.shard import clip_gradients, same_passes_on_every_rank, gathered_layers
+from minigrpo.run.shard import clip_gradients, gathered_layers, same_passes_on_every_rank
 
 
 class ArmouredNode(grpo.Node):
@@ -54,8 +54,9 @@ class ArmouredNode(grpo.Node):
         sum_gradients(policy.parameters())
         norm = clip_gradients(policy.parameters(), self.args.grad_clip)
         self.update += 1
-        if not self.skipped.accept_or_record(norm, self.number, self.update - 1,
-                                   lambda: group_rows(*batch())):
+        if not self.skipped.accept_or_record(
+            norm, self.number, self.update - 1, lambda: group_rows(*batch())
+        ):
             return None
         optimizer.step()
         share_weights(policy.parameters())
@@ -69,16 +70,27 @@ class ArmouredNode(grpo.Node):
         def judge(answers, asked):
             return agreed_scores(
                 lambda: in_time(reward, answers, asked, args.group_size, args.reward_timeout),
-                args.max_unscored, self.number)
+                args.max_unscored,
+                self.number,
+            )
 
         wanted, groups = list(range(count)), None
         for refill in range(1 + args.dynamic_sampling):
             seed = args.seed + 1_000_000 * refill  # (seed, step) alone decide: a run can resume
             batch = batch_at(samples, self.number, count, seed)
             mine = places_of_this_rank(len(wanted))
-            fresh = of_all_ranks(mine, grpo.collect(
-                policy, [batch[place] for place in mine], judge, args,
-                seed * 1_000_003 + self.number, self, mine))
+            fresh = of_all_ranks(
+                mine,
+                grpo.collect(
+                    policy,
+                    [batch[place] for place in mine],
+                    judge,
+                    args,
+                    seed * 1_000_003 + self.number,
+                    self,
+                    mine,
+                ),
+            )
             groups = groups.replace(wanted, fresh) if refill else fresh
             self.replaced += len(wanted) if refill else 0
             wanted = groups.without_spread()
@@ -101,8 +113,12 @@ class ArmouredNode(grpo.Node):
             means.add(weight, **figures)
         prompts, rollout = done.groups.prompts, done.groups.rollout
         padding = padding_share(prompts, done.mask, done.parts)
-        return {**rollout_stats(self.groups, template_opens_think),
-                "groups_replaced": self.replaced,
-                **means.row(), "skipped_updates": self.skipped.count - self.skipped_before,
-                **self.timer.row(), "peak_memory_gb": peak_memory_gb(policy.device),
-                **efficiency(policy, prompts, rollout, self.timer.seconds, padding, limits)}
+        return {
+            **rollout_stats(self.groups, template_opens_think),
+            "groups_replaced": self.replaced,
+            **means.row(),
+            "skipped_updates": self.skipped.count - self.skipped_before,
+            **self.timer.row(),
+            "peak_memory_gb": peak_memory_gb(policy.device),
+            **efficiency(policy, prompts, rollout, self.timer.seconds, padding, limits),
+        }

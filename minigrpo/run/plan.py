@@ -1,11 +1,13 @@
 """--plan: what a run will take of the device's memory, before anything is loaded.
 
-    python train_grpo.py --model Qwen/Qwen3-VL-8B-Instruct --train_data ... --output_dir ... --plan        # the memory at hand
-    python train_grpo.py ... --plan 80                                                                   # a device of 80 GB
+    python train_grpo.py --model Qwen/Qwen3-VL-8B-Instruct --train_data ... --output_dir ... --plan
+    # the memory at hand python train_grpo.py ... --plan 80
+    # a device of 80 GB
 
-No formulas: the step itself runs, on torch's fake tensors, which have shapes and no numbers, and a ledger adds up what is
-alive. Prompts are those of the first step; answers are taken to be as long as they may get, so a run whose answers end earlier
-takes less. 1 GB is 1e9 bytes.
+No formulas: the step itself runs, on torch's fake tensors, which have shapes and no numbers, and a
+    ledger adds up what is
+alive. Prompts are those of the first step; answers are taken to be as long as they may get, so a
+run whose answers end earlier takes less. 1 GB is 1e9 bytes.
 """
 
 import gc
@@ -31,8 +33,10 @@ aten, TILE = torch.ops.aten, 512  # rows of logits at a time, the default of `li
 
 
 class Ledger(TorchDispatchMode):
-    """Adds up the bytes of all tensors that came to be under it and are alive, and their peak since `phase` began. (Weights and
-    what is made of them are fake; tokens, masks, positions and pixels are real.)"""
+    """Adds up the bytes of all tensors that came to be under it and are alive, and their peak since
+    `phase` began. (Weights and what is made of them are fake; tokens, masks, positions and pixels
+    are real.)
+    """
 
     def __init__(self):
         super().__init__()
@@ -40,8 +44,15 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
-            # How many rows a mask takes is a number that fake tensors don't have; masks are real here, so they know.
-            places = [part for i in args[1] for part in (i.nonzero().unbind(1) if i is not None and i.dtype == torch.bool else (i,))]
+            # How many rows a mask takes is a number that fake tensors don't have; masks are real
+            # here, so they know.
+            places = [
+                part
+                for i in args[1]
+                for part in (
+                    i.nonzero().unbind(1) if i is not None and i.dtype == torch.bool else (i,)
+                )
+            ]
             args = (args[0], places, *args[2:])
         if func is aten.masked_select.default and isinstance(args[0], FakeTensor):
             out = args[0].new_empty(int(args[1].expand(args[0].shape).sum()))
@@ -52,7 +63,10 @@ class Ledger(TorchDispatchMode):
 
     def add(self, tensors) -> None:
         for tensor in tree_leaves(tensors):
-            if isinstance(tensor, torch.Tensor) and (key := (store := tensor.untyped_storage())._cdata) not in self.known:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and (key := (store := tensor.untyped_storage())._cdata) not in self.known
+            ):
                 self.known[key] = store.nbytes()
                 self.live += store.nbytes()
                 self.peak = max(self.peak, self.live)
@@ -77,7 +91,8 @@ class Plan:
 
     lasting: dict[str, int] = field(default_factory=dict)
     phases: dict[str, int] = field(default_factory=dict)
-    peaks: dict[str, int] = field(default_factory=dict)  # of each phase, with what was alive besides
+    # of each phase, with what was alive besides
+    peaks: dict[str, int] = field(default_factory=dict)
     parts: dict[str, int] = field(default_factory=dict)  # what some phases consist of
 
     @property
@@ -100,18 +115,29 @@ def imagined_policy(args, fake: FakeTensorMode) -> Policy:
             add_adapters(policy, args)
     made: dict[int, torch.Tensor] = {}  # a tied head is one tensor
     with fake:
-        for store in [store for module in model.modules() for store in (module._parameters, module._buffers)]:
+        for store in [
+            store for module in model.modules() for store in (module._parameters, module._buffers)
+        ]:
             for name, x in store.items():
                 if x is not None and id(x) not in made:
-                    # config.json may name bf16, which is how the hub stores them; we load them as fp32
-                    empty = torch.empty_like(x, device="cpu", dtype=torch.float32 if x.is_floating_point() else x.dtype)
-                    made[id(x)] = torch.nn.Parameter(empty, x.requires_grad) if isinstance(x, torch.nn.Parameter) else empty
+                    # config.json may name bf16, which is how the hub stores them; we load them as
+                    # fp32
+                    empty = torch.empty_like(
+                        x, device="cpu", dtype=torch.float32 if x.is_floating_point() else x.dtype
+                    )
+                    made[id(x)] = (
+                        torch.nn.Parameter(empty, x.requires_grad)
+                        if isinstance(x, torch.nn.Parameter)
+                        else empty
+                    )
                 store[name] = made[id(x)] if x is not None else None
     policy.head = model.lm_head.weight
     return policy
 
 
-def begin(args, ledger: Ledger, plan: Plan, make_optimizers, *, reference: bool) -> tuple[Policy, Policy | None, list]:
+def begin(
+    args, ledger: Ledger, plan: Plan, make_optimizers, *, reference: bool
+) -> tuple[Policy, Policy | None, list]:
     """Weights, reference, gradients and optimiser states: all that lasts."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     plan.lasting["the program itself"] = 0 if on_gpu(args) else resident()
@@ -120,7 +146,11 @@ def begin(args, ledger: Ledger, plan: Plan, make_optimizers, *, reference: bool)
     if args.activation_checkpointing:
         policy.checkpoint_activations()
     optimizers = make_optimizers(policy, args)
-    for group in [group for optimizer in optimizers for group in optimizer.param_groups] if on_gpu(args) else ():
+    for group in (
+        [group for optimizer in optimizers for group in optimizer.param_groups]
+        if on_gpu(args)
+        else ()
+    ):
         group["foreach"] = True  # what torch chooses on a GPU: faster, with more in hand at a time
 
     def taking(name: str, before: int = 0) -> None:
@@ -150,9 +180,13 @@ def begin(args, ledger: Ledger, plan: Plan, make_optimizers, *, reference: bool)
 
 
 def plan_grpo(args, samples: list[Sample], make_optimizers) -> Plan:
-    """A step of train_grpo.py: its rollout when all answers have reached their full length, its largest micro-batch."""
+    """A step of train_grpo.py: its rollout when all answers have reached their full length, its
+    largest micro-batch.
+    """
     plan, ledger, G, T = Plan(), Ledger(), args.group_size, args.max_new_tokens
-    policy, reference, optimizers = begin(args, ledger, plan, make_optimizers, reference=bool(args.kl_coef) and not args.lora_rank)
+    policy, reference, optimizers = begin(
+        args, ledger, plan, make_optimizers, reference=bool(args.kl_coef) and not args.lora_rank
+    )
     reference = reference or policy
     prompts = policy.encode(batch_at(samples, 0, args.prompts_per_step, args.seed))
     B = len(prompts.ids)
@@ -163,19 +197,29 @@ def plan_grpo(args, samples: list[Sample], make_optimizers) -> Plan:
     tokens, mask = torch.zeros(B * G, T, dtype=torch.long), torch.ones(B * G, T, dtype=torch.bool)
     size = B // args.updates_per_rollout
     parts = micro_batches(prompts, mask, range(size), args.micro_tokens)
-    part, rows = max(parts, key=lambda part: len(part[0]) * (int(prompts.mask[part[0]].sum(1).max()) + G * T))
+    part, rows = max(
+        parts, key=lambda part: len(part[0]) * (int(prompts.mask[part[0]].sum(1).max()) + G * T)
+    )
     chosen, tokens, mask = prompts.select(part), tokens[rows], mask[rows]
     if args.kl_coef:
         with ledger.phase(plan, "reference pass"), torch.no_grad(), adapters_off(reference):
             reference.score(chosen, tokens, mask, temperature=args.temperature)
     for number in range(1 + (len(parts) > 1)):  # the second time there are gradients already
         with ledger.phase(plan, "update"):
-            imagine_update(policy, lambda: policy.score(chosen, tokens, mask, temperature=args.temperature, entropy=True)[0], plan)
+            imagine_update(
+                policy,
+                lambda: policy.score(
+                    chosen, tokens, mask, temperature=args.temperature, entropy=True
+                )[0],
+                plan,
+            )
     plan.parts["tiles of logits, in update"] = 3 * 4 * min(TILE, len(tokens) * T) * len(policy.head)
     return plan
 
 
-def imagine_rollout(policy: Policy, prompts: Prompts, places: int, group: int, length: int, plan: Plan) -> None:
+def imagine_rollout(
+    policy: Policy, prompts: Prompts, places: int, group: int, length: int, plan: Plan
+) -> None:
     """`generate` up to its last decoding step, with a refill beside it where prompts wait."""
     first = prompts.select(slice(places), trim=False)
     prefix, cache = policy.prefill(first), AnswerCache(length)
@@ -185,7 +229,9 @@ def imagine_rollout(policy: Policy, prompts: Prompts, places: int, group: int, l
     hidden = policy.decode(prefix, rows, rows + cache.written, cache)
     sample_tokens(hidden, policy.head, 1.0, torch.zeros(len(rows), dtype=torch.float64))
     plan.parts["keys and values of prompts, in rollout"] = prefix.nbytes
-    plan.parts["keys and values of answers, in rollout"] = sum(x.nbytes for stores in cache.layers.values() for x in stores)
+    plan.parts["keys and values of answers, in rollout"] = sum(
+        x.nbytes for stores in cache.layers.values() for x in stores
+    )
     if places < len(prompts.ids):
         prefix.put(torch.arange(places), policy.prefill(first))
 
@@ -195,11 +241,18 @@ def imagine_update(policy: Policy, score, plan: Plan) -> None:
     weights = {weight.untyped_storage()._cdata for weight in policy.model.parameters()}
 
     def keep(tensor):
-        if isinstance(tensor, FakeTensor) and (store := tensor.untyped_storage())._cdata not in weights:
+        if (
+            isinstance(tensor, FakeTensor)
+            and (store := tensor.untyped_storage())._cdata not in weights
+        ):
             kept[store._cdata] = store.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor) if not policy.activation_checkpointing else nullcontext():
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        if not policy.activation_checkpointing
+        else nullcontext()
+    ):
         loss = score().sum()
     loss.backward()
     if kept:
@@ -211,8 +264,14 @@ def plan_sft(args, parts: list[list[list[Sample]]], make_optimizers) -> Plan:
     plan, ledger = Plan(), Ledger()
     policy, _, optimizers = begin(args, ledger, plan, make_optimizers, reference=False)
     encoded = [policy.encode_turns(part) for part in parts]
-    plan.lasting["prompts"] = 2 * sum(x.nbytes for prompts, _ in encoded for x in vars(prompts).values())  # and the next step's
-    prompts, blocks = max(encoded, key=lambda part: part[0].ids.numel() + sum(tokens.numel() for tokens, *_ in part[1]))
+    # and the next step's
+    plan.lasting["prompts"] = 2 * sum(
+        x.nbytes for prompts, _ in encoded for x in vars(prompts).values()
+    )
+    prompts, blocks = max(
+        encoded,
+        key=lambda part: part[0].ids.numel() + sum(tokens.numel() for tokens, *_ in part[1]),
+    )
 
     def score():
         prefix = policy.prefill(prompts)
@@ -221,7 +280,9 @@ def plan_sft(args, parts: list[list[list[Sample]]], make_optimizers) -> Plan:
     for number in range(1 + (len(parts) > 1)):
         with ledger.phase(plan, "update"):
             imagine_update(policy, score, plan)
-    plan.parts["tiles of logits, in update"] = 2 * 4 * min(TILE, max(int(mask.sum()) for _, mask, _ in blocks)) * len(policy.head)
+    plan.parts["tiles of logits, in update"] = (
+        2 * 4 * min(TILE, max(int(mask.sum()) for _, mask, _ in blocks)) * len(policy.head)
+    )
     return plan
 
 
@@ -229,54 +290,100 @@ def explain(args, make_plan, samples_note: str) -> str:
     """The table that --plan prints, and the settings that fit; make_plan(args) -> Plan."""
     plan = make_plan(args)
     room = args.plan * 1e9 or memory_at_hand(args)
-    lines = [f"plan for {args.model} on {args.device}, {'bf16' if args.bf16 else 'fp32'}; {samples_note}"]
-    row = lambda name, size, note="": lines.append(f"  {name:<44}{size / 1e9:8.2f} GB  {note}".rstrip())
+    lines = [
+        f"plan for {args.model} on {args.device}, {'bf16' if args.bf16 else 'fp32'}; {samples_note}"
+    ]
+
+    def row(name, size, note=""):
+        return lines.append(f"  {name:<44}{size / 1e9:8.2f} GB  {note}".rstrip())
+
     for name, size in plan.lasting.items():
         row(name, size)
     for name, size in plan.phases.items():
-        row(f"+ {name}", size, f"{(plan.lasting['the program itself'] + plan.peaks[name]) / 1e9:.2f} GB in all")
+        row(
+            f"+ {name}",
+            size,
+            f"{(plan.lasting['the program itself'] + plan.peaks[name]) / 1e9:.2f} GB in all",
+        )
     for name, size in plan.parts.items():
         row(f"    of which {name}", size)
-    row("peak", plan.peak, f"in the {plan.worst}; of {room / 1e9:.1f} GB" + (" at hand" if not args.plan else ""))
+    row(
+        "peak",
+        plan.peak,
+        f"in the {plan.worst}; of {room / 1e9:.1f} GB" + (" at hand" if not args.plan else ""),
+    )
     if on_gpu(args):
-        lines.append("  not counted: the CUDA context, about half a GB, and what the allocator loses between blocks")
+        lines.append(
+            "  not counted: the CUDA context, about half a GB, and what the allocator loses between"
+            " blocks"
+        )
     else:
-        lines.append("  not counted: what glibc keeps of freed memory, measured at up to 18%; MALLOC_MMAP_THRESHOLD_=262144 gives it back")
+        lines.append(
+            "  not counted: what glibc keeps of freed memory, measured at up to 18%;"
+            " MALLOC_MMAP_THRESHOLD_=262144 gives it back"
+        )
     if args.shard:
-        lines.append("  not counted: what --shard saves (docs/node.md has the arithmetic); this is a rank that holds all layers whole")
+        lines.append(
+            "  not counted: what --shard saves (docs/node.md has the arithmetic); this is a rank"
+            " that holds all layers whole"
+        )
     if plan.peak <= room:
         return "\n".join([*lines, "fits"])
     lines.append("does not fit; lighter, a setting at a time:")
     for plan, words in lighter(args, plan, make_plan, room):
-        lines.append(f"  {words:<62}{plan.peak / 1e9:8.2f} GB" + ("  fits" if plan.peak <= room else ""))
+        lines.append(
+            f"  {words:<62}{plan.peak / 1e9:8.2f} GB" + ("  fits" if plan.peak <= room else "")
+        )
     if plan.peak > room:
-        lines.append("  nothing more to save here: a smaller --model, fewer --max_pixels, or a larger device")
+        lines.append(
+            "  nothing more to save here: a smaller --model, fewer --max_pixels, or a larger device"
+        )
     return "\n".join(lines)
 
 
 def lighter(args, plan: Plan, make_plan, room: float):
-    """(plan, all settings changed so far) until it fits: the setting that bears on the phase where the peak is."""
+    """(plan, all settings changed so far) until it fits: the setting that bears on the phase where
+    the peak is.
+    """
     part = "micro_tokens" if hasattr(args, "micro_tokens") else "micro_batch"
-    least, words, spent = {"rollout_rows": getattr(args, "group_size", 1), "micro_batch": 1, "micro_tokens": 512}, {}, set()
+    least, words, spent = (
+        {"rollout_rows": getattr(args, "group_size", 1), "micro_batch": 1, "micro_tokens": 512},
+        {},
+        set(),
+    )
     while plan.peak > room:
         name = "rollout_rows" if plan.worst == "rollout" else part
-        if (sum(plan.lasting.values()) > 0.9 * room or plan.worst == "optimiser step") and not args.lora_rank:
-            change = {"lora_rank": 16, "freeze": [part for part in args.freeze if part != "language"]}
+        if (
+            sum(plan.lasting.values()) > 0.9 * room or plan.worst == "optimiser step"
+        ) and not args.lora_rank:
+            change = {
+                "lora_rank": 16,
+                "freeze": [part for part in args.freeze if part != "language"],
+            }
         elif name not in spent and getattr(args, name) > least[name]:
             change = {name: max(least[name], getattr(args, name) // 4)}
         elif plan.worst != "rollout" and not args.activation_checkpointing:
             change = {"activation_checkpointing": True}
         elif not args.lora_rank:
-            change = {"lora_rank": 16, "freeze": [part for part in args.freeze if part != "language"]}
+            change = {
+                "lora_rank": 16,
+                "freeze": [part for part in args.freeze if part != "language"],
+            }
         else:
             return
         changed = make_plan(replace(args, **change))
-        if changed.peak >= plan.peak and name in change:  # a group stays whole: no smaller part than that
+        # a group stays whole: no smaller part than that
+        if changed.peak >= plan.peak and name in change:
             spent.add(name)
             continue
         args, plan = replace(args, **change), changed
         words |= {key: value for key, value in change.items() if key != "freeze"}
-        yield plan, " ".join(f"--{key}" if value is True else f"--{key} {value}" for key, value in words.items())
+        yield (
+            plan,
+            " ".join(
+                f"--{key}" if value is True else f"--{key} {value}" for key, value in words.items()
+            ),
+        )
 
 
 def on_gpu(args) -> bool:
@@ -287,7 +394,10 @@ def memory_at_hand(args) -> float:
     if on_gpu(args):
         return torch.cuda.mem_get_info(args.device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
+    return next(
+        (1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")),
+        float("inf"),
+    )
 
 
 @cache

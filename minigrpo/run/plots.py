@@ -21,7 +21,8 @@ from minigrpo.data.sample import load_film
 from minigrpo.run.files import aside
 from minigrpo.run.report import differences
 
-# Panel titles and the figures of metrics.jsonl that each shows; a panel without its first figure is left out.
+# Panel titles and the figures of metrics.jsonl that each shows; a panel without its first figure is
+# left out.
 PANELS = {
     "loss (nats per token)": ["loss", "eval_loss"],
     "reward": ["reward", "eval_reward"],
@@ -52,67 +53,123 @@ def due(seconds: float = REDRAWN) -> Callable[[], bool]:
             return False
         last = time.monotonic()
         return True
+
     return is_due
 
 
 def draw_curves(folder: Path) -> None:
-    """RUN/metrics.jsonl -> RUN/curves.png, in place of the one before. A run does not end for want of a picture: what hinders it
-    is said."""
+    """RUN/metrics.jsonl -> RUN/curves.png, in place of the one before. A run does not end for want
+    of a picture: what hinders it is said.
+    """
     try:
         draw_runs({str(folder): read_log(folder)}, folder / "curves.png")
     except Exception as error:
-        print(f"\n{folder / 'curves.png'} could not be drawn ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
+        print(
+            f"\n{folder / 'curves.png'} could not be drawn ({type(error).__name__}: {error})",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The rows of RUN/metrics.jsonl, of a run that goes on, too. ValueError where there is none, or where it is no log."""
+    """The rows of RUN/metrics.jsonl, of a run that goes on, too. ValueError where there is none, or
+    where it is no log.
+    """
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise ValueError(f"{folder} is no run: it holds no metrics.jsonl" if folder.exists() else f"{folder} does not exist")
+        raise ValueError(
+            f"{folder} is no run: it holds no metrics.jsonl"
+            if folder.exists()
+            else f"{folder} does not exist"
+        )
     lines, rows = path.read_bytes().split(b"\n"), []
-    for number, line in enumerate(lines[:-1], 1):  # behind the last line break: nothing, or a line that is being written
+    # behind the last line break: nothing, or a line that is being written
+    for number, line in enumerate(lines[:-1], 1):
         try:
             rows.append(json.loads(line))
-            if not all(isinstance(value, int | float) for value in [rows[-1]["step"], *rows[-1].values()]):
+            if not all(
+                isinstance(value, int | float) for value in [rows[-1]["step"], *rows[-1].values()]
+            ):
                 raise TypeError
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}:{number} is not a step's figures, an object of numbers with its step: remove the line") from None
+            raise ValueError(
+                f"{path}:{number} is not a step's figures, an object of numbers with its step:"
+                " remove the line"
+            ) from None
     if not rows:
         raise ValueError(f"{path} is empty: the run has not finished a step yet")
     return rows
 
 
 def draw_runs(runs: dict[str, list[dict]], path: Path) -> None:
-    """A panel for each figure over the steps: thin as logged, bold its running mean; with points, what --eval_data gave. Of
-    several runs each has a colour and its name (the keys) in the legend; of one, each figure of a panel has a colour. Written
-    aside: a reader of the picture sees a whole one."""
-    runs = {name: [{k: v for k, v in row.items() if k != "loss" or "reward" not in row} for row in rows]  # GRPO's says little
-            for name, rows in runs.items()}
+    """A panel for each figure over the steps: thin as logged, bold its running mean; with points,
+    what --eval_data gave. Of several runs each has a colour and its name (the keys) in the legend;
+    of one, each figure of a panel has a colour. Written aside: a reader of the picture sees a whole
+    one.
+    """
+    # GRPO's says little
+    runs = {
+        name: [{k: v for k, v in row.items() if k != "loss" or "reward" not in row} for row in rows]
+        for name, rows in runs.items()
+    }
     logged = {figure for rows in runs.values() for row in rows for figure in row}
-    panels = {title: [figure for figure in figures if figure in logged] for title, figures in PANELS.items() if figures[0] in logged}
+    panels = {
+        title: [figure for figure in figures if figure in logged]
+        for title, figures in PANELS.items()
+        if figures[0] in logged
+    }
     columns = min(4, len(panels))
     fig = Figure(figsize=(4 * columns, 2.8 * -(-len(panels) // columns)), layout="constrained")
     axes = fig.subplots(-(-len(panels) // columns), columns, squeeze=False)
-    for axis in axes.flat[len(panels):]:
+    for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    colors = COLORS if len(runs) <= len(COLORS) else colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
+    colors = (
+        COLORS if len(runs) <= len(COLORS) else colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
+    )
     for axis, (title, figures) in zip(axes.flat, panels.items()):
         for place, rows in enumerate(runs.values()):
             for number, figure in enumerate(figures):
                 found = [(row["step"], row[figure]) for row in rows if figure in row]
                 if found:
-                    color, style = (colors[place], STYLES[number]) if len(runs) > 1 else (COLORS[number], "-")
-                    draw_line(axis, *zip(*found), color=color, style=style, points=figure.startswith("eval_"), faint=0.25 / len(runs) ** 0.5)
+                    color, style = (
+                        (colors[place], STYLES[number]) if len(runs) > 1 else (COLORS[number], "-")
+                    )
+                    draw_line(
+                        axis,
+                        *zip(*found),
+                        color=color,
+                        style=style,
+                        points=figure.startswith("eval_"),
+                        faint=0.25 / len(runs) ** 0.5,
+                    )
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.25)
         if len(figures) > 1:
-            looks = [dict(color="#555555", linestyle=STYLES[n]) if len(runs) > 1 else dict(color=COLORS[n]) for n in range(len(figures))]
-            axis.legend([Line2D([], [], marker="." if name.startswith("eval_") else None, **look) for name, look in zip(figures, looks)],
-                        [name.replace("_", " ") for name in figures], fontsize=7)
+            looks = [
+                (
+                    dict(color="#555555", linestyle=STYLES[n])
+                    if len(runs) > 1
+                    else dict(color=COLORS[n])
+                )
+                for n in range(len(figures))
+            ]
+            axis.legend(
+                [
+                    Line2D([], [], marker="." if name.startswith("eval_") else None, **look)
+                    for name, look in zip(figures, looks)
+                ],
+                [name.replace("_", " ") for name in figures],
+                fontsize=7,
+            )
     fig.supxlabel("step", fontsize=9)
     if len(runs) > 1:
-        fig.legend([Line2D([], [], color=color, linewidth=2) for color, _ in zip(colors, runs)], list(runs), fontsize=9,
-                   ncols=min(len(runs), 2 * columns), loc="outside upper center")
+        fig.legend(
+            [Line2D([], [], color=color, linewidth=2) for color, _ in zip(colors, runs)],
+            list(runs),
+            fontsize=9,
+            ncols=min(len(runs), 2 * columns),
+            loc="outside upper center",
+        )
     else:
         fig.suptitle(next(iter(runs)), fontsize=10)
     with aside(path) as part:
@@ -121,30 +178,53 @@ def draw_runs(runs: dict[str, list[dict]], path: Path) -> None:
 
 def draw_line(axis, steps, values, *, color, style: str, points: bool, faint: float) -> None:
     if points:
-        axis.plot(steps, values, color=color, linestyle=style, linewidth=1.2, marker=".", markersize=7)
+        axis.plot(
+            steps, values, color=color, linestyle=style, linewidth=1.2, marker=".", markersize=7
+        )
         return
     window = max(1, len(values) // 15)
     padded = np.pad(values, (window // 2, window - 1 - window // 2), mode="edge")
     axis.plot(steps, values, color=color, alpha=faint, linewidth=0.8)
-    axis.plot(steps, np.convolve(padded, np.ones(window) / window, "valid"), color=color, linestyle=style, linewidth=1.8)
+    axis.plot(
+        steps,
+        np.convolve(padded, np.ones(window) / window, "valid"),
+        color=color,
+        linestyle=style,
+        linewidth=1.8,
+    )
 
 
 # The page of an evaluation's films and answers, in inches and points.
 WIDTH, MARGIN, GAP, LINE, POINTS, DPI, LINES = 10.0, 0.12, 0.14, 0.175, 9.0, 130, 7
 TRUE, BEFORE, NOW = "#56b4e9", "#f0e442", "#ff6a13"  # of boxes; they differ in style, too
-LOOKS = {"true": dict(edgecolor=TRUE, linewidth=2.6), "before": dict(edgecolor=BEFORE, linewidth=1.4, linestyle="--"),
-         "predicted": dict(edgecolor=NOW, linewidth=1.6)}
+LOOKS = {
+    "true": dict(edgecolor=TRUE, linewidth=2.6),
+    "before": dict(edgecolor=BEFORE, linewidth=1.4, linestyle="--"),
+    "predicted": dict(edgecolor=NOW, linewidth=1.6),
+}
 ONLY_REFERENCE, NOT_REFERENCE = "#cde6f7", "#ffd3a8"  # behind words
 NO_TEXT = "(no text)"
 INK, FAINT = "#1c1e21", "#667080"
 
 
-def draw_samples(path: Path, samples: list[Sample], answers: list[str], before: list[str] | None = None, *,
-                 count: int = 4, template_opens_think: bool = False, box_scale: float = 1.0) -> Path:
-    """Films with true and predicted boxes, then texts beside their film, with the words marked in which they differ from their
-    reference, as in report.html. `before` is another model's answers, whose boxes are taken to be fractions of the film.
-    Nothing to show (boxes, but no film): no picture."""
-    grounding = spread([i for i, s in enumerate(samples) if s.task == "grounding" and s.images], 2 * count)
+def draw_samples(
+    path: Path,
+    samples: list[Sample],
+    answers: list[str],
+    before: list[str] | None = None,
+    *,
+    count: int = 4,
+    template_opens_think: bool = False,
+    box_scale: float = 1.0,
+) -> Path:
+    """Films with true and predicted boxes, then texts beside their film, with the words marked in
+    which they differ from their reference, as in report.html. `before` is another model's answers,
+    whose boxes are taken to be fractions of the film. Nothing to show (boxes, but no film): no
+    picture.
+    """
+    grounding = spread(
+        [i for i, s in enumerate(samples) if s.task == "grounding" and s.images], 2 * count
+    )
     written = spread([i for i, s in enumerate(samples) if s.task != "grounding"], count)
     if not grounding and not written:
         return path
@@ -153,12 +233,19 @@ def draw_samples(path: Path, samples: list[Sample], answers: list[str], before: 
     page.axis("off")
     if grounding:
         kinds = [kind for kind in LOOKS if before or kind != "before"]
-        fig.legend([Rectangle((0, 0), 1, 1, fill=False, **LOOKS[kind]) for kind in kinds], [f"{kind} box" for kind in kinds],
-                   ncols=3, fontsize=POINTS, loc="upper left", borderaxespad=0.4, frameon=False)
+        fig.legend(
+            [Rectangle((0, 0), 1, 1, fill=False, **LOOKS[kind]) for kind in kinds],
+            [f"{kind} box" for kind in kinds],
+            ncols=3,
+            fontsize=POINTS,
+            loc="upper left",
+            borderaxespad=0.4,
+            frameon=False,
+        )
         top += 0.3
     side = (WIDTH - 2 * MARGIN - (count - 1) * GAP) / count
     for start in range(0, len(grounding), count):
-        row = grounding[start:start + count]
+        row = grounding[start : start + count]
         titles = [plain_lines(samples[i].question, side) for i in row]
         top += LINE * max(map(len, titles))
         bottoms = []
@@ -166,8 +253,13 @@ def draw_samples(path: Path, samples: list[Sample], answers: list[str], before: 
             left = MARGIN + column * (side + GAP)
             write(page, title, left, top - LINE * len(title))
             film = show_film(page, samples[i], left, top + 0.06, side, 1.2 * side)
-            boxes = {"true": samples[i].boxes, "before": parse_boxes(split_thinking(before[i])[1]) if before else [],
-                     "predicted": parse_boxes(split_thinking(answers[i], template_opens_think)[1], box_scale)}
+            boxes = {
+                "true": samples[i].boxes,
+                "before": parse_boxes(split_thinking(before[i])[1]) if before else [],
+                "predicted": parse_boxes(
+                    split_thinking(answers[i], template_opens_think)[1], box_scale
+                ),
+            }
             for kind, found in boxes.items():
                 draw_boxes(page, film, found, **LOOKS[kind])
             bottoms.append(film[3])
@@ -178,11 +270,28 @@ def draw_samples(path: Path, samples: list[Sample], answers: list[str], before: 
         film = show_film(page, samples[i], MARGIN, top, 2.1, 2.3)
         left = film[2] + GAP
         room = WIDTH - MARGIN - left
-        bottom = write(page, plain_lines(samples[i].question, 0.88 * room), left, top, bold=True)  # bold letters are wider
-        for name, pieces, color in texts_of(samples[i], answers[i], before[i] if before else None, template_opens_think):
-            page.text(left, bottom + 0.2, name, fontsize=POINTS - 1, color=FAINT, va="baseline", parse_math=False)
-            words = [(word, piece["changed"]) for piece in pieces for word in clean(piece["text"]).split(" ")]
-            bottom = write(page, shortened(wrapped(words, room), LINES), left, bottom + 0.22, behind=color)
+        # bold letters are wider
+        bottom = write(page, plain_lines(samples[i].question, 0.88 * room), left, top, bold=True)
+        for name, pieces, color in texts_of(
+            samples[i], answers[i], before[i] if before else None, template_opens_think
+        ):
+            page.text(
+                left,
+                bottom + 0.2,
+                name,
+                fontsize=POINTS - 1,
+                color=FAINT,
+                va="baseline",
+                parse_math=False,
+            )
+            words = [
+                (word, piece["changed"])
+                for piece in pieces
+                for word in clean(piece["text"]).split(" ")
+            ]
+            bottom = write(
+                page, shortened(wrapped(words, room), LINES), left, bottom + 0.22, behind=color
+            )
         top = max(film[3], bottom) + 1.5 * GAP
     page.set(xlim=(0, WIDTH), ylim=(top, 0))
     fig.set_size_inches(WIDTH, top)
@@ -191,19 +300,35 @@ def draw_samples(path: Path, samples: list[Sample], answers: list[str], before: 
     return path
 
 
-def texts_of(sample: Sample, answer: str, before: str | None, template_opens_think: bool) -> list[tuple[str, list[dict], str]]:
-    """(heading, pieces {"text", "changed"}, colour of what is changed) of the reference and of each answer."""
+def texts_of(
+    sample: Sample, answer: str, before: str | None, template_opens_think: bool
+) -> list[tuple[str, list[dict], str]]:
+    """(heading, pieces {"text", "changed"}, colour of what is changed) of the reference and of each
+    answer.
+    """
     thinking, text, ok = split_thinking(answer, template_opens_think)
     texts = [("reference", differences(sample.answer, text)[0], ONLY_REFERENCE)]
     if before is not None:
-        texts.append(("before", differences(sample.answer, split_thinking(before)[1] or NO_TEXT)[1], NOT_REFERENCE))
+        texts.append(
+            (
+                "before",
+                differences(sample.answer, split_thinking(before)[1] or NO_TEXT)[1],
+                NOT_REFERENCE,
+            )
+        )
     about = ", its think block broken" if not ok else ", its thinking left out" if thinking else ""
-    return [*texts, ("prediction" + about, differences(sample.answer, text or NO_TEXT)[1], NOT_REFERENCE)]
+    return [
+        *texts,
+        ("prediction" + about, differences(sample.answer, text or NO_TEXT)[1], NOT_REFERENCE),
+    ]
 
 
 def key_to_words(page, top: float) -> float:
     left = MARGIN
-    for text, color in (("only in the reference", ONLY_REFERENCE), ("not in the reference", NOT_REFERENCE)):
+    for text, color in (
+        ("only in the reference", ONLY_REFERENCE),
+        ("not in the reference", NOT_REFERENCE),
+    ):
         write(page, [[(text, True)]], left, top, behind=color)
         left += width_of(text) + 2 * GAP
     return top + LINE + GAP
@@ -217,6 +342,7 @@ def width_of(text: str) -> float:
     def pixels(text: str) -> float:
         font.set_text(text, 0.0, flags=get_hinting_flag())
         return font.get_width_height()[0] / 64
+
     return (pixels(text + ".") - pixels(".")) / DPI
 
 
@@ -241,10 +367,20 @@ def plain_lines(text: str, width: float) -> list[list[tuple[str, bool]]]:
 
 
 def shortened(lines: list[list[tuple[str, bool]]], most: int) -> list[list[tuple[str, bool]]]:
-    return lines if len(lines) <= most else [*lines[:most - 1], [*lines[most - 1][:-1], ("…", False)]]
+    return (
+        lines if len(lines) <= most else [*lines[: most - 1], [*lines[most - 1][:-1], ("…", False)]]
+    )
 
 
-def write(page, lines: list[list[tuple[str, bool]]], left: float, top: float, *, behind: str | None = None, bold: bool = False) -> float:
+def write(
+    page,
+    lines: list[list[tuple[str, bool]]],
+    left: float,
+    top: float,
+    *,
+    behind: str | None = None,
+    bold: bool = False,
+) -> float:
     """Lines of (word, whether it is marked) below `top`, where they end."""
     for number, line in enumerate(lines, 1):
         base, x = top + LINE * number - 0.05, left
@@ -252,19 +388,38 @@ def write(page, lines: list[list[tuple[str, bool]]], left: float, top: float, *,
             text = " ".join(word for word, _ in words)
             size = width_of(text)
             if changed:
-                page.add_patch(Rectangle((x - 0.02, base - 0.125), size + 0.04, 0.165, color=behind, linewidth=0))
-            page.text(x, base, text, fontsize=POINTS, color=INK, va="baseline", parse_math=False, weight="bold" if bold else "normal")
+                page.add_patch(
+                    Rectangle(
+                        (x - 0.02, base - 0.125), size + 0.04, 0.165, color=behind, linewidth=0
+                    )
+                )
+            page.text(
+                x,
+                base,
+                text,
+                fontsize=POINTS,
+                color=INK,
+                va="baseline",
+                parse_math=False,
+                weight="bold" if bold else "normal",
+            )
             x += size + width_of(" ")
     return top + LINE * len(lines)
 
 
 def clean(text: str) -> str:
     """A sampler may write half a surrogate pair, or a control character."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text.replace("\n", " "))
+    return "".join(
+        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text.replace("\n", " ")
+    )
 
 
-def show_film(page, sample: Sample, left: float, top: float, width: float, height: float) -> tuple[float, float, float, float]:
-    """The film as large as fits; left, top, right and bottom of where it lies. Without a film: nothing, no width."""
+def show_film(
+    page, sample: Sample, left: float, top: float, width: float, height: float
+) -> tuple[float, float, float, float]:
+    """The film as large as fits; left, top, right and bottom of where it lies. Without a film:
+    nothing, no width.
+    """
     if not sample.images:
         return left, top, left - GAP, top
     film = load_film(sample, sample.images[0])
@@ -280,10 +435,18 @@ def draw_boxes(page, film: tuple[float, float, float, float], boxes: list, **loo
     left, top, right, bottom = film
     for x1, y1, x2, y2 in boxes:
         corner = left + x1 * (right - left), top + y1 * (bottom - top)
-        patch = page.add_patch(Rectangle(corner, (x2 - x1) * (right - left), (y2 - y1) * (bottom - top), fill=False, **look))
-        patch.set_clip_path(Rectangle((left, top), right - left, bottom - top, transform=page.transData))
+        patch = page.add_patch(
+            Rectangle(
+                corner, (x2 - x1) * (right - left), (y2 - y1) * (bottom - top), fill=False, **look
+            )
+        )
+        patch.set_clip_path(
+            Rectangle((left, top), right - left, bottom - top, transform=page.transData)
+        )
 
 
 def spread(indices: list[int], count: int) -> list[int]:
-    """At most `count` of the indices, always the same; drawn, since even steps would meet the same question of every film."""
+    """At most `count` of the indices, always the same; drawn, since even steps would meet the same
+    question of every film.
+    """
     return sorted(random.Random(0).sample(indices, min(count, len(indices))))

@@ -1,7 +1,9 @@
-"""report.html: single answers as a reader of films would look at them, in one file that opens anywhere.
+"""report.html: single answers as a reader of films would look at them, in one file that opens
+anywhere.
 
-Film with true and predicted boxes, reference and answer with their differences marked, scores; to sort and to filter.
-Nothing is fetched: films are small JPEGs inside the file. Every text is escaped by the template (report.html beside this).
+Film with true and predicted boxes, reference and answer with their differences marked, scores; to
+sort and to filter. Nothing is fetched: films are small JPEGs inside the file. Every text is escaped
+by the template (report.html beside this).
 """
 
 import base64
@@ -28,9 +30,20 @@ WORD = re.compile(r"\[[^\[\]]*\]\S*|\S+")  # a box is one word
 FILTERS = ("task", "kind", "label", "source")
 
 
-def write_report(path: Path, samples: list[Sample], answers: list[str], items: list[dict], *, title: str, count: int = 400,
-                 template_opens_think: bool = False, box_scale: float = 1.0) -> Path:
-    """At most `count` of the samples, always the same ones; fewer where their films would pass the budget."""
+def write_report(
+    path: Path,
+    samples: list[Sample],
+    answers: list[str],
+    items: list[dict],
+    *,
+    title: str,
+    count: int = 400,
+    template_opens_think: bool = False,
+    box_scale: float = 1.0,
+) -> Path:
+    """At most `count` of the samples, always the same ones; fewer where their films would pass the
+    budget.
+    """
     films: dict[str, dict] = {}  # each film once, however many questions are asked of it
     cards, size = {}, 0
     for i in random.Random(0).sample(range(len(samples)), min(count, len(samples))):
@@ -41,13 +54,26 @@ def write_report(path: Path, samples: list[Sample], answers: list[str], items: l
             if size > BUDGET:
                 break
             films[name] = film
-        cards[i] = card(samples[i], answers[i], items[i], films.get(name), template_opens_think, box_scale)
+        cards[i] = card(
+            samples[i], answers[i], items[i], films.get(name), template_opens_think, box_scale
+        )
     cards = [cards[i] for i in sorted(cards)]
     metrics = list(dict.fromkeys(name for c in cards for name in c["scores"]))
     choices = {field: sorted({c[field] for c in cards if c[field]}) for field in FILTERS}
-    page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    text = page.get_template("report.html").render(title=title, cards=cards, films=list(films.values()), total=len(samples),
-                                                   metrics=metrics, choices=choices)
+    page = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text = page.get_template("report.html").render(
+        title=title,
+        cards=cards,
+        films=list(films.values()),
+        total=len(samples),
+        metrics=metrics,
+        choices=choices,
+    )
     write_aside(path, visible(text))  # a page is also looked at in a terminal
     return path
 
@@ -59,20 +85,48 @@ def small_film(sample: Sample, name: str) -> dict:
     stream = io.BytesIO()
     image.convert("L").save(stream, "JPEG", quality=QUALITY)
     code = base64.b64encode(stream.getvalue()).decode()
-    return {"href": Markup("data:image/jpeg;base64," + code), "width": image.width, "height": image.height}
+    return {
+        "href": Markup("data:image/jpeg;base64," + code),
+        "width": image.width,
+        "height": image.height,
+    }
 
 
-def card(sample: Sample, answer: str, item: dict, film: dict | None, template_opens_think: bool, box_scale: float) -> dict:
+def card(
+    sample: Sample,
+    answer: str,
+    item: dict,
+    film: dict | None,
+    template_opens_think: bool,
+    box_scale: float,
+) -> dict:
     """What the template shows of one answer."""
     thinking, text, ok = split_thinking(answer, template_opens_think)
     wanted, found = differences(sample.answer, text)
     width, height = (film["width"], film["height"]) if film else (SIDE, SIDE)
     boxes = [("true", box) for box in sample.boxes]
-    boxes += [("found", box) for box in parse_boxes(text, box_scale)] if ok and sample.task == "grounding" else []
-    return {"id": sample.id, "task": sample.task, "kind": sample.kind, "label": sample.label, "source": sample.source,
-            "question": sample.question, "reference": wanted, "prediction": found, "thinking": thinking,
-            "broken": not ok, "film": film, "more_films": max(0, len(sample.images) - 1), "scores": shown_scores(item),
-            "boxes": [{"kind": kind, **rectangle(box, width, height)} for kind, box in boxes], **conditions_of(item)}
+    boxes += (
+        [("found", box) for box in parse_boxes(text, box_scale)]
+        if ok and sample.task == "grounding"
+        else []
+    )
+    return {
+        "id": sample.id,
+        "task": sample.task,
+        "kind": sample.kind,
+        "label": sample.label,
+        "source": sample.source,
+        "question": sample.question,
+        "reference": wanted,
+        "prediction": found,
+        "thinking": thinking,
+        "broken": not ok,
+        "film": film,
+        "more_films": max(0, len(sample.images) - 1),
+        "scores": shown_scores(item),
+        "boxes": [{"kind": kind, **rectangle(box, width, height)} for kind, box in boxes],
+        **conditions_of(item),
+    }
 
 
 def shown_scores(item: dict) -> dict[str, float]:
@@ -80,46 +134,70 @@ def shown_scores(item: dict) -> dict[str, float]:
     scores: dict[str, float] = {}
     for key, value in item.items():
         if key in CORPUS:
-            scores |= {name: float(f(np.array(value, float))) for name, f in CORPUS[key].items() if "macro" not in name}
+            scores |= {
+                name: float(f(np.array(value, float)))
+                for name, f in CORPUS[key].items()
+                if "macro" not in name
+            }
         elif key not in ("id", "task"):
             scores[key] = float(value)
     return {name: round(value, 3) for name, value in scores.items()}
 
 
 def conditions_of(item: dict) -> dict:
-    """Names of CheXbert's conditions that the answer shares with, adds to and misses of its reference."""
+    """Names of CheXbert's conditions that the answer shares with, adds to and misses of its
+    reference.
+    """
     if "chexbert" not in item:
         return {}
     from minigrpo.metrics.clinical import conditions
 
     rows = np.array(item["chexbert"]).reshape(3, -1)
-    return {name: [c for c, on in zip(conditions(), row) if on] for name, row in zip(("agreed", "added", "missed"), rows)}
+    return {
+        name: [c for c, on in zip(conditions(), row) if on]
+        for name, row in zip(("agreed", "added", "missed"), rows)
+    }
 
 
 def rectangle(box, width: int, height: int) -> dict:
-    """The box in pixels of the film, as SVG wants it: a reversed one turned, a far one held near the film."""
+    """The box in pixels of the film, as SVG wants it: a reversed one turned, a far one held near
+    the film.
+    """
     x1, y1, x2, y2 = (min(max(value, -0.5), 1.5) for value in box)
-    return {"x": round(min(x1, x2) * width, 1), "y": round(min(y1, y2) * height, 1),
-            "width": round(abs(x2 - x1) * width, 1), "height": round(abs(y2 - y1) * height, 1)}
+    return {
+        "x": round(min(x1, x2) * width, 1),
+        "y": round(min(y1, y2) * height, 1),
+        "width": round(abs(x2 - x1) * width, 1),
+        "height": round(abs(y2 - y1) * height, 1),
+    }
 
 
 def differences(reference: str, prediction: str) -> tuple[list[dict], list[dict]]:
-    """Both texts in pieces {"text", "changed"}: changed are words that the other has not. Case, punctuation and the numbers
-    of boxes don't count, and a sentence that only stands elsewhere is no difference."""
+    """Both texts in pieces {"text", "changed"}: changed are words that the other has not. Case,
+    punctuation and the numbers of boxes don't count, and a sentence that only stands elsewhere is
+    no difference.
+    """
     words = [WORD.findall(text) for text in (reference, prediction)]
     changed = [[True] * len(side) for side in words]
     spans = [sentence_spans(side) for side in words]
     for key in spans[0].keys() & spans[1].keys():
         for (start, end), (first, last) in zip(spans[0][key], spans[1][key]):
-            changed[0][start:end], changed[1][first:last] = [False] * (end - start), [False] * (last - first)
+            changed[0][start:end], changed[1][first:last] = (
+                [False] * (end - start),
+                [False] * (last - first),
+            )
     rest = [[i for i, flag in enumerate(flags) if flag] for flags in changed]
     keys = [[plain(side[i]) for i in indices] for side, indices in zip(words, rest)]
     for block in difflib.SequenceMatcher(None, *keys, autojunk=False).get_matching_blocks():
         for i in range(block.size):
             changed[0][rest[0][block.a + i]] = changed[1][rest[1][block.b + i]] = False
-    return tuple([{"text": " ".join(word for word, _ in group), "changed": flag}
-                  for flag, group in groupby(zip(side, flags), key=lambda pair: pair[1])]
-                 for side, flags in zip(words, changed))
+    return tuple(
+        [
+            {"text": " ".join(word for word, _ in group), "changed": flag}
+            for flag, group in groupby(zip(side, flags), key=lambda pair: pair[1])
+        ]
+        for side, flags in zip(words, changed)
+    )
 
 
 def plain(word: str) -> str:

@@ -17,8 +17,14 @@ from minigrpo.lora import merge_adapters, save_adapters
 from minigrpo.policy import Policy
 from minigrpo.run.distributed import first, gathered, rank, say
 from minigrpo.run.files import WriteError, part_of, remove, seal, writes
-from minigrpo.run.folder import (checkpoints, is_numbered, newest, remove_checkpoints,
-                                 remove_folder, step_of)
+from minigrpo.run.folder import (
+    checkpoints,
+    is_numbered,
+    newest,
+    remove_checkpoints,
+    remove_folder,
+    step_of,
+)
 from minigrpo.run.shard import full_weights
 from minigrpo.run.state import optimizer_state
 from minigrpo.run.terminal import fail
@@ -26,8 +32,9 @@ from minigrpo.run.terminal import fail
 STOP_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}  # 75, EX_TEMPFAIL: again with --resume
 
 
-def save_checkpoint(folder: Path, step: int, policy: Policy, *optimizers: torch.optim.Optimizer,
-                    keep: int = 1) -> None:
+def save_checkpoint(
+    folder: Path, step: int, policy: Policy, *optimizers: torch.optim.Optimizer, keep: int = 1
+) -> None:
     """Weights (with LoRA: adapters alone) and optimiser state after `step` steps; of the older
     ones, the last keep - 1 stay.
 
@@ -36,8 +43,12 @@ def save_checkpoint(folder: Path, step: int, policy: Policy, *optimizers: torch.
     """
     problem = _save_state(folder, step, policy, optimizers)
     if problem and first():
-        print(f"\ncheckpoint of step {step} not saved: {problem}; the newest is {newest(folder)}. "
-              "Training goes on: make room before the next one is due", file=sys.stderr, flush=True)
+        print(
+            f"\ncheckpoint of step {step} not saved: {problem}; the newest is {newest(folder)}. "
+            "Training goes on: make room before the next one is due",
+            file=sys.stderr,
+            flush=True,
+        )
     elif first():
         older = [path for path in checkpoints(folder) if step_of(path) <= step]
         for path in older[:-keep]:
@@ -50,8 +61,11 @@ def save_best(folder: Path, step: int, policy: Policy) -> None:
     place = folder / "best" / f"step-{step:06d}"
     problem = _save(place, _writer(policy))
     if problem and first():
-        print(f"\nthe best model so far, of step {step}, is not saved: {problem}", file=sys.stderr,
-              flush=True)
+        print(
+            f"\nthe best model so far, of step {step}, is not saved: {problem}",
+            file=sys.stderr,
+            flush=True,
+        )
     elif first():
         for path in place.parent.iterdir():
             if path != place and is_numbered(path):
@@ -99,12 +113,14 @@ def _save_state(folder: Path, step: int, policy: Policy, optimizers) -> WriteErr
 def _writer(policy: Policy) -> Callable[[Path], None]:
     """What the first rank writes of a policy in training, into a folder."""
     weights = full_weights(policy)
-    return lambda part: (save_adapters(policy, part) if policy.adapters
-                         else policy.save_pretrained(part, weights))
+    return lambda part: (
+        save_adapters(policy, part) if policy.adapters else policy.save_pretrained(part, weights)
+    )
 
 
-def _save(place: Path, write: Callable[[Path], None],
-          write_own: Callable[[Path], None] | None = None) -> WriteError | None:
+def _save(
+    place: Path, write: Callable[[Path], None], write_own: Callable[[Path], None] | None = None
+) -> WriteError | None:
     """A sealed folder: the first rank writes, then every rank its own. Returns what went wrong,
     on whichever rank, to all of them; what was begun is then removed."""
     part, numbered = part_of(place), is_numbered(place)
@@ -145,8 +161,10 @@ def graceful_stop():
         if came and number == signal.SIGINT:
             raise KeyboardInterrupt
         came.append(STOP_CODES[number])
-        say(f"\n{signal.Signals(number).name}: stopping after this step"
-            + " (Ctrl-C again to abort at once)" * (number == signal.SIGINT))
+        say(
+            f"\n{signal.Signals(number).name}: stopping after this step"
+            + " (Ctrl-C again to abort at once)" * (number == signal.SIGINT)
+        )
 
     before = {number: signal.signal(number, on_signal) for number in STOP_CODES}
     try:
@@ -156,8 +174,14 @@ def graceful_stop():
             signal.signal(number, handler)
 
 
-def stop_early(code: int, folder: Path, step: int, policy: Policy,
-               *optimizers: torch.optim.Optimizer, keep: int = 1) -> None:
+def stop_early(
+    code: int,
+    folder: Path,
+    step: int,
+    policy: Policy,
+    *optimizers: torch.optim.Optimizer,
+    keep: int = 1,
+) -> None:
     """Leave a checkpoint behind and end the program with 130 after Ctrl-C, 75 after SIGTERM."""
     save_checkpoint(folder, step, policy, *optimizers, keep=keep)
     say(f"stopped after step {step}; --resume continues from {newest(folder)}")

@@ -8,19 +8,27 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: float, schedule: str) -> float:
-    """Of step 0 .. steps - 1: a rise to the peak over the share `warmup` of the steps, then the peak throughout (constant), or
-    down to a tenth of it along a line or half a cosine. It depends on nothing else, so a resumed run goes on at the same rate."""
+    """Of step 0 .. steps - 1: a rise to the peak over the share `warmup` of the steps, then the
+    peak throughout (constant), or down to a tenth of it along a line or half a cosine. It depends
+    on nothing else, so a resumed run goes on at the same rate.
+    """
     rise = rise_of(steps, warmup)
     if step < rise:
         return peak * (step + 1) / rise
     if schedule == "constant":
         return peak
     done, whole = step - rise, max(1, steps - rise)
-    return peak * (1 - 0.9 * done / whole if schedule == "linear" else 0.55 + 0.45 * math.cos(math.pi * done / whole))
+    return peak * (
+        1 - 0.9 * done / whole
+        if schedule == "linear"
+        else 0.55 + 0.45 * math.cos(math.pi * done / whole)
+    )
 
 
 def rise_of(steps: int, warmup: float) -> int:
-    """Steps of the warm-up; the last of them, and where there is only one the first step, is at the peak."""
+    """Steps of the warm-up; the last of them, and where there is only one the first step, is at the
+    peak.
+    """
     return max(1, round(warmup * steps))
 
 

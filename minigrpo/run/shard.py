@@ -1,9 +1,12 @@
-"""--shard: the decoder layers of a model that no GPU holds whole, cut up over the ranks (FSDP2, Zhao et al. 2304.11277).
+"""--shard: the decoder layers of a model that no GPU holds whole, cut up over the ranks (FSDP2,
+Zhao et al. 2304.11277).
 
-Of each layer's weights, gradients and optimiser state a rank keeps 1 / N; embeddings, head and vision tower stay whole and go
-through distributed.py. A pass with gradient gathers a layer, uses it and lets it go, forward and backward: these are collectives,
-so all ranks must make the same passes (`same_passes_on_every_rank`). A pass without gradient runs inside `gathered_layers`, where every layer is there, or
-each decoded token would move all weights; ranks then need not wait for each other.
+Of each layer's weights, gradients and optimiser state a rank keeps 1 / N; embeddings, head and
+vision tower stay whole and go through distributed.py. A pass with gradient gathers a layer, uses it
+and lets it go, forward and backward: these are collectives, so all ranks must make the same passes
+(`same_passes_on_every_rank`). A pass without gradient runs inside `gathered_layers`, where every
+layer is there, or each decoded token would move all weights; ranks then need not wait for each
+other.
 """
 
 import warnings
@@ -25,24 +28,33 @@ T = TypeVar("T")
 
 
 def shard(policy: Policy) -> Policy:
-    """Keep this rank's slices of the decoder layers; every rank has loaded the same weights. Alone, do nothing."""
+    """Keep this rank's slices of the decoder layers; every rank has loaded the same weights. Alone,
+    do nothing.
+    """
     if ranks() == 1:
         return policy
-    # k and v leave a layer as views; the warning is about changing them in place, which nobody does.
+    # k and v leave a layer as views; the warning is about changing them in place, which nobody
+    # does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     mesh = init_device_mesh(policy.device.type, (ranks(),))
     for layer in policy.language_model.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)  # without the word, a layer called by itself stays gathered
-        layer.forward = lambda work, *given: work(*given)  # policy.py computes with a layer's parts; FSDP2 gathers around a call
-        layer.set_gradient_divide_factor(1.0)  # losses are divided by the count of all ranks: gradients are sums
-        layer.set_force_sum_reduction_for_comms(True)  # or the division by 1 becomes an operation that only NCCL has
+        # without the word, a layer called by itself stays gathered
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        # policy.py computes with a layer's parts; FSDP2 gathers around a call
+        layer.forward = lambda work, *given: work(*given)
+        # losses are divided by the count of all ranks: gradients are sums
+        layer.set_gradient_divide_factor(1.0)
+        # or the division by 1 becomes an operation that only NCCL has
+        layer.set_force_sum_reduction_for_comms(True)
     policy.sharded = True
     return policy
 
 
 @contextmanager
 def gathered_layers(policy: Policy):
-    """All layers gathered, for passes without gradient. All ranks enter together; inside, each goes its own way."""
+    """All layers gathered, for passes without gradient. All ranks enter together; inside, each goes
+    its own way.
+    """
     layers = policy.language_model.layers if policy.sharded else ()
     try:
         for layer in layers:
@@ -53,9 +65,12 @@ def gathered_layers(policy: Policy):
             layer.reshard()
 
 
-def same_passes_on_every_rank(policy: Policy, mine: list[T], spare: Callable[[], list[T]] = list) -> list[tuple[T, float]]:
-    """What this rank passes through sharded layers, each with weight 1, filled up to the most that a rank has: with its own first,
-    or the first of `spare` where it has none, at weight 0."""
+def same_passes_on_every_rank(
+    policy: Policy, mine: list[T], spare: Callable[[], list[T]] = list
+) -> list[tuple[T, float]]:
+    """What this rank passes through sharded layers, each with weight 1, filled up to the most that
+    a rank has: with its own first, or the first of `spare` where it has none, at weight 0.
+    """
     missing = max(gathered(len(mine))) - len(mine) if policy.sharded else 0
     again = (mine or spare())[:1] * missing if missing else []
     return [(part, 1.0) for part in mine] + [(part, 0.0) for part in again]
@@ -63,7 +78,9 @@ def same_passes_on_every_rank(policy: Policy, mine: list[T], spare: Callable[[],
 
 @torch.no_grad()
 def clip_gradients(parameters: list[torch.nn.Parameter], largest: float) -> Tensor:
-    """`clip_grad_norm_` over whole and sharded parameters: the norm of all gradients together, the same on every rank."""
+    """`clip_grad_norm_` over whole and sharded parameters: the norm of all gradients together, the
+    same on every rank.
+    """
     found = [p.grad for p in parameters if p.grad is not None]
     slices = [grad.to_local() for grad in found if is_sharded(grad)]
     if not slices:
@@ -80,7 +97,7 @@ def optimizer_param_groups(parameters: list[torch.nn.Parameter]) -> list[dict]:
     return [{"params": kind} for kind in kinds if kind]
 
 
-# ---- checkpoints, which know nothing of slices ----------------------------------------------------------------------
+# ---- checkpoints, which know nothing of slices ---------------------------------------------------
 
 
 def full(x: Tensor) -> Tensor:
@@ -89,7 +106,9 @@ def full(x: Tensor) -> Tensor:
 
 
 def full_weights(policy: Policy) -> dict[str, Tensor] | None:
-    """The weights of a sharded policy by name, whole, for the first rank to write; one by one. None where nothing is sharded."""
+    """The weights of a sharded policy by name, whole, for the first rank to write; one by one. None
+    where nothing is sharded.
+    """
     if not policy.sharded:
         return None
     found = {}
@@ -101,6 +120,8 @@ def full_weights(policy: Policy) -> dict[str, Tensor] | None:
 
 
 def slice_like(p: torch.nn.Parameter, x: Tensor) -> Tensor:
-    """This rank's slice of x, which every rank has read, where p is sharded and x a figure of each of its numbers."""
+    """This rank's slice of x, which every rank has read, where p is sharded and x a figure of each
+    of its numbers.
+    """
     alike = is_sharded(p) and x.shape == p.shape
     return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if alike else x

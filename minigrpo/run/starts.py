@@ -25,22 +25,39 @@ from minigrpo.run.log import read_rows
 FILE = "starts.jsonl"
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "peft")
 PIECE = 4096  # bytes of a large file that are read at each of 64 places
-FREE = {"resume", "save_steps", "output_dir", "device", "keep_checkpoints", "track",
-        "reward_timeout", "shard", "plan"}  # arguments whose change is nobody's concern
+FREE = {
+    "resume",
+    "save_steps",
+    "output_dir",
+    "device",
+    "keep_checkpoints",
+    "track",
+    "reward_timeout",
+    "shard",
+    "plan",
+}  # arguments whose change is nobody's concern
 
 
 def past_starts(folder: Path, first_args: dict) -> list[dict]:
     """The run's starts so far; an older version's run has none but its args.json, `first_args`."""
-    rows = [row for row in read_rows(folder / FILE)[0]
-            if all(isinstance(row.get(part, {}), dict) for part in ("args", "versions", "content"))]
+    rows = [
+        row
+        for row in read_rows(folder / FILE)[0]
+        if all(isinstance(row.get(part, {}), dict) for part in ("args", "versions", "content"))
+    ]
     return rows or [{"step": 0, "args": first_args}]
 
 
 def this_start(args, step: int, samples: Sequence[Sample]) -> dict:
     """The line of a start at `step`, with `samples` to learn from and to validate on."""
-    return {"step": step, "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "program": Path(sys.argv[0]).name, "args": asdict(args), "versions": versions(),
-            "content": content(args, samples)}
+    return {
+        "step": step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "program": Path(sys.argv[0]).name,
+        "args": asdict(args),
+        "versions": versions(),
+        "content": content(args, samples),
+    }
 
 
 def add_start(folder: Path, now: dict) -> None:
@@ -56,8 +73,11 @@ def differences(before: list[dict], now: dict) -> list[str]:
     notes = []
     for part, title in (("args", "--{}"), ("versions", "{}"), ("content", "the content of {}")):
         for name, value in now[part].items():
-            past = [(start[part][name], start["step"]) for start in before
-                    if name in start.get(part, {})]
+            past = [
+                (start[part][name], start["step"])
+                for start in before
+                if name in start.get(part, {})
+            ]
             past = [item for k, item in enumerate(past) if k == 0 or item[0] != past[k - 1][0]]
             if name in FREE or all(was == value for was, _ in past):
                 continue
@@ -70,8 +90,11 @@ def differences(before: list[dict], now: dict) -> list[str]:
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"minigrpo": minigrpo.__version__, "commit": commit(),
-                                    "python": platform.python_version()}
+    found: dict[str, str | None] = {
+        "minigrpo": minigrpo.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+    }
     for name in PACKAGES:
         try:
             found[name] = version(name)
@@ -82,10 +105,13 @@ def versions() -> dict[str, str | None]:
 
 def commit() -> str | None:
     """The clone's, "-dirty" behind it where files were changed; None for an installed package."""
+
     def git(*words: str) -> str:
         place = ["git", "-C", str(Path(minigrpo.__file__).parent)]
-        return subprocess.run([*place, *words], capture_output=True, text=True, check=True,
-                              timeout=10).stdout.strip()
+        return subprocess.run(
+            [*place, *words], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
     try:
         git("ls-files", "--error-unmatch", "__init__.py")  # else some other repository around it
         return git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
@@ -100,10 +126,14 @@ def content(args, samples: Sequence[Sample]) -> dict[str, str]:
     for name in ("train_data", "eval_data"):
         if path := getattr(args, name):
             found[f"--{name}"] = of_file(Path(path))
-    films = {(os.path.relpath(image, os.path.dirname(sample.file)), os.path.getsize(image))
-             for sample in samples for image in sample.images}
-    found["the films"] = (f"{len(films):,} files, {sum(size for _, size in films):,} bytes, "
-                          + _hash(sorted(films)))
+    films = {
+        (os.path.relpath(image, os.path.dirname(sample.file)), os.path.getsize(image))
+        for sample in samples
+        for image in sample.images
+    }
+    found["the films"] = (
+        f"{len(films):,} files, {sum(size for _, size in films):,} bytes, " + _hash(sorted(films))
+    )
     if Path(args.model).is_dir():
         found["--model"] = of_folder(Path(args.model))
     if path := getattr(args, "reward_weights", None):
@@ -122,10 +152,15 @@ def of_folder(folder: Path, *patterns: str) -> str:
     """Names and sizes of all files, the bytes of small ones, among them the checksums of all in a
     checkpoint of ours, and a sample of large ones: other weights of one model are as large."""
     paths = {path for pattern in patterns or ("*",) for path in folder.glob(pattern)}
-    files = sorted((str(path.relative_to(folder)), path.stat().st_size, path) for path in paths
-                   if path.is_file())
-    known = [(name, size, checksum(path) if size < 1e6 else sampled(path, size))
-             for name, size, path in files]
+    files = sorted(
+        (str(path.relative_to(folder)), path.stat().st_size, path)
+        for path in paths
+        if path.is_file()
+    )
+    known = [
+        (name, size, checksum(path) if size < 1e6 else sampled(path, size))
+        for name, size, path in files
+    ]
     return f"{len(files)} files, {sum(size for _, size, _ in files):,} bytes, {_hash(known)}"
 
 

@@ -18,14 +18,16 @@ def check_optimizer(checkpoint: Path, args) -> None:
     figures = {key.rsplit(":", 1)[1] for file in _files(checkpoint) for key in _keys(file)}
     before, now = "muon" if figures - ADAM else "adamw", getattr(args, "optimizer", "adamw")
     if figures and before != now:
-        raise ValueError(f"{checkpoint} holds the state of --optimizer {before}, from which {now} "
-                         f"cannot go on: resume with --optimizer {before}, or begin another run "
-                         f"with --model {checkpoint}")
+        raise ValueError(
+            f"{checkpoint} holds the state of --optimizer {before}, from which {now} "
+            f"cannot go on: resume with --optimizer {before}, or begin another run "
+            f"with --model {checkpoint}"
+        )
 
 
 def optimizer_state(policy: Policy, optimizers) -> dict[str, torch.Tensor]:
-    """"parameter:figure" -> tensor, by the parameters' names, so that any number of ranks can share
-    it out anew, sharded or not.
+    """ "parameter:figure" -> tensor, by the parameters' names, so that any number of ranks can
+    share it out anew, sharded or not.
 
     Sharded parameters come together one by one, and the ranks take turns in keeping them.
     """
@@ -33,8 +35,10 @@ def optimizer_state(policy: Policy, optimizers) -> dict[str, torch.Tensor]:
     keeper = cycle(range(ranks()))
     state = {}
     for p, figures in [item for optimizer in optimizers for item in optimizer.state.items()]:
-        found = {f"{name_of[id(p)]}:{figure}": full(value).contiguous()  # on all ranks
-                 for figure, value in figures.items()}
+        found = {
+            f"{name_of[id(p)]}:{figure}": full(value).contiguous()  # on all ranks
+            for figure, value in figures.items()
+        }
         if not is_sharded(p) or next(keeper) == rank():
             state |= found
     return state
@@ -53,8 +57,10 @@ def load_optimizers(checkpoint: Path, policy: Policy, *optimizers: torch.optim.O
             for p in group["params"]:
                 found = by_name.get(name_of[id(p)], [])
                 if found:
-                    state[number] = {key.rsplit(":", 1)[1]: slice_like(p, _tensor(place[key], key))
-                                     for key in found}
+                    state[number] = {
+                        key.rsplit(":", 1)[1]: slice_like(p, _tensor(place[key], key))
+                        for key in found
+                    }
                 number += 1
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})

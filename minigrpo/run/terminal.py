@@ -39,8 +39,10 @@ def path_of(text: str) -> str:
     """
     path = os.path.expanduser(text)
     if path.startswith("~"):
-        raise ValueError(f"{text}: there is no such home folder; write the path in full, or "
-                         f"./{text} if it is called so")
+        raise ValueError(
+            f"{text}: there is no such home folder; write the path in full, or "
+            f"./{text} if it is called so"
+        )
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):

@@ -10,8 +10,10 @@ from minigrpo.run.terminal import fail
 
 
 def tracker(args, folder: Path, start: int) -> Callable[[dict], None]:
-    """A function that logs a row of metrics.jsonl to all that --track names, on the first rank. A resumed run continues its
-    curves. One that cannot begin ends the program; one that fails later is left out."""
+    """A function that logs a row of metrics.jsonl to all that --track names, on the first rank. A
+    resumed run continues its curves. One that cannot begin ends the program; one that fails later
+    is left out.
+    """
     logs = {}
     for name in args.track if first() else ():
         try:
@@ -25,28 +27,44 @@ def tracker(args, folder: Path, start: int) -> Callable[[dict], None]:
                 write(row)
             except Exception as error:
                 del logs[name]
-                say(f"\nnote: --track {name} failed ({error}) and gets no more rows; metrics.jsonl "
-                    "has them all")
+                say(
+                    f"\nnote: --track {name} failed ({error}) and gets no more rows; metrics.jsonl "
+                    "has them all"
+                )
+
     return log
 
 
 def _tensorboard(args, folder: Path, start: int) -> Callable[[dict], None]:
     from torch.utils.tensorboard import SummaryWriter  # seconds to import, so only here
-    writer = SummaryWriter(folder / "tensorboard", purge_step=start)  # drops what will be logged again
+
+    # drops what will be logged again
+    writer = SummaryWriter(folder / "tensorboard", purge_step=start)
 
     def write(row: dict) -> None:
         for name, value in row.items():
             if name != "step":
                 writer.add_scalar(name, value, row["step"])
         writer.flush()
+
     return write
 
 
 def _wandb(args, folder: Path, start: int) -> Callable[[dict], None]:
     import wandb
-    same = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same run again after --resume
-    run = wandb.init(project="minigrpo", name=folder.name, id=same, resume="allow", dir=folder, config=asdict(args))
+
+    # the same run again after --resume
+    same = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    run = wandb.init(
+        project="minigrpo",
+        name=folder.name,
+        id=same,
+        resume="allow",
+        dir=folder,
+        config=asdict(args),
+    )
 
     def write(row: dict) -> None:
         run.log(row, step=row["step"])
+
     return write
