@@ -1,11 +1,10 @@
 """Greedy answers of a checkpoint to a JSONL file, scored with 95% bootstrap intervals.
 
-    python evaluate.py --model runs/report/final --data data/phantom/test.jsonl --output_dir
-    runs/report/test \
-        --baseline runs/sft/test
-    python evaluate.py --predictions runs/report/test --data data/phantom/test.jsonl --output_dir
-    runs/report/clinical \
-        --reward_weights weights        # stored answers scored anew: no model, no GPU
+    python evaluate.py --model runs/report/final --data data/phantom/test.jsonl \\
+        --output_dir runs/report/test --baseline runs/sft/test
+    # stored answers scored anew: no model, no GPU
+    python evaluate.py --predictions runs/report/test --data data/phantom/test.jsonl \\
+        --output_dir runs/report/clinical --reward_weights weights
 
 `--baseline OTHER_EVALUATION` adds the paired difference to another model's answers to the same
 file. `--model constant` answers the same whatever the film shows, as well as one can: the best box

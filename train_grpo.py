@@ -1,7 +1,7 @@
 """Group Relative Policy Optimization (DeepSeekMath 2402.03300) as RadVLM-GRPO (2512.10691) runs it.
 
-    python train_grpo.py --model runs/sft/final --train_data data/phantom/train.jsonl --task report
-    --output_dir runs/report
+    python train_grpo.py --model runs/sft/final --train_data data/phantom/train.jsonl \\
+        --task report --output_dir runs/report
 
 One step, the algorithm, is `grpo_step` in minigrpo/grpo.py; the loop in `main` takes the steps,
 logs, validates and saves.

@@ -4,10 +4,9 @@ and backward.
     python -m benchmarks.logprob [--repeats 3]
 
 naive: all logits in fp32 and `log_softmax` (tiny-grpo, rasbt, rlhf-book); checkpoint: chunks of
-    1,024 tokens whose logits
-are made again in backward; trl: the function under TRL's GRPOTrainer. Liger's needs Triton, and so
-a GPU: it is not here. Time is the median of interleaved runs, memory the peak above hidden states
-and head, each in its own process.
+1,024 tokens whose logits are made again in backward; trl: the function under TRL's GRPOTrainer.
+Liger's needs Triton, and so a GPU: it is not here. Time is the median of interleaved runs, memory
+the peak above hidden states and head, each in its own process.
 """
 
 from dataclasses import dataclass, field

@@ -1,8 +1,8 @@
 """What rewards cost: RadGraph in batches beside its package one report at a time, and a step of
 GLEU + soft F1.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.rewards            # --base adds a BERT of base size
-    (about two minutes on a CPU)
+    # --base adds a BERT of base size (about two minutes on a CPU)
+    OMP_NUM_THREADS=1 python -m benchmarks.rewards
 
 Random weights in the published archive's format. Seconds of CPU, so that a busy machine does not
 count; the least of three.

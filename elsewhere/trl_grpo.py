@@ -1,8 +1,8 @@
 """The paper's GRPO with TRL and vLLM, on our checkpoint, our data and our rewards (docs/node.md).
 Needs GPUs, trl and vllm:
 
-    accelerate launch --num_processes 8 elsewhere/trl_grpo.py runs/sft/final mine/train.jsonl
-    runs/trl
+    accelerate launch --num_processes 8 \\
+        elsewhere/trl_grpo.py runs/sft/final mine/train.jsonl runs/trl
 """
 
 import sys

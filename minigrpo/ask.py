@@ -1,7 +1,7 @@
 """Ask one film one question.
 
-    python -m minigrpo.ask --model runs/demo/grounding/final --image film.png --question "Where is
-    the right lung?"
+    python -m minigrpo.ask --model runs/demo/grounding/final --image film.png \\
+        --question "Where is the right lung?"
 
 Prints the answer; where it holds boxes, draws them into a copy of the film.
 """

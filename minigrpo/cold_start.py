@@ -1,12 +1,12 @@
 """Traces of thought to start from: a teacher sees film, question and answer, and thinks aloud up to
 the answer.
 
-    python -m minigrpo.cold_start data/phantom/train.jsonl --teacher drawing --output_file
-    data/phantom/think.jsonl python -m minigrpo.cold_start data/mimic/train.jsonl --teacher
-    http://127.0.0.1:8000/v1 --model Qwen3-VL-235B --limit 28000 \
-        --output_file data/mimic/think.jsonl
-    python -m minigrpo.cold_start data/mimic/train.jsonl --teacher checkpoint --model
-    Qwen/Qwen3-VL-8B-Instruct --output_file ...
+    python -m minigrpo.cold_start data/phantom/train.jsonl --teacher drawing \\
+        --output_file data/phantom/think.jsonl
+    python -m minigrpo.cold_start data/mimic/train.jsonl --teacher http://127.0.0.1:8000/v1 \\
+        --model Qwen3-VL-235B --limit 28000 --output_file data/mimic/think.jsonl
+    python -m minigrpo.cold_start data/mimic/train.jsonl --teacher checkpoint \\
+        --model Qwen/Qwen3-VL-8B-Instruct --output_file ...
 
 A trace is kept if its reply is one closed <think> block and then the answer, word for word, and if
 it does not let on that the answer was known; what is refused is counted by reason. The output holds

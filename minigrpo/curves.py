@@ -1,8 +1,9 @@
 """The curves of several runs, laid over one another in one picture.
 
-    python -m minigrpo.curves runs/a runs/b                             # curves.png, labelled a and
-    b python -m minigrpo.curves runs/*/report --output report.png python -m minigrpo.curves runs/a
-    runs/b --labels "lr 1e-6" "lr 1e-5"
+    # curves.png, labelled a and b
+    python -m minigrpo.curves runs/a runs/b
+    python -m minigrpo.curves runs/*/report --output report.png
+    python -m minigrpo.curves runs/a runs/b --labels "lr 1e-6" "lr 1e-5"
 
 A run's own picture is RUN/curves.png, which grows while it trains; so does this one each time it is
 drawn.

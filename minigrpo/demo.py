@@ -1,9 +1,10 @@
 """The whole road, as commands that you could type: films, SFT, GRPO for both tasks, evaluation
 before and after.
 
-    python -m minigrpo.demo --output_dir runs/demo --seed 0                                     #
-    make demo python -m minigrpo.demo --output_dir runs/real --data FOLDER --model
-    runs/demo/sft/final    # make demo-real
+    # make demo
+    python -m minigrpo.demo --output_dir runs/demo --seed 0
+    # make demo-real
+    python -m minigrpo.demo --output_dir runs/real --data FOLDER --model runs/demo/sft/final
 
 FOLDER holds train.jsonl and test.jsonl; without one, phantom films are drawn. Leaves results.json,
 results.md and the pictures in output_dir. Every command is printed before it runs; what it prints

@@ -1,10 +1,12 @@
 """The study on phantoms: does RL add to SFT, does thinking help, what does the reward do? One
 command, resumable.
 
-    python -m minigrpo.study                  # make study: everything that is not done yet, then
-    docs/study.json, study.md, figures python -m minigrpo.study --smoke --output_dir
-    runs/study-smoke --json runs/study-smoke/study.json --page ""  # make study-smoke python -m
-    minigrpo.study --table          # tables and figures from docs/study.json alone
+    # make study: everything that is not done yet, then docs/study.json, study.md, figures
+    python -m minigrpo.study
+    # make study-smoke
+    python -m minigrpo.study --smoke --output_dir runs/study-smoke \\
+        --json runs/study-smoke/study.json --page ""
+    python -m minigrpo.study --table          # tables and figures from docs/study.json alone
 
 {general, domain} start x {direct, thinking} x {report, grounding}: each evaluated before and after
 GRPO, over several seeds. `general` learned to see and answer on drawn scenes and never saw a film;

@@ -1,16 +1,16 @@
 """Bugs found in public GRPO code, one test each where no module's own test guards against it:
 
 never learns to stop (pad == eos)        test_generate: test_end_token_is_inside_the_mask
-normaliser per micro-batch or padded     test_loss: test_micro_batches_of_any_size,
-test_padding_and_the_order_of_rows KL of the wrong sign or direction        test_kl:
-test_on_policy another prompt's image                   test_policy:
-test_a_prompt_reads_its_own_image one tiny image shrinks later ones        test_policy:
-test_one_small_image_leaves_the_others_alone log-softmax in bf16
-test_logprob: test_bfloat16_comes_out_in_float32 NaN behind the mask
-test_loss: test_nothing_behind_the_mask_is_read sampled <|image_pad|> crashes
-test_policy: test_image_token_in_an_answer_is_plain_text one end token of several
-test_generate: test_every_end_token_ends gradients not summed over ranks          test_ranks:
-test_ranks_add_up_to_one_process
+normaliser per micro-batch               test_loss: test_micro_batches_of_any_size
+normaliser over padded tokens            test_loss: test_padding_and_the_order_of_rows
+KL of the wrong sign or direction        test_kl: test_on_policy
+another prompt's image                   test_policy: test_a_prompt_reads_its_own_image
+one tiny image shrinks later ones         test_policy: test_one_small_image_leaves_the_others_alone
+log-softmax in bf16                      test_logprob: test_bfloat16_comes_out_in_float32
+NaN behind the mask                      test_loss: test_nothing_behind_the_mask_is_read
+sampled <|image_pad|> crashes            test_policy: test_image_token_in_an_answer_is_plain_text
+one end token of several                 test_generate: test_every_end_token_ends
+gradients not summed over ranks          test_ranks: test_ranks_add_up_to_one_process
 """
 
 import math

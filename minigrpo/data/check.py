@@ -1,7 +1,7 @@
 """Look at data before a run does: everything that a run would read, all errors at once.
 
-    python -m minigrpo.data.check data/phantom/train.jsonl data/phantom/test.jsonl --model
-    models/tiny
+    python -m minigrpo.data.check data/phantom/train.jsonl data/phantom/test.jsonl \\
+        --model models/tiny
 
 Prints for each file its counts, lengths, film sizes, boxes and labels, then every error as
 `file:line: what, and how to mend it`, and draws a contact sheet of films with their boxes. Each

@@ -1,7 +1,7 @@
 """Chest ImaGenome: boxes of the anatomy on MIMIC-CXR films (credentialed, PhysioNet).
 
-    python -m minigrpo.data.chest_imagenome --root DIR --mimic_root MIMIC --split test --output_dir
-    OUT
+    python -m minigrpo.data.chest_imagenome --root DIR --mimic_root MIMIC --split test \\
+        --output_dir OUT
 
 DIR holds `silver_dataset/splits/{train,valid,test}.csv` and
 `silver_dataset/scene_graph/DICOM_SceneGraph.json`; MIMIC holds the films and

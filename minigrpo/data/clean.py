@@ -2,8 +2,8 @@
 colleagues.
 
     python -m minigrpo.data.clean mimic/train.jsonl --output_file mimic/train-clean.jsonl
-    python -m minigrpo.data.clean openi/train.jsonl --output_file openi/train-clean.jsonl --endpoint
-    http://127.0.0.1:8000/v1 --model NAME
+    python -m minigrpo.data.clean openi/train.jsonl --output_file openi/train-clean.jsonl \\
+        --endpoint http://127.0.0.1:8000/v1 --model NAME
 
 A model sees one film, so a report that says "unchanged" teaches it to invent a past. The first
 command follows rules (`clean_report`); the second asks a language model at any OpenAI-compatible

@@ -1,8 +1,8 @@
 """Drawn everyday scenes with true boxes and captions: the world of a general model, which never saw
 a film.
 
-    python -m minigrpo.data.scenes --output_dir data/scenes --train 2000 --test 100 --reading 300
-    --seed 0
+    python -m minigrpo.data.scenes --output_dir data/scenes --train 2000 --test 100 \\
+        --reading 300 --seed 0
 
 One to four things of one colour each on a plain ground. Of every scene: a caption, the boxes of all
 things, and the box of one of them. `--reading` adds reports of chest films that were never drawn to

@@ -1,8 +1,8 @@
 """LLaVA / ShareGPT JSON, to and from our JSONL.
 
-    python -m minigrpo.data.sharegpt llava.json --output_file data/mine/train.jsonl --image_root
-    films --task report python -m minigrpo.data.sharegpt data/mine/train.jsonl --output_file
-    llava.json
+    python -m minigrpo.data.sharegpt llava.json --output_file data/mine/train.jsonl \\
+        --image_root films --task report
+    python -m minigrpo.data.sharegpt data/mine/train.jsonl --output_file llava.json
 
 Which way it goes follows from the suffix. The JSON is a list of {"id", "image": path or list of
 paths (absent: none), "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt",

@@ -1,10 +1,11 @@
 """Rewards: answers in, one float an answer out. `reward_fn` reads the --reward argument:
 
-    gleu                                       one reward, on the tasks it applies to
-    0.9*gleu+0.1*soft_f1                       a weighted sum; each term enters on the tasks it
-    applies to report=gleu,grounding=0.5*soft_f1+0.5*dice one sum for each task my_module:my_reward
-    your own, anywhere a name may stand: callable(answers, samples) -> a list
-                                               of numbers (None: not scored) or a `Scores`
+    gleu                     one reward, on the tasks it applies to
+    0.9*gleu+0.1*soft_f1     a weighted sum; each term enters on the tasks it applies to
+    report=gleu,grounding=0.5*soft_f1+0.5*dice
+                             one sum for each task
+    my_module:my_reward      your own, anywhere a name may stand: callable(answers, samples) -> a
+                             list of numbers (None: not scored) or a `Scores`
 
 A built-in scores answers without their thinking and gives an empty one its floor. What a scorer
 can't do, by an exception or NaN, is marked as not scored, and is no fault of the model.

@@ -4,11 +4,12 @@ Hugging Face hub.
 The folder holds the files as they are published; each scorer asks for those it needs and says what
 is missing:
 
-    DIR/radgraph-xl.tar.gz       RadGraph-XL, 416 MB (unpacked beside it on first use);
-    radgraph.tar.gz is RadGraph 1.0 DIR/chexbert.pth             CheXbert, 1.31 GB DIR/<encoder>/
-    a folder for each encoder that these name: config.json and tokenizer, for BERTScore the
-                                 weights too: bert-base-uncased, distilroberta-base,
-                                     distilbert-base-uncased, ...
+    DIR/radgraph-xl.tar.gz   RadGraph-XL, 416 MB (unpacked beside it on first use);
+                             radgraph.tar.gz is RadGraph 1.0
+    DIR/chexbert.pth         CheXbert, 1.31 GB
+    DIR/<encoder>/           a folder for each encoder that these name: config.json and tokenizer,
+                             for BERTScore the weights too: bert-base-uncased, distilroberta-base,
+                             distilbert-base-uncased, ...
 """
 
 import gzip

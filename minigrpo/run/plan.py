@@ -1,13 +1,13 @@
 """--plan: what a run will take of the device's memory, before anything is loaded.
 
+    # the memory at hand
     python train_grpo.py --model Qwen/Qwen3-VL-8B-Instruct --train_data ... --output_dir ... --plan
-    # the memory at hand python train_grpo.py ... --plan 80
     # a device of 80 GB
+    python train_grpo.py ... --plan 80
 
 No formulas: the step itself runs, on torch's fake tensors, which have shapes and no numbers, and a
-    ledger adds up what is
-alive. Prompts are those of the first step; answers are taken to be as long as they may get, so a
-run whose answers end earlier takes less. 1 GB is 1e9 bytes.
+ledger adds up what is alive. Prompts are those of the first step; answers are taken to be as long
+as they may get, so a run whose answers end earlier takes less. 1 GB is 1e9 bytes.
 """
 
 import gc
