@@ -468,10 +468,12 @@ def draw(
         axis.annotate(
             title,
             (1, value),
-            (-4, 3),
+            # SFT's own label lies below its line, clear of the one just above
+            (-4, -3 if name == "before" else 3),
             ("axes fraction", "data"),
             "offset points",
             ha="right",
+            va="top" if name == "before" else "bottom",
             fontsize=9,
             color=QUIET,
         )
