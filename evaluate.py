@@ -15,8 +15,10 @@ film. Open report.html to look at single answers.
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from minigrpo.data import TASKS, Sample, ask_to_think, check_apart, read_jsonl, scale_note
 from minigrpo.data.schema import broken_text
@@ -179,57 +181,26 @@ class EvaluateArguments:
 def main() -> None:
     with input_errors():
         args = parse_args(EvaluateArguments, __doc__)
-        # the other processes of torchrun, if there are any: they share out the questions
-        join(args.device)
+        join(args.device)  # the other processes of torchrun share out the questions
         if args.bf16 and (note := note_on_bf16(args.device)):
             say(note)
         folder = Path(args.output_dir)
-        if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
-            raise ValueError(f"{folder} is not empty: give another --output_dir")
+        check_empty(folder)
         gathered(None)  # all have looked before one writes
-        samples = read_jsonl(args.data, task=args.task, part=(rank(), ranks()))
-        if args.published and (drawn := sum(sample.source in DRAWN for sample in samples)):
-            raise ValueError(
-                f"--published: {drawn} of the samples are drawn ({', '.join(DRAWN)}), "
-                "and the paper's figures are of real films: leave it out"
-            )
-        samples = ask_to_think(samples) if args.think else samples
-        clinical, missing = (
-            load_clinical(args.reward_weights, args.device) if args.reward_weights else (None, [])
-        )
-        baseline, _, before = (
-            read_answers(args.baseline, samples, "--baseline")
-            if args.baseline
-            else (None, None, {})
-        )
-        stored, cut_off = {}, None
-        if args.predictions:
-            answers, cut_off, stored = read_answers(args.predictions, samples, "--predictions")
-        elif args.model == "constant":
-            train = read_jsonl(args.train_data, task=args.task, verify_images=False)
-            if shared := check_apart(train, samples, ("--train_data", f"--data {args.data}")):
-                print(f"note: {shared}")
-            answers = constant_answers(train, samples)
-        else:
-            policy = Policy.from_pretrained(
-                args.model, device=args.device, autocast=args.bf16, max_pixels=args.max_pixels
-            )
+        samples = read_samples(args)
+        clinical, missing = None, []
+        if args.reward_weights:
+            clinical, missing = load_clinical(args.reward_weights, args.device)
+        baseline, _, about_baseline = None, None, {}
+        if args.baseline:
+            baseline, _, about_baseline = read_answers(args.baseline, samples, "--baseline")
+        answer = answers_of(args, samples)
         # before hours of sampling, and after all that can be wrong with the input
-        make_folder(folder)
-        held = lock(folder / ".lock") if first() else True  # until the program ends
-        if held is None:
-            raise ValueError(
-                f"{folder} is in use: another evaluation is writing there. Give "
-                "another --output_dir"
-            )
-        if any(path.name != ".lock" for path in folder.iterdir()):  # it has ended since we looked
-            raise ValueError(f"{folder} is not empty: give another --output_dir")
+        held = hold(folder) if first() else None  # until the program ends
         gathered(None)
     for line in missing:
         print(line)
-    if args.model not in (None, "constant"):
-        answers, cut_off = greedy_answers(policy, samples, args.batch_size, args.max_new_tokens)
-        stored = {"template_opens_think": policy.template_opens_think}
+    answers, cut_off, about = answer()
     if not first():
         return
 
@@ -237,19 +208,17 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)  # should somebody have removed it meanwhile
     # hours of sampling outlive a scorer that fails
     write_predictions(folder / "predictions.jsonl", samples, answers, cut_off)
-    reading = {
-        "template_opens_think": (
-            args.template_opens_think
-            or stored.get("template_opens_think", stored.get("opened", False))
-        ),
-        "box_scale": args.box_scale or stored.get("box_scale", 1.0),
-    }
+    reading = how_to_read(about)
+    if args.template_opens_think:
+        reading["template_opens_think"] = True
+    if args.box_scale:
+        reading["box_scale"] = args.box_scale
     if note := scale_note(answers, samples, **reading):
         print(f"note: {note}")
     results = evaluate_answers(samples, answers, **reading, clinical=clinical, cut_off=cut_off)
     items = results.pop("items")
     metrics = {
-        "model": args.model or stored.get("model", args.predictions),
+        "model": args.model or about.get("model", args.predictions),
         "data": args.data,
         **reading,
         "tasks": results,
@@ -257,10 +226,7 @@ def main() -> None:
         "not_computed": missing,
     }
     if baseline:
-        read_before = {
-            name: before.get(name, default)
-            for name, default in (("template_opens_think", False), ("box_scale", 1.0))
-        }
+        read_before = how_to_read(about_baseline)
         others = evaluate_answers(samples, baseline, **read_before, clinical=clinical)["items"]
         metrics["baseline"] = args.baseline
         metrics["difference"] = compare(items, others)
@@ -269,17 +235,69 @@ def main() -> None:
     write_aside(folder / "table.md", table := markdown_table(metrics, published=args.published))
     draw_samples(folder / "samples.png", samples, answers, baseline, **reading)
     if args.report_items:
-        write_report(
-            folder / "report.html",
-            samples,
-            answers,
-            items,
-            title=f"{metrics['model']} on {args.data}",
-            count=args.report_items,
-            **reading,
-        )
+        title, count = f"{metrics['model']} on {args.data}", args.report_items
+        page = folder / "report.html"
+        write_report(page, samples, answers, items, title=title, count=count, **reading)
     print(table)
     (folder / ".lock").unlink(missing_ok=True)  # who waits for it finds the folder full
+    del held  # and with it the lock
+
+
+def check_empty(folder: Path) -> None:
+    if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: give another --output_dir")
+
+
+def hold(folder: Path) -> IO:
+    """The folder made, empty, and ours alone for as long as what is returned lives."""
+    make_folder(folder)
+    held = lock(folder / ".lock")
+    if held is None:
+        raise ValueError(
+            f"{folder} is in use: another evaluation is writing there. Give another --output_dir"
+        )
+    check_empty(folder)  # that other evaluation may have ended since we looked
+    return held
+
+
+def read_samples(args: EvaluateArguments) -> list[Sample]:
+    """The samples of --data; each rank looks at its part of the images."""
+    samples = read_jsonl(args.data, task=args.task, part=(rank(), ranks()))
+    if args.published and (drawn := sum(sample.source in DRAWN for sample in samples)):
+        raise ValueError(
+            f"--published: {drawn} of the samples are drawn ({', '.join(DRAWN)}), "
+            "and the paper's figures are of real films: leave it out"
+        )
+    return ask_to_think(samples) if args.think else samples
+
+
+def answers_of(args: EvaluateArguments, samples: list[Sample]) -> Callable[[], tuple]:
+    """Look at where the answers come from, --predictions or --model, and load it. What is returned
+    gives (answers, which were cut off or None, what metrics.json said of them)."""
+    if args.predictions:
+        stored = read_answers(args.predictions, samples, "--predictions")
+        return lambda: stored
+    if args.model == "constant":
+        train = read_jsonl(args.train_data, task=args.task, verify_images=False)
+        if shared := check_apart(train, samples, ("--train_data", f"--data {args.data}")):
+            print(f"note: {shared}")
+        answers = constant_answers(train, samples)
+        return lambda: (answers, None, {})
+    policy = Policy.from_pretrained(
+        args.model, device=args.device, autocast=args.bf16, max_pixels=args.max_pixels
+    )
+
+    def sampled() -> tuple[list[str], list[bool], dict]:
+        made = greedy_answers(policy, samples, args.batch_size, args.max_new_tokens)
+        return *made, {"template_opens_think": policy.template_opens_think}
+
+    return sampled
+
+
+def how_to_read(about: dict) -> dict:
+    """Of an evaluation's metrics.json, what its answers are read with."""
+    opens = about.get("template_opens_think", about.get("opened", False))
+    return {"template_opens_think": opens, "box_scale": about.get("box_scale", 1.0)}
 
 
 def constant_answers(train: list[Sample], samples: list[Sample]) -> list[str]:
@@ -404,18 +422,11 @@ def read_about(path: Path) -> dict:
         ) from None
     if not isinstance(about, dict):
         raise ValueError(f"{path} holds no object, so it is no evaluation's: remove it")
-    scale, template_opens_think = (
-        about.get("box_scale", 1.0),
-        about.get("template_opens_think", about.get("opened", False)),
-    )
-    if (
-        type(scale) not in (int, float)
-        or not 0 < scale < math.inf
-        or type(template_opens_think) is not bool
-    ):
+    opens, scale = how_to_read(about).values()
+    if type(scale) not in (int, float) or not 0 < scale < math.inf or type(opens) is not bool:
         raise ValueError(
             f"{path}: box_scale {scale!r} must be a number above 0, and template_opens_think"
-            f" {template_opens_think!r} true or false: write what the answers were made with"
+            f" {opens!r} true or false: write what the answers were made with"
         )
     return about
 

@@ -57,10 +57,12 @@ class Node:
         a rank that must keep step with others."""
         return [(part, 1.0) for part in parts]
 
-    def step(self, policy, optimizer, batch=None):
-        """Move the weights along the gradients. Their norm, None where the step is refused."""
+    def step(self, policy, *optimizers, batch=None):
+        """Move the weights along the gradients. Their norm, None where the step is refused, for
+        whose record `batch()` has the rows."""
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), self.grad_clip)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         return norm
 
 
@@ -177,8 +179,8 @@ def grpo_step(
             # Without a token there is nothing to learn, and AdamW would go on by momentum.
             norm = None
             if denominator:
-                batch = lambda: (groups.take([*among]), advantage[span])  # noqa: E731
-                norm = node.step(policy, optimizer, batch)
+                rows_of = groups.take([*among]).rows
+                norm = node.step(policy, optimizer, batch=lambda: rows_of(advantage[span]))
             policy.model.zero_grad()
         step.parts += parts
         if norm is not None:

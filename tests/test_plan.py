@@ -61,7 +61,7 @@ def test_a_plan_is_what_the_step_takes(hub, samples, settings):
         | settings
     )
     args = arguments(bare, **settings)
-    plan = plan_grpo(args, samples, make_optimizers)
+    plan = plan_grpo(samples, make_optimizers, args)
 
     policy = Policy.from_pretrained(whole, max_pixels=args.max_pixels, autocast=args.bf16)
     if args.lora_rank:
@@ -112,7 +112,7 @@ def test_a_plan_of_supervised_training(hub, samples):
     bare, whole = hub
     args = arguments(bare, SftArguments, batch_size=4)
     parts = passes(batch_at([[s] for s in samples], 0, 4, 0), 8, 8)
-    plan = plan_sft(args, parts, sft_optimizers)
+    plan = plan_sft(parts, sft_optimizers, args)
     policy = Policy.from_pretrained(whole, max_pixels=args.max_pixels)
     prompts, blocks = policy.encode_turns(parts[0])
 
@@ -172,5 +172,5 @@ def test_the_real_sizes_are_planned_without_their_weights(tmp_path, samples, hub
         json.dumps(published | {name: ids[name] for name in ids if name.endswith("_token_id")})
     )
     args = arguments(str(folder), prompts_per_step=4, group_size=4, max_new_tokens=32)
-    plan = plan_grpo(args, samples, make_optimizers)
+    plan = plan_grpo(samples, make_optimizers, args)
     assert plan.peak > 5 * plan.lasting["weights"] > 5 * 4 * 2e9

@@ -2,6 +2,7 @@
 worth.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,6 +85,32 @@ class Groups:
             .nonzero()[:, 0]
             .tolist()
         )
+
+    def rows(self, advantage: Tensor, count: int | None = None) -> list[dict]:
+        """The first `count` groups (or all) in full, for rollouts.jsonl: where one sees a reward
+        being hacked. advantage [R]. The reward of an answer that could not be scored is None.
+        """
+        size = self.rewards.shape[1]
+        rewards, valid = self.rewards.flatten().tolist(), self.valid.flatten().tolist()
+
+        def answer(r: int) -> dict:
+            parts = {name: values[r] for name, values in self.parts.items()}
+            return {
+                "text": self.rollout.texts[r],
+                "reward": rewards[r] if valid[r] else None,
+                "advantage": advantage[r].item(),
+                **{name: value for name, value in parts.items() if not math.isnan(value)},
+            }
+
+        return [
+            {
+                "id": sample.id,
+                "question": sample.question,
+                "reference": sample.answer,
+                "answers": [answer(r) for r in range(b * size, (b + 1) * size)],
+            }
+            for b, sample in enumerate(self.samples[:count])
+        ]
 
     def replace(self, which: list[int], fresh: "Groups") -> "Groups":
         """These groups with the fresh ones at `which`, in order; answers are padded to the longer

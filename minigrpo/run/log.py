@@ -176,35 +176,3 @@ def rollout_stats(groups: Groups, template_opens_think: bool = False) -> dict[st
         known = [v for v in values if v == v]
         stats |= {f"reward_{name}": sum(known) / len(known)} if known else {}
     return stats
-
-
-def group_rows(groups: Groups, advantage: torch.Tensor, count: int | None = None) -> list[dict]:
-    """The first groups of a step (or all) in full, for rollouts.jsonl: where one sees a reward
-    being hacked. advantage [B G]. The reward of an answer that could not be scored is None."""
-    size = groups.rewards.shape[1]
-    rows = []
-    for b, sample in enumerate(groups.samples[:count]):
-        span = range(b * size, (b + 1) * size)
-        rows.append(
-            {
-                "id": sample.id,
-                "question": sample.question,
-                "reference": sample.answer,
-                "answers": [
-                    {
-                        "text": groups.rollout.texts[r],
-                        "reward": groups.rewards[b, r - b * size].item()
-                        if groups.valid[b, r - b * size]
-                        else None,
-                        "advantage": advantage[r].item(),
-                        **{
-                            name: values[r]
-                            for name, values in groups.parts.items()
-                            if values[r] == values[r]
-                        },
-                    }
-                    for r in span
-                ],
-            }
-        )
-    return rows

@@ -4,9 +4,10 @@ hang and gradients explode: `minigrpo.grpo.Node`, armoured."""
 from contextlib import ExitStack, contextmanager
 
 from minigrpo import grpo
-from minigrpo.data import batch_at
+from minigrpo.data import batch_at, scale_note
 from minigrpo.run.distributed import (
     balance_over_ranks,
+    in_order,
     places_of_this_rank,
     ranks,
     share_weights,
@@ -15,7 +16,7 @@ from minigrpo.run.distributed import (
 )
 from minigrpo.run.groups import Groups, of_all_ranks, padding_share
 from minigrpo.run.guard import Skipped, agreed_scores, in_time, retry_smaller_on_oom
-from minigrpo.run.log import Means, Timer, group_rows, peak_memory_gb, rollout_stats
+from minigrpo.run.log import Means, Timer, peak_memory_gb, rollout_stats
 from minigrpo.run.roofline import efficiency
 from minigrpo.run.shard import clip_gradients, gathered_layers, same_passes_on_every_rank
 
@@ -25,8 +26,10 @@ class ArmouredNode(grpo.Node):
     this rank's among them) and `replaced` (groups without spread that were asked anew) say how it
     went."""
 
-    def __init__(self, args, skipped: Skipped):
-        self.args, self.skipped, self.sharded = args, skipped, args.shard and ranks() > 1
+    def __init__(self, args, skipped: Skipped, limits: dict | None = None):
+        """`limits` of the machine, as `measure_roofline` finds them, are for `row`."""
+        self.args, self.skipped, self.limits = args, skipped, limits
+        self.sharded = args.shard and ranks() > 1
 
     def begin(self, number: int) -> None:
         self.number, self.update, self.timer, self.replaced = number, 0, Timer(), 0
@@ -50,15 +53,14 @@ class ArmouredNode(grpo.Node):
     def passes(self, policy, parts, spare):
         return same_passes_on_every_rank(policy, parts, spare)
 
-    def step(self, policy, optimizer, batch):
+    def step(self, policy, *optimizers, batch):
         sum_gradients(policy.parameters())
         norm = clip_gradients(policy.parameters(), self.args.grad_clip)
         self.update += 1
-        if not self.skipped.accept_or_record(
-            norm, self.number, self.update - 1, lambda: group_rows(*batch())
-        ):
+        if not self.skipped.accept_or_record(norm, self.number, self.update - 1, batch):
             return None
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         share_weights(policy.parameters())
         return norm
 
@@ -66,6 +68,7 @@ class ArmouredNode(grpo.Node):
         """The step's groups of this rank, in the order of the updates: `grpo.collect` on each rank,
         and again for groups without spread (--dynamic_sampling)."""
         args, count = self.args, self.args.prompts_per_step
+        self.template_opens_think = reward.template_opens_think
 
         def judge(answers, asked):
             return agreed_scores(
@@ -106,7 +109,7 @@ class ArmouredNode(grpo.Node):
         own.prompts, own.spans = prompts, spans
         return own
 
-    def row(self, policy, done: grpo.Step, template_opens_think: bool, limits: dict | None) -> dict:
+    def row(self, policy, done: grpo.Step) -> dict:
         """The figures of the step, for metrics.jsonl."""
         means = Means()
         for weight, figures in done.figures:
@@ -114,11 +117,21 @@ class ArmouredNode(grpo.Node):
         prompts, rollout = done.groups.prompts, done.groups.rollout
         padding = padding_share(prompts, done.mask, done.parts)
         return {
-            **rollout_stats(self.groups, template_opens_think),
+            **rollout_stats(self.groups, self.template_opens_think),
             "groups_replaced": self.replaced,
             **means.row(),
             "skipped_updates": self.skipped.count - self.skipped_before,
             **self.timer.row(),
             "peak_memory_gb": peak_memory_gb(policy.device),
-            **efficiency(policy, prompts, rollout, self.timer.seconds, padding, limits),
+            **efficiency(policy, prompts, rollout, self.timer.seconds, padding, self.limits),
         }
+
+    def rollouts(self, done: grpo.Step) -> list[dict]:
+        """The first two groups of the step, for rollouts.jsonl."""
+        return self.groups.rows(in_order(self.mine, done.advantage).flatten(), count=2)
+
+    def scale_note(self) -> str | None:
+        """Doubts about --box_scale, from the answers of the step."""
+        asked = [s for s in self.groups.samples for _ in range(self.args.group_size)]
+        answers = self.groups.rollout.texts
+        return scale_note(answers, asked, self.template_opens_think, self.args.box_scale)

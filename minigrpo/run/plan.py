@@ -179,7 +179,7 @@ def begin(
     return policy, other, optimizers  # whose states live as long as they do
 
 
-def plan_grpo(args, samples: list[Sample], make_optimizers) -> Plan:
+def plan_grpo(samples: list[Sample], make_optimizers, args) -> Plan:
     """A step of train_grpo.py: its rollout when all answers have reached their full length, its
     largest micro-batch.
     """
@@ -259,7 +259,7 @@ def imagine_update(policy: Policy, score, plan: Plan) -> None:
         plan.parts["activations, in update"] = sum(kept.values())
 
 
-def plan_sft(args, parts: list[list[list[Sample]]], make_optimizers) -> Plan:
+def plan_sft(parts: list[list[list[Sample]]], make_optimizers, args) -> Plan:
     """A step of train_sft.py whose forward and backward passes are `parts`: its largest."""
     plan, ledger = Plan(), Ledger()
     policy, _, optimizers = begin(args, ledger, plan, make_optimizers, reference=False)

@@ -12,7 +12,7 @@ import torch
 
 from minigrpo.generate import Rollout
 from minigrpo.policy import Policy, Prompts
-from minigrpo.run.distributed import ranks, total
+from minigrpo.run.distributed import ranks, say, total
 
 
 def multiplications(
@@ -137,6 +137,15 @@ def measure_roofline(device: torch.device, dtype: torch.dtype) -> dict[str, floa
         "tflop_per_second": 2 * side**3 / _fastest(lambda: a @ a, device) / 1e12,
         "gb_per_second": 4 * len(memory) / _fastest(memory.sum, device) / 1e9,
     }
+
+
+def roofline(args) -> dict[str, float]:
+    """`measure_roofline` of a run's device and precision, which it also says."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    limits = measure_roofline(torch.device(args.device), dtype)
+    flops, bytes_read = limits["tflop_per_second"], limits["gb_per_second"]
+    say(f"roofline: {flops:.3g} TFLOP/s, {bytes_read:.3g} GB/s")
+    return limits
 
 
 def note_on_bf16(device: str) -> str | None:
