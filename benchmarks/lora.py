@@ -14,6 +14,7 @@ from pathlib import Path
 import train_grpo
 from benchmarks.common import about, own_process, random_policy, resident, write
 from minigrpo.data.phantom import Arguments, write_phantom
+from minigrpo.run import loop
 
 RUNS = {
     "all weights": [],
@@ -44,7 +45,7 @@ def train(*words: str) -> None:
     """train_grpo.py without its last step, which would remove the checkpoint; prints its peak of
     resident memory.
     """
-    train_grpo.save_final = train_grpo.draw_curves = lambda *_: None
+    loop.save_final = loop.draw_curves = lambda *_: None
     sys.argv = ["train_grpo.py", *words]
     train_grpo.main()
     print(resident("VmHWM"))

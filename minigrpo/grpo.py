@@ -52,7 +52,7 @@ class Node:
         """The sum over all ranks."""
         return x
 
-    def passes(self, policy, parts, spare):
+    def passes(self, policy, parts, spare=list):
         """The micro-batches of this rank, each with its weight; `spare()` has some at weight 0 for
         a rank that must keep step with others."""
         return [(part, 1.0) for part in parts]
@@ -179,8 +179,7 @@ def grpo_step(
             # Without a token there is nothing to learn, and AdamW would go on by momentum.
             norm = None
             if denominator:
-                rows_of = groups.take([*among]).rows
-                norm = node.step(policy, optimizer, batch=lambda: rows_of(advantage[span]))
+                norm = node.step(policy, optimizer, batch=lambda: groups.rows(advantage, among))
             policy.model.zero_grad()
         step.parts += parts
         if norm is not None:

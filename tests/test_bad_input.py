@@ -24,7 +24,7 @@ from minigrpo.data import check, clean, join, openi, scenes, sharegpt
 from minigrpo.data import phantom as phantom_films
 from minigrpo.data.convert import adapter_main
 from minigrpo.rewards import Scores
-from minigrpo.run import files
+from minigrpo.run import files, loop
 from minigrpo.run.args import parse_args
 from minigrpo.run.guard import in_time
 from minigrpo.run.names import ELSEWHERE, RENAMED
@@ -944,7 +944,7 @@ def test_resuming_with_a_model_of_another_shape(fails, phantom, samples, policy,
     """
     (tmp_path / "run").mkdir()
     (tmp_path / "run/args.json").write_text("{}")
-    train_sft.save_checkpoint(tmp_path / "run", 1, policy)
+    loop.save_checkpoint(tmp_path / "run", 1, policy)
     tiny.tiny_policy(samples, width=64, vocab_size=600).save_pretrained(tmp_path / "other")
     said = fails(
         train_grpo.main,
@@ -1103,7 +1103,7 @@ def test_a_name_that_is_too_long_for_the_data_tools(fails, phantom, tmp_path):
 def test_files_that_may_not_be_read(fails, phantom, tmp_path, monkeypatch, argument):
     """Bug: a PermissionError's traceback."""
     monkeypatch.setattr(
-        train_sft,
+        loop,
         "read_jsonl",
         lambda *given, **more: (_ for _ in ()).throw(
             PermissionError(13, "Permission denied", "x.jsonl")

@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/algorithm.md"
-REFERENCE = re.compile(r"\[`([\w./]+)`, `([\w.]+)`\]\(\.\./([\w./]+)\) `([^`]+)`")
+REFERENCE = re.compile(r"\[`([\w./]+)`,\s+`([\w.]+)`\]\(\.\./([\w./]+)\)\s+`([^`]+)`")
 TABLE = re.compile(r"(?<=<!-- kl table -->\n).*?(?=\n<!-- end -->)", re.S)
 
 
@@ -45,13 +45,13 @@ def fix():
 @pytest.mark.parametrize("named, function, path, quote", REFERENCE.findall(PAGE.read_text()))
 def test_quoted_lines_stand_where_the_page_says(named, function, path, quote):
     assert named == path
-    assert quote in source_of(path, function)
+    assert "".join(quote.split()) in "".join(source_of(path, function).split())
 
 
 def test_no_reference_is_written_in_another_form():
     page = PAGE.read_text()
     assert (
-        len(REFERENCE.findall(page)) == len(re.findall(r"\(\.\./[\w./]+\.py\) `", page)) > 25
+        len(REFERENCE.findall(page)) == len(re.findall(r"\(\.\./[\w./]+\.py\)\s+`", page)) > 25
         and "#L" not in page
     )
 

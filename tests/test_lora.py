@@ -27,6 +27,7 @@ from minigrpo.lora import (
     save_adapters,
 )
 from minigrpo.policy import Policy
+from minigrpo.run import loop
 from minigrpo.run.args import LINEAR, PARTS
 from minigrpo.run.files import seal
 from minigrpo.run.folder import last_checkpoint
@@ -101,7 +102,7 @@ def train(base, phantom, tmp_path_factory):
             ]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", ["program.py", *map(str, [*words, *arguments])])
-            patch.setattr(program, "draw_curves", lambda folder: None)
+            patch.setattr(loop, "draw_curves", lambda folder: None)
             program.main()
         return folder
 
@@ -358,7 +359,7 @@ def interrupted(train, tmp_path_factory):
     folder = tmp_path_factory.mktemp("interrupted") / "run"
     with pytest.MonkeyPatch.context() as patch:
         # as if the run had died while saving
-        patch.setattr(train_grpo, "save_final", lambda *args: None)
+        patch.setattr(loop, "save_final", lambda *args: None)
         train("--save_steps", 1, folder=folder)
     return folder
 

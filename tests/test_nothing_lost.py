@@ -25,7 +25,7 @@ import train_sft
 from minigrpo import grpo
 from minigrpo.data import read_jsonl
 from minigrpo.rewards import Scores
-from minigrpo.run import files, folder, log, save, starts, track
+from minigrpo.run import files, folder, log, loop, save, starts, track
 from minigrpo.run.args import parse_args
 from minigrpo.run.guard import in_time
 from tests.processes import finish, run, start
@@ -118,7 +118,7 @@ def main(program, words):
     """The program in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [program.__name__ + ".py", *map(str, words)])
-        patch.setattr(program, "draw_curves", lambda folder: None)
+        patch.setattr(loop, "draw_curves", lambda folder: None)
         program.main()
 
 
@@ -208,10 +208,10 @@ def test_a_kill_while_resuming_keeps_the_log(place, whole, tmp_path, monkeypatch
     path.write_text((text := '{"step": 0, "loss": 1.0}\n') + '{"step": 1, "lo')
     monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        train_sft.JsonLines(path, 1)
+        loop.JsonLines(path, 1)
     assert path.read_text().startswith(text)
     monkeypatch.undo()
-    train_sft.JsonLines(path, 1)
+    loop.JsonLines(path, 1)
     assert path.read_text() == text
 
 
@@ -373,9 +373,7 @@ def begun(place, name, policy, *steps, optimizer=None):
     run_folder.mkdir()
     (run_folder / "args.json").write_text("{}")
     for step in steps:
-        train_sft.save_checkpoint(
-            run_folder, step, policy, *([optimizer] if optimizer else []), keep=9
-        )
+        loop.save_checkpoint(run_folder, step, policy, *([optimizer] if optimizer else []), keep=9)
     return run_folder
 
 
@@ -394,14 +392,14 @@ def test_the_checkpoint_just_saved_stays(place, policy, monkeypatch):
     just saved, since 6 is a higher number; killed there, it was lost."""
     run_folder, seen = begun(place, "newer", policy, 3, 6), []
     flip_a_bit(run_folder / "checkpoints/step-000006/model.safetensors")
-    save = train_sft.save_checkpoint
+    save = loop.save_checkpoint
 
     def dying(folder, step, *more, **keep):
         save(folder, step, *more, **keep)
         seen.extend(names(folder / "checkpoints"))
         sys.exit("killed")
 
-    monkeypatch.setattr(train_sft, "save_checkpoint", dying)
+    monkeypatch.setattr(loop, "save_checkpoint", dying)
     assert (
         stop(
             train_sft, [*place("train_sft", "newer", "--keep_checkpoints", 1, steps=8), "--resume"]
@@ -416,10 +414,10 @@ def test_damaged_checkpoints_do_not_count(place, policy, monkeypatch, capsys):
     run_folder = begun(place, "counted", policy, 1, 2, 3)
     flip_a_bit(run_folder / "checkpoints/step-000002/model.safetensors")
     args = SimpleNamespace(**vars(train_sft.SftArguments("m", "t", str(run_folder), resume=True)))
-    checkpoint = train_sft.last_checkpoint(args)
+    checkpoint = loop.last_checkpoint(args)
     folder._tidy(run_folder, checkpoint)
     assert "step-000002 is damaged, and set aside as step-000002.damaged" in capsys.readouterr().out
-    train_sft.save_checkpoint(run_folder, 4, policy, keep=3)
+    loop.save_checkpoint(run_folder, 4, policy, keep=3)
     assert names(run_folder / "checkpoints") == [
         "step-000001",
         "step-000002.damaged",
@@ -432,7 +430,7 @@ def test_checkpoints_beyond_the_present_step_do_not_count(place, policy):
     """Somebody has put it there while the run went on; it is neither counted nor removed."""
     run_folder = begun(place, "beyond", policy, 9)
     for step in (1, 2, 3):
-        train_sft.save_checkpoint(run_folder, step, policy, keep=2)
+        loop.save_checkpoint(run_folder, step, policy, keep=2)
     assert names(run_folder / "checkpoints") == ["step-000002", "step-000003", "step-000009"]
 
 
@@ -458,7 +456,7 @@ def test_only_the_run_s_own_folders_are_removed(save, where, place, policy):
     run_folder = begun(place, f"foreign-{where}", policy)
     mine = foreign(run_folder / where)
     for step in (3, 4, 5):
-        getattr(train_sft, save)(run_folder, step, policy)
+        getattr(loop, save)(run_folder, step, policy)
     assert names(run_folder / where) == sorted([*mine, "step-000005"])
     assert all(
         (run_folder / where / name / "thesis.txt").exists()
@@ -480,7 +478,7 @@ def test_a_link_where_a_checkpoint_must_go_stays(place, policy, capsys):
     """It is said, and the run goes on."""
     run_folder = begun(place, "link", policy)
     foreign(run_folder / "checkpoints")
-    train_sft.save_checkpoint(run_folder, 1, policy)
+    loop.save_checkpoint(run_folder, 1, policy)
     assert "checkpoint of step 1 not saved" in capsys.readouterr().err
     assert names(run_folder / "checkpoints/elsewhere") == ["thesis.txt"] and not list(
         run_folder.rglob("*.part")
@@ -493,7 +491,7 @@ def test_files_have_the_mode_of_the_umask(mask, mode, place, policy):
     before = os.umask(mask)
     try:
         run_folder = begun(place, f"mode-{mode}", policy, 1)
-        train_sft.save_best(run_folder, 1, policy)
+        loop.save_best(run_folder, 1, policy)
     finally:
         os.umask(before)
     modes = {
@@ -508,7 +506,7 @@ def test_files_have_the_mode_of_the_umask(mask, mode, place, policy):
 def opened(capsys, words, samples=(), program=train_sft):
     """What `open_run` says to these arguments."""
     kind = train_sft.SftArguments if program is train_sft else train_grpo.GrpoArguments
-    _, lock = program.open_run(
+    _, lock = loop.open_run(
         parse_args(kind, "", [*map(str, words)]), *([None, samples] if samples else [])
     )
     lock.close()
@@ -730,7 +728,7 @@ def test_a_finished_run(steps, tmp_path, capsys):
         "".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(4))
     )
     with pytest.raises(SystemExit) as ended:
-        train_sft.last_checkpoint(
+        loop.last_checkpoint(
             train_sft.SftArguments("m", "t", str(tmp_path), resume=True, max_steps=steps)
         )
     assert ended.value.code == 0 and (tmp_path / "curves.png").exists()
@@ -762,7 +760,7 @@ def test_damaged_lines_of_a_log_are_set_aside(tmp_path, capsys):
             ]
         )
     )
-    log = train_sft.JsonLines(path, 9)
+    log = loop.JsonLines(path, 9)
     assert path.read_bytes() == b"\n".join([*good[1:], b""]) and log.past("loss") == [1.0] * 3
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes().split(b"\n") == [
         b"\0\0" + good[0],
@@ -775,7 +773,7 @@ def test_damaged_lines_of_a_log_are_set_aside(tmp_path, capsys):
         f"note: {path}: line 1, 3, 5, 6: no row of a log, set aside in metrics.jsonl.damaged"
         in capsys.readouterr().out
     )
-    train_sft.JsonLines(path, 9)
+    loop.JsonLines(path, 9)
     assert not capsys.readouterr().out
 
 
@@ -808,8 +806,8 @@ def test_a_checkpoint_that_cannot_be_written(error, place, policy, monkeypatch, 
     """
     run_folder = begun(place, f"no-room-{type(error).__name__}", policy, 1)
     monkeypatch.setattr(train_sft.Policy, "save_pretrained", no_room_in("step-000002", error))
-    train_sft.save_checkpoint(run_folder, 2, policy)
-    train_sft.save_best(run_folder, 2, policy)
+    loop.save_checkpoint(run_folder, 2, policy)
+    loop.save_best(run_folder, 2, policy)
     said = capsys.readouterr().err
     assert (
         "checkpoint of step 2 not saved" in said
@@ -903,7 +901,7 @@ def happening(place, name, event):
 )
 def test_a_run_s_folder_that_is_gone(name, event, place, monkeypatch):
     """Bug: exit 0 with nothing but final/, or a traceback."""
-    monkeypatch.setattr(train_sft, "tracker", happening(place, name, event))
+    monkeypatch.setattr(loop, "tracker", happening(place, name, event))
     said = stop(train_sft, place("train_sft", name, "--save_steps", 100))
     assert (
         "metrics.jsonl cannot be written (it was removed or renamed, or its folder was)" in said
@@ -923,7 +921,7 @@ def test_a_film_that_vanishes(program, place, phantom, whole, monkeypatch, tmp_p
         return (data / "films").rename(data / "away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(program, "tracker", happening(place, name, away))
+        patch.setattr(loop, "tracker", happening(place, name, away))
         said = stop(program, words)
     assert (
         f"image {data}/films/phantom-train-" in said
@@ -1174,9 +1172,9 @@ def test_a_reward_that_hangs_masks_its_group(samples):
 )
 def test_the_best_weights_are_kept(program, figure, better, place, phantom, monkeypatch):
     name, seen = f"best-{figure}", {}
-    save = program.save_best
+    save = loop.save_best
     monkeypatch.setattr(
-        program,
+        loop,
         "save_best",
         lambda folder, step, policy: (
             seen.update({step: policy.head.detach().clone()}) or save(folder, step, policy)
@@ -1220,7 +1218,7 @@ def test_the_last_checkpoints_are_kept(place):
 
 
 def stopping_at_the_end(rank):
-    train_sft.save_final = lambda *_: os._exit(3)
+    loop.save_final = lambda *_: os._exit(3)
 
 
 def test_tensorboard_has_every_figure(place):

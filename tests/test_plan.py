@@ -9,10 +9,11 @@ from minigrpo.lora import add_adapters
 from minigrpo.policy import Policy
 from minigrpo.run.groups import micro_batches
 from minigrpo.run.plan import Plan, explain, plan_grpo, plan_sft
+from minigrpo.sft import split
 from tests.hub import write_checkpoint
 from tests.memory import peak_bytes
 from train_grpo import GrpoArguments, make_optimizers
-from train_sft import SftArguments, passes
+from train_sft import SftArguments
 from train_sft import make_optimizers as sft_optimizers
 
 
@@ -111,7 +112,7 @@ def test_a_plan_is_what_the_step_takes(hub, samples, settings):
 def test_a_plan_of_supervised_training(hub, samples):
     bare, whole = hub
     args = arguments(bare, SftArguments, batch_size=4)
-    parts = passes(batch_at([[s] for s in samples], 0, 4, 0), 8, 8)
+    parts = split(batch_at([[s] for s in samples], 0, 4, 0), 8, 8)
     plan = plan_sft(parts, sft_optimizers, args)
     policy = Policy.from_pretrained(whole, max_pixels=args.max_pixels)
     prompts, blocks = policy.encode_turns(parts[0])

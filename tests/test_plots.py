@@ -12,7 +12,7 @@ import train_grpo
 import train_sft
 from minigrpo import curves
 from minigrpo.data import Sample
-from minigrpo.run import plots
+from minigrpo.run import loop, plots
 from minigrpo.run.plots import draw_curves, draw_samples, spread
 
 
@@ -227,7 +227,7 @@ def test_curves_grow_while_a_run_trains_and_never_end_it(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(plots, "draw_runs", failing)
-    monkeypatch.setattr(program, "due", lambda: lambda: True)
+    monkeypatch.setattr(loop, "due", lambda: lambda: True)
     policy.save_pretrained(tmp_path / "model")
     words = [
         "--model",

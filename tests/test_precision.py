@@ -20,7 +20,7 @@ import evaluate
 import train_grpo
 import train_sft
 from minigrpo.muon import Muon, orthogonalize
-from minigrpo.run import roofline
+from minigrpo.run import loop, roofline
 
 ROOT = Path(__file__).parent.parent
 HALF = (torch.bfloat16, torch.float16)
@@ -47,8 +47,8 @@ class HalfPrecision(TorchDispatchMode):
 def operations_of(monkeypatch, program, *words):
     """(number of operations, those in half precision) of a program."""
     monkeypatch.setattr("sys.argv", [program.__name__ + ".py", *map(str, words)])
-    for name in ("draw_curves", "draw_samples"):
-        monkeypatch.setattr(program, name, lambda *_, **__: None, raising=False)
+    monkeypatch.setattr(loop, "draw_curves", lambda folder: None)
+    monkeypatch.setattr(program, "draw_samples", lambda *_, **__: None, raising=False)
     # modes are per thread
     monkeypatch.setattr(
         train_sft, "prefetch", lambda make, steps: ((step, make(step)) for step in steps)
@@ -130,7 +130,7 @@ def test_no_program_computes_in_half_precision_on_a_cpu(phantom, tmp_path, monke
 
 def test_with_bf16_the_mode_sees_it(phantom, tmp_path, monkeypatch, capsys):
     """So that the test above can fail; and --bf16 says once what it costs here."""
-    monkeypatch.setattr(train_sft, "note_on_bf16", lambda device: f"costs much on {device}")
+    monkeypatch.setattr(loop, "note_on_bf16", lambda device: f"costs much on {device}")
     _, half = operations_of(
         monkeypatch,
         train_sft,

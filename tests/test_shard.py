@@ -15,7 +15,7 @@ import train_grpo
 import train_sft
 from minigrpo.data import read_jsonl
 from minigrpo.policy import Policy
-from minigrpo.run import node
+from minigrpo.run import loop, node
 from minigrpo.run.distributed import join, rank
 from minigrpo.run.guard import retry_smaller_on_oom
 from minigrpo.run.shard import full, gathered_layers, same_passes_on_every_rank, shard
@@ -124,7 +124,7 @@ def sharded(rank, gradients=None, stop=False, die=False):
     """
     exactly(rank)
     if stop:
-        train_sft.save_final = train_grpo.save_final = lambda *given: None
+        loop.save_final = lambda *given: None
     clip, seen, filled = node.clip_gradients, [], []
 
     def filling(*given):

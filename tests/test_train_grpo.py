@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import train_grpo
 from minigrpo import grpo
 from minigrpo.loss import denominator_of
+from minigrpo.run import loop
 from minigrpo.run.args import parse_args
 from minigrpo.run.plots import draw_curves
 from minigrpo.run.schedule import SCHEDULES, learning_rate_at
@@ -82,7 +83,7 @@ def train(policy, phantom, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", ["train_grpo.py", *map(str, words)])
             # half of a small run's time
-            patch.setattr(train_grpo, "draw_curves", lambda folder: None)
+            patch.setattr(loop, "draw_curves", lambda folder: None)
             train_grpo.main()
         return folder
 

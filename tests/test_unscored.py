@@ -15,7 +15,7 @@ import train_grpo
 from minigrpo import grpo
 from minigrpo.generate import Rollout
 from minigrpo.rewards import BadReward, Scores
-from minigrpo.run import guard, node
+from minigrpo.run import guard, loop, node
 from minigrpo.run.distributed import PATIENCE
 from minigrpo.run.guard import in_time
 from train_grpo import GrpoArguments
@@ -64,7 +64,7 @@ def train(model, phantom, tmp_path, monkeypatch):
             *arguments,
         ]
         monkeypatch.setattr("sys.argv", ["train_grpo.py", *map(str, words)])
-        monkeypatch.setattr(train_grpo, "draw_curves", lambda folder: None)  # takes its time
+        monkeypatch.setattr(loop, "draw_curves", lambda folder: None)  # takes its time
         train_grpo.main()
         return folder
 

@@ -86,9 +86,10 @@ class Groups:
             .tolist()
         )
 
-    def rows(self, advantage: Tensor, count: int | None = None) -> list[dict]:
-        """The first `count` groups (or all) in full, for rollouts.jsonl: where one sees a reward
-        being hacked. advantage [R]. The reward of an answer that could not be scored is None.
+    def rows(self, advantage: Tensor, among: range) -> list[dict]:
+        """The groups at the places `among` in full, for rollouts.jsonl: where one sees a reward
+        being hacked. advantage [R], of all groups. The reward of an answer that could not be
+        scored is None.
         """
         size = self.rewards.shape[1]
         rewards, valid = self.rewards.flatten().tolist(), self.valid.flatten().tolist()
@@ -109,7 +110,7 @@ class Groups:
                 "reference": sample.answer,
                 "answers": [answer(r) for r in range(b * size, (b + 1) * size)],
             }
-            for b, sample in enumerate(self.samples[:count])
+            for b, sample in [*enumerate(self.samples)][among.start : among.stop]
         ]
 
     def replace(self, which: list[int], fresh: "Groups") -> "Groups":

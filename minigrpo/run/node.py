@@ -50,7 +50,7 @@ class ArmouredNode(grpo.Node):
     def total(self, x):
         return total(x)
 
-    def passes(self, policy, parts, spare):
+    def passes(self, policy, parts, spare=list):
         return same_passes_on_every_rank(policy, parts, spare)
 
     def step(self, policy, *optimizers, batch):
@@ -128,7 +128,7 @@ class ArmouredNode(grpo.Node):
 
     def rollouts(self, done: grpo.Step) -> list[dict]:
         """The first two groups of the step, for rollouts.jsonl."""
-        return self.groups.rows(in_order(self.mine, done.advantage).flatten(), count=2)
+        return self.groups.rows(in_order(self.mine, done.advantage).flatten(), range(2))
 
     def scale_note(self) -> str | None:
         """Doubts about --box_scale, from the answers of the step."""
