@@ -14,11 +14,15 @@ film. Open report.html to look at single answers.
 
 import json
 import math
-import os
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from minigrpo.data import TASKS, Sample, ask_to_think, check_apart, read_jsonl, scale_note
+from minigrpo.run.args import answer_early
+from minigrpo.run.arguments import EvaluateArguments
+
+if __name__ == "__main__":
+    answer_early(EvaluateArguments, __doc__)  # what follows takes seconds to import
+
+from minigrpo.data import Sample, ask_to_think, check_apart, read_jsonl, scale_note
 from minigrpo.data.schema import broken_text
 from minigrpo.data.text import one_spelling
 from minigrpo.metrics import (
@@ -31,15 +35,7 @@ from minigrpo.metrics import (
     markdown_table,
 )
 from minigrpo.policy import Policy
-from minigrpo.run.args import (
-    at_least_one,
-    check_box_scale,
-    check_pixels,
-    checked_device,
-    input_errors,
-    parse_args,
-    run_errors,
-)
+from minigrpo.run.args import input_errors, parse_args, run_errors
 from minigrpo.run.distributed import first, gathered, join, rank, ranks, say
 from minigrpo.run.files import lock, make_folder, write_aside, writes
 from minigrpo.run.plots import draw_samples
@@ -48,131 +44,6 @@ from minigrpo.run.roofline import note_on_bf16
 from minigrpo.run.validate import greedy_answers
 
 DRAWN = ("phantom", "scenes")  # sources of samples that show no patient
-
-
-@dataclass
-class EvaluateArguments:
-    data: str = field(metadata={"help": "JSONL file of test samples"})
-    output_dir: str = field(
-        metadata={
-            "help": (
-                "folder to make: predictions.jsonl, metrics.json, table.md, report.html,"
-                " samples.png"
-            )
-        }
-    )
-    model: str | None = field(
-        default=None, metadata={"help": "checkpoint folder, hub name, or `constant`"}
-    )
-    predictions: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "instead of a model: an evaluation's folder or its predictions.jsonl, whose answers"
-                " are scored anew"
-            )
-        },
-    )
-    task: str = field(
-        default="all",
-        metadata={"help": "evaluate samples of this task only", "choices": [*TASKS, "all"]},
-    )
-    baseline: str | None = field(
-        default=None, metadata={"help": "another evaluation's folder, to compare with item by item"}
-    )
-    train_data: str | None = field(
-        default=None, metadata={"help": "where `--model constant` takes its answers from"}
-    )
-    reward_weights: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "folder with the weights of RadGraph, CheXbert and BERTScore; without it the"
-                " clinical metrics are left out"
-            )
-        },
-    )
-    batch_size: int = field(default=64, metadata={"help": "answers generated at once"})
-    max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
-    box_scale: float | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL; default"
-                " 1, or as --predictions had it"
-            )
-        },
-    )
-    think: bool = field(
-        default=False,
-        metadata={"help": "put /think behind every question: thinking before the answer"},
-    )
-    template_opens_think: bool = field(
-        default=False,
-        metadata={
-            "help": (
-                "the chat template writes the first <think> itself, as Qwen3-VL-Thinking's does:"
-                " only for --predictions that don't say so, since a --model does"
-            )
-        },
-    )
-    max_pixels: int = field(
-        default=0,
-        metadata={
-            "help": "images of more pixels are shrunk to so many; 0: what --model was trained with"
-        },
-    )
-    published: bool = field(
-        default=False,
-        metadata={
-            "help": (
-                "put the paper's published figures beside ours in table.md: for real films only, "
-                "and they compare on the same files"
-            )
-        },
-    )
-    report_items: int = field(
-        default=400,
-        metadata={"help": "answers shown in report.html, drawn at random; 0 writes none"},
-    )
-    device: str = field(
-        default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"}
-    )
-    bf16: bool = field(default=False, metadata={"help": "compute in bfloat16"})
-
-    def check(self) -> None:
-        for name in ("batch_size", "max_new_tokens"):
-            at_least_one(self, name)
-        check_pixels(self.max_pixels)
-        if self.report_items < 0:
-            raise ValueError(f"--report_items must not be negative, got {self.report_items}")
-        if self.box_scale is not None:
-            check_box_scale(self.box_scale)
-        if (self.model is None) == (self.predictions is None):
-            raise ValueError(
-                "give either --model, to answer the questions, or --predictions, to score stored"
-                " answers"
-            )
-        if self.model == "constant" and not self.train_data:
-            raise ValueError("--model constant needs --train_data, to choose its answers from")
-        if self.train_data and self.model != "constant":
-            raise ValueError(
-                "--train_data is where --model constant takes its answers from: leave it out with"
-                " other models"
-            )
-        if self.train_data and os.path.realpath(self.train_data) == os.path.realpath(self.data):
-            raise ValueError(
-                f"--train_data {self.train_data} is the --data to be answered: the constant answers"
-                " would be chosen on it"
-            )
-        if self.model == "constant" and (
-            self.template_opens_think or self.box_scale not in (None, 1)
-        ):
-            raise ValueError(
-                "--model constant writes boxes in 0..1 and never thinks: leave out"
-                " --template_opens_think and --box_scale"
-            )
-        self.device = checked_device(self.device)
 
 
 @run_errors(lambda: "Every file in the output folder is whole", "--batch_size or --max_pixels")

@@ -7,17 +7,19 @@ through the model, and the loss covers answer tokens alone.
 """
 
 import math
-import re
 import time
-from dataclasses import dataclass, field
 from functools import partial
+
+from minigrpo.run.args import answer_early
+from minigrpo.run.arguments import SftArguments, parse_weights
+
+if __name__ == "__main__":
+    answer_early(SftArguments, __doc__)  # what follows takes seconds to import
 
 import torch
 from tqdm import tqdm
 
-import minigrpo  # noqa: F401  before torch: it says how OpenMP's threads wait
 from minigrpo.data import (
-    TASKS,
     Sample,
     batch_at,
     check_apart,
@@ -30,7 +32,7 @@ from minigrpo.lora import add_adapters
 from minigrpo.loss import aggregate
 from minigrpo.muon import Muon
 from minigrpo.policy import Policy
-from minigrpo.run.args import RunArguments, at_least_one, input_errors, parse_args
+from minigrpo.run.args import input_errors, parse_args
 from minigrpo.run.distributed import (
     balance_over_ranks,
     first,
@@ -65,91 +67,6 @@ from minigrpo.tiny import TINY_PIXELS, tiny_policy
 
 # an image costs about as much as so many characters of text: for sharing out a batch over ranks
 IMAGE = 1000
-
-
-@dataclass
-class SftArguments(RunArguments):
-    batch_size: int = field(
-        default=8, metadata={"help": "images per optimisation step, each with all its questions"}
-    )
-    questions_per_image: int = field(
-        default=8, metadata={"help": "most questions about one image in a pass; they share it"}
-    )
-    micro_batch: int = field(
-        default=8,
-        metadata={"help": "images per forward and backward pass: as many as memory takes"},
-    )
-    task_weights: str = field(
-        default="",
-        metadata={
-            "help": (
-                "how much each token of a task's answers counts, such as report=2; other tasks"
-                " count 1. The paper repeats its smaller sets, which costs time"
-            )
-        },
-    )
-    learning_rate: float = field(
-        default=1e-5,
-        metadata={
-            "help": (
-                "peak; it falls along half a cosine to a tenth; 1e-5 in the paper, about 1e-3 for"
-                " --model tiny"
-            )
-        },
-    )
-    warmup: float = field(
-        default=0.03, metadata={"help": "share of the steps over which the learning rate rises"}
-    )
-    optimizer: str = field(
-        default="adamw",
-        metadata={
-            "help": (
-                "muon (matrices; AdamW for the rest) learns from random weights in half the steps:"
-                " for --model tiny"
-            ),
-            "choices": ["adamw", "muon"],
-        },
-    )
-    beta2: float = field(
-        default=0.999, metadata={"help": "AdamW's memory of squared gradients; 0.98 for short runs"}
-    )
-
-    def check(self) -> None:
-        super().check()
-        for name in ("batch_size", "questions_per_image", "micro_batch"):
-            at_least_one(self, name)
-        if not 0 <= self.beta2 < 1:
-            raise ValueError(f"--beta2 must lie in 0..1, 1 left out, got {self.beta2}")
-        parse_weights(self.task_weights)
-        if self.shard and self.optimizer == "muon":
-            raise ValueError(
-                "--shard with --optimizer muon: Muon needs whole matrices, and a rank has slices;"
-                " use --optimizer adamw"
-            )
-        if self.lora_rank and self.model == "tiny":
-            raise ValueError(
-                "--lora_rank with --model tiny: adapters beside random weights learn nothing; train"
-                " it whole first"
-            )
-
-
-def parse_weights(text: str) -> dict[str, float]:
-    """ "report=2,grounding=1" -> {"report": 2.0, "grounding": 1.0}."""
-    weights = {}
-    for piece in filter(None, text.split(",")):
-        task, _, weight = (part.strip() for part in piece.partition("="))
-        if (
-            task not in TASKS
-            or task in weights
-            or not re.fullmatch(r"\d*\.?\d+", weight, re.ASCII)
-            or not float(weight)
-        ):
-            raise ValueError(
-                f"--task_weights {text!r}: {piece!r} is not task=weight with a weight above 0 and a"
-                f" task, named once, of {', '.join(TASKS)}"
-            )
-        weights[task] = float(weight)
-    return weights
 
 
 def make_optimizers(policy: Policy, args: SftArguments) -> list[torch.optim.Optimizer]:

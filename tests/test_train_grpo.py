@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 import train_grpo
 from minigrpo import grpo
+from minigrpo.choices import SCHEDULES
 from minigrpo.loss import denominator_of
 from minigrpo.run.args import parse_args
 from minigrpo.run.plots import draw_curves
-from minigrpo.run.schedule import SCHEDULES, learning_rate_at
+from minigrpo.run.schedule import learning_rate_at
 from train_grpo import GrpoArguments
 
 ROOT = Path(__file__).parent.parent
