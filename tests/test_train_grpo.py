@@ -100,8 +100,8 @@ def calls(monkeypatch):
         return loss(*args, **settings)
 
     loss = grpo.grpo_loss
-    for module in (train_grpo, grpo):  # the check of the arguments, and the step
-        monkeypatch.setattr(module, "grpo_loss", spy)
+    for module in ("loss", "grpo"):  # the check of the arguments, and the step
+        monkeypatch.setattr(f"minigrpo.{module}.grpo_loss", spy)
     return seen
 
 
@@ -137,7 +137,9 @@ def same(a, b):
 )
 def test_contradictions_stop_before_training(settings, message):
     with pytest.raises(ValueError, match=message):
-        GrpoArguments(**NEEDED, **settings).check()
+        args = GrpoArguments(**NEEDED, **settings)
+        args.check()
+        args.check_with_torch()
 
 
 @pytest.mark.parametrize(

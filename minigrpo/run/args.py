@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -130,7 +131,7 @@ def read_args(kind: type[T], description: str, argv: list[str] | None = None) ->
                 f"{word} --name value ..."
             )
     if unknown:
-        names = [action.dest for action in parser._actions]
+        names = [action.dest for action in parser._actions if action.dest != argparse.SUPPRESS]
         hints = [text for word in unknown if word.startswith("-") and (text := hint(word, names))]
         parser.error("\n".join([f"unrecognized arguments: {' '.join(unknown)}", *hints]))
     args = kind(**vars(parsed))
@@ -166,32 +167,87 @@ class Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Each option once, on lines of at most 100 columns."""
+
+    def __init__(self, prog: str):
+        width = min(100, shutil.get_terminal_size((100, 24)).columns)
+        super().__init__(prog, max_help_position=30, width=width)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.dest == argparse.SUPPRESS:  # -h, --help
+            return ", ".join(action.option_strings)
+        value = f" {self._format_args(action, action.metavar)}" if action.metavar else ""
+        return action.option_strings[0] + value
+
+
+class HelpAction(argparse.Action):
+    """Prints the help, without the options named in `const`."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+        for action in parser._actions:
+            if action.dest in self.const:
+                action.help = argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()
+
+
 def parser_of(kind: type, description: str) -> Parser:
-    """An option for each field of the dataclass; `metadata` holds what else argparse is told."""
-    usage = "%(prog)s [settings.yaml] --name value ... (--help lists them all)"
-    parser = Parser(description=description, usage=usage, allow_abbrev=False)
+    """An option for each field of the dataclass; `metadata` holds what else argparse is told.
+
+    `kind.groups`, where it is, is {title: names of fields}, and `kind.common` the names that --help
+    shows; --help-all shows all.
+    """
+    known = {field.name: field for field in fields(kind)}
+    groups, common = getattr(kind, "groups", {"options": known}), getattr(kind, "common", known)
+    rare = [name for name in known if name not in common]
+    lists = "--help lists the common ones, --help-all all" if rare else "--help lists them all"
+    parser = Parser(
+        description=description,
+        usage=f"%(prog)s [settings.yaml] --name value ... ({lists})",
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=HelpFormatter,
+    )
     types = get_type_hints(kind)
-    for field in fields(kind):
-        add_option(parser, field, types[field.name])
+    for title, names in groups.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            if name in known:
+                add_option(group, known[name], types[name])
+    group = parser.add_argument_group("help")
+    told = dict(action=HelpAction, nargs=0, dest=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    shown = "the common options" if rare else "this list"
+    group.add_argument("-h", "--help", **told, const=rare, help=shown)
+    if rare:
+        group.add_argument("--help-all", **told, const=(), help=f"also the other {len(rare)}")
     return parser
 
 
-def add_option(parser: Parser, field: Field, kind: Any) -> None:
+def add_option(group: argparse._ArgumentGroup, field: Field, kind: Any) -> None:
     """--name, or --na-me: a text or number; true or false, or nothing for true; or a list."""
     name, settings = field.name, dict(field.metadata)
-    if field.default is not MISSING:
-        settings["default"] = field.default
-    elif field.default_factory is not MISSING:
-        settings["default"] = field.default_factory()
-    else:
+    kind = next(iter(get_args(kind)), kind) if get_origin(kind) is not list else kind  # X | None
+    notes = [f"one of {', '.join(settings['choices'])}"] if "choices" in settings else []
+    if field.default is field.default_factory is MISSING:
         settings["required"] = True
-    if get_origin(kind) is list:
-        settings |= dict(type=get_args(kind)[0], nargs="+")
-    elif kind is bool:
+        notes.append("required")
+    else:
+        default = field.default if field.default is not MISSING else field.default_factory()
+        settings["default"] = default
+        if default is not False and default not in (None, "", []):
+            shown = " ".join(default) if isinstance(default, list) else default
+            notes.append(f"default: {shown}")
+    if kind is bool:
         settings |= dict(type=yes_or_no, nargs="?", const=True)
-    else:  # X, or X | None
-        settings["type"] = next(iter(get_args(kind)), kind)
-    parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), **settings)
+    elif get_origin(kind) is list:
+        settings |= dict(type=get_args(kind)[0], nargs="+", metavar="NAME")
+    else:
+        settings |= dict(type=kind)
+        settings.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
+    said = settings["help"] + (f" ({'; '.join(notes)})" if notes else "")
+    settings["help"] = said.replace("%", "%%")  # argparse fills in %(default)s and the like
+    group.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), **settings)
 
 
 def yes_or_no(text: str) -> bool:
@@ -206,7 +262,7 @@ def words_of(settings: dict, parser: Parser, path: Path) -> list[str]:
     """Settings as the words of a command line, so that types and choices are checked as there.
     ValueError names file and setting.
     """
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    actions = {a.dest: a for a in parser._actions if a.dest != argparse.SUPPRESS}
     if unknown := [str(name) for name in settings if name not in actions]:
         hints = [text for name in unknown if (text := hint(name, list(actions)))]
         raise ValueError("\n".join([f"{path}: unknown settings: {', '.join(unknown)}", *hints]))

@@ -29,10 +29,39 @@ LARGEST_SEED = 2**40
 # the language model's, for adapters
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+# The help of the three programs below: every argument in one group.
+GROUPS = {
+    "data": ["train_data", "eval_data", "data", "task", "task_weights", "max_pixels"],
+    "model": ["model", "predictions", "baseline", "freeze", "lora_rank", "lora_alpha"]
+    + ["lora_targets", "think", "template_opens_think", "box_scale"],
+    "sampling": ["prompts_per_step", "group_size", "max_new_tokens", "temperature"]
+    + ["dynamic_sampling"],
+    "reward": ["reward", "reward_weights", "reward_device", "reward_timeout", "max_unscored"]
+    + ["soft_overlong"],
+    "loss": ["kl_coef", "kl_estimator", "kl_ratio", "clip_low", "clip_high", "dual_clip"]
+    + ["ratio_level", "surrogate", "cispo_cap", "rollout_cap", "aggregation", "overlong_filter"]
+    + ["advantage_scale", "leave_one_out"],
+    "optimiser": ["learning_rate", "warmup", "lr_schedule", "batch_size", "updates_per_rollout"]
+    + ["optimizer", "beta2", "weight_decay", "grad_clip", "max_grad_norm", "max_skipped"],
+    "memory": ["bf16", "micro_batch", "micro_tokens", "rollout_rows", "questions_per_image"]
+    + ["activation_checkpointing", "shard", "plan"],
+    "run": ["output_dir", "max_steps", "eval_steps", "save_steps", "keep_checkpoints", "resume"]
+    + ["seed", "device", "track", "published", "report_items", "roofline"],
+}
+COMMON = {  # what --help shows; --help-all shows the rest, too
+    *("train_data", "eval_data", "data", "task", "max_pixels", "model", "predictions", "baseline"),
+    *("freeze", "lora_rank", "think", "prompts_per_step", "group_size", "max_new_tokens"),
+    *("temperature", "reward", "reward_weights", "kl_coef", "aggregation", "learning_rate"),
+    *("batch_size", "updates_per_rollout", "bf16", "micro_batch", "micro_tokens", "plan"),
+    *("output_dir", "max_steps", "eval_steps", "save_steps", "resume", "seed", "device"),
+}
+
 
 @dataclass
 class RunArguments:
     """What every training program takes; each adds a learning rate and a warm-up of its own."""
+
+    groups, common = GROUPS, COMMON
 
     model: str = field(
         metadata={
@@ -751,6 +780,8 @@ class GrpoArguments(RunArguments):
 
 @dataclass
 class EvaluateArguments:
+    groups, common = GROUPS, COMMON
+
     data: str = field(metadata={"help": "JSONL file of test samples"})
     output_dir: str = field(
         metadata={
