@@ -12,178 +12,39 @@ of each label and the best report of `--train_data`. What does not beat it has n
 film. Open report.html to look at single answers.
 """
 
-import json
-import math
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
-from minigrpo.data import TASKS, Sample, ask_to_think, check_apart, read_jsonl, scale_note
-from minigrpo.data.schema import broken_text
-from minigrpo.data.text import one_spelling
-from minigrpo.metrics import (
-    breakdown,
-    compare,
-    constant_boxes,
-    constant_report,
-    evaluate_answers,
-    load_clinical,
-    markdown_table,
-)
+from minigrpo.run.args import answer_early
+from minigrpo.run.arguments import EvaluateArguments
+
+if __name__ == "__main__":
+    answer_early(EvaluateArguments, __doc__)  # what follows takes seconds to import
+
+from minigrpo.data import Sample, ask_to_think, check_apart, read_jsonl, scale_note
+from minigrpo.metrics import breakdown, compare, constant_answers, evaluate_answers, load_clinical
 from minigrpo.policy import Policy
-from minigrpo.run.args import (
-    at_least_one,
-    check_box_scale,
-    check_pixels,
-    checked_device,
-    input_errors,
-    parse_args,
-    run_errors,
+from minigrpo.run.args import input_errors, parse_args, run_errors
+from minigrpo.run.distributed import first, gathered, rank, ranks
+from minigrpo.run.evaluation import (
+    check_empty,
+    hold,
+    how_to_read,
+    read_answers,
+    write_pages,
+    write_predictions,
 )
-from minigrpo.run.distributed import first, gathered, join, rank, ranks, say
-from minigrpo.run.files import lock, make_folder, write_aside, writes
-from minigrpo.run.plots import draw_samples
-from minigrpo.run.report import write_report
-from minigrpo.run.roofline import note_on_bf16
+from minigrpo.run.loop import join_device
 from minigrpo.run.validate import greedy_answers
 
 DRAWN = ("phantom", "scenes")  # sources of samples that show no patient
-
-
-@dataclass
-class EvaluateArguments:
-    data: str = field(metadata={"help": "JSONL file of test samples"})
-    output_dir: str = field(
-        metadata={
-            "help": (
-                "folder to make: predictions.jsonl, metrics.json, table.md, report.html,"
-                " samples.png"
-            )
-        }
-    )
-    model: str | None = field(
-        default=None, metadata={"help": "checkpoint folder, hub name, or `constant`"}
-    )
-    predictions: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "instead of a model: an evaluation's folder or its predictions.jsonl, whose answers"
-                " are scored anew"
-            )
-        },
-    )
-    task: str = field(
-        default="all",
-        metadata={"help": "evaluate samples of this task only", "choices": [*TASKS, "all"]},
-    )
-    baseline: str | None = field(
-        default=None, metadata={"help": "another evaluation's folder, to compare with item by item"}
-    )
-    train_data: str | None = field(
-        default=None, metadata={"help": "where `--model constant` takes its answers from"}
-    )
-    reward_weights: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "folder with the weights of RadGraph, CheXbert and BERTScore; without it the"
-                " clinical metrics are left out"
-            )
-        },
-    )
-    batch_size: int = field(default=64, metadata={"help": "answers generated at once"})
-    max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
-    box_scale: float | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL; default"
-                " 1, or as --predictions had it"
-            )
-        },
-    )
-    think: bool = field(
-        default=False,
-        metadata={"help": "put /think behind every question: thinking before the answer"},
-    )
-    template_opens_think: bool = field(
-        default=False,
-        metadata={
-            "help": (
-                "the chat template writes the first <think> itself, as Qwen3-VL-Thinking's does:"
-                " only for --predictions that don't say so, since a --model does"
-            )
-        },
-    )
-    max_pixels: int = field(
-        default=0,
-        metadata={
-            "help": "images of more pixels are shrunk to so many; 0: what --model was trained with"
-        },
-    )
-    published: bool = field(
-        default=False,
-        metadata={
-            "help": (
-                "put the paper's published figures beside ours in table.md: for real films only, "
-                "and they compare on the same files"
-            )
-        },
-    )
-    report_items: int = field(
-        default=400,
-        metadata={"help": "answers shown in report.html, drawn at random; 0 writes none"},
-    )
-    device: str = field(
-        default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"}
-    )
-    bf16: bool = field(default=False, metadata={"help": "compute in bfloat16"})
-
-    def check(self) -> None:
-        for name in ("batch_size", "max_new_tokens"):
-            at_least_one(self, name)
-        check_pixels(self.max_pixels)
-        if self.report_items < 0:
-            raise ValueError(f"--report_items must not be negative, got {self.report_items}")
-        if self.box_scale is not None:
-            check_box_scale(self.box_scale)
-        if (self.model is None) == (self.predictions is None):
-            raise ValueError(
-                "give either --model, to answer the questions, or --predictions, to score stored"
-                " answers"
-            )
-        if self.model == "constant" and not self.train_data:
-            raise ValueError("--model constant needs --train_data, to choose its answers from")
-        if self.train_data and self.model != "constant":
-            raise ValueError(
-                "--train_data is where --model constant takes its answers from: leave it out with"
-                " other models"
-            )
-        if self.train_data and os.path.realpath(self.train_data) == os.path.realpath(self.data):
-            raise ValueError(
-                f"--train_data {self.train_data} is the --data to be answered: the constant answers"
-                " would be chosen on it"
-            )
-        if self.model == "constant" and (
-            self.template_opens_think or self.box_scale not in (None, 1)
-        ):
-            raise ValueError(
-                "--model constant writes boxes in 0..1 and never thinks: leave out"
-                " --template_opens_think and --box_scale"
-            )
-        self.device = checked_device(self.device)
 
 
 @run_errors(lambda: "Every file in the output folder is whole", "--batch_size or --max_pixels")
 def main() -> None:
     with input_errors():
         args = parse_args(EvaluateArguments, __doc__)
-        join(args.device)  # the other processes of torchrun share out the questions
-        if args.bf16 and (note := note_on_bf16(args.device)):
-            say(note)
+        join_device(args)  # the other processes of torchrun share out the questions
         folder = Path(args.output_dir)
         check_empty(folder)
         gathered(None)  # all have looked before one writes
@@ -204,8 +65,6 @@ def main() -> None:
     if not first():
         return
 
-    with writes(folder):
-        folder.mkdir(parents=True, exist_ok=True)  # should somebody have removed it meanwhile
     # hours of sampling outlive a scorer that fails
     write_predictions(folder / "predictions.jsonl", samples, answers, cut_off)
     reading = how_to_read(about)
@@ -231,33 +90,9 @@ def main() -> None:
         metrics["baseline"] = args.baseline
         metrics["difference"] = compare(items, others)
     write_predictions(folder / "predictions.jsonl", samples, answers, cut_off, items)
-    write_aside(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    write_aside(folder / "table.md", table := markdown_table(metrics, published=args.published))
-    draw_samples(folder / "samples.png", samples, answers, baseline, **reading)
-    if args.report_items:
-        title, count = f"{metrics['model']} on {args.data}", args.report_items
-        page = folder / "report.html"
-        write_report(page, samples, answers, items, title=title, count=count, **reading)
-    print(table)
+    print(write_pages(folder, metrics, samples, answers, items, baseline, reading, args))
     (folder / ".lock").unlink(missing_ok=True)  # who waits for it finds the folder full
     del held  # and with it the lock
-
-
-def check_empty(folder: Path) -> None:
-    if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: give another --output_dir")
-
-
-def hold(folder: Path) -> IO:
-    """The folder made, empty, and ours alone for as long as what is returned lives."""
-    make_folder(folder)
-    held = lock(folder / ".lock")
-    if held is None:
-        raise ValueError(
-            f"{folder} is in use: another evaluation is writing there. Give another --output_dir"
-        )
-    check_empty(folder)  # that other evaluation may have ended since we looked
-    return held
 
 
 def read_samples(args: EvaluateArguments) -> list[Sample]:
@@ -292,143 +127,6 @@ def answers_of(args: EvaluateArguments, samples: list[Sample]) -> Callable[[], t
         return *made, {"template_opens_think": policy.template_opens_think}
 
     return sampled
-
-
-def how_to_read(about: dict) -> dict:
-    """Of an evaluation's metrics.json, what its answers are read with."""
-    opens = about.get("template_opens_think", about.get("opened", False))
-    return {"template_opens_think": opens, "box_scale": about.get("box_scale", 1.0)}
-
-
-def constant_answers(train: list[Sample], samples: list[Sample]) -> list[str]:
-    """For each task that has a constant baseline; samples of other tasks are an error."""
-    answers = {}
-    for task, choose in (("grounding", constant_boxes), ("report", constant_report)):
-        test = [s for s in samples if s.task == task]
-        if test:
-            answers |= zip((s.id for s in test), choose([s for s in train if s.task == task], test))
-    missing = sorted({s.task for s in samples if s.id not in answers})
-    if missing:
-        raise ValueError(
-            f"--model constant has no answer for {', '.join(missing)}: choose --task report or"
-            " grounding"
-        )
-    return [answers[s.id] for s in samples]
-
-
-def write_predictions(
-    path: Path,
-    samples: list[Sample],
-    answers: list[str],
-    cut_off: list[bool] | None,
-    items: list[dict] | None = None,
-) -> None:
-    """predictions.jsonl: an answer a line, as the model wrote it, and with `items` its scores."""
-    lines, nothing = [], [None] * len(samples)
-    for sample, answer, cut, item in zip(samples, answers, cut_off or nothing, items or nothing):
-        row = {
-            "id": sample.id,
-            "task": sample.task,
-            "question": sample.question,
-            "reference": sample.answer,
-            "answer": answer,
-        }
-        row |= {} if cut is None else {"cut_off": cut}
-        lines.append(json.dumps(row | ({"scores": item} if item else {})) + "\n")
-    write_aside(path, "".join(lines))
-
-
-def read_answers(
-    place: str, samples: list[Sample], argument: str
-) -> tuple[list[str], list[bool] | None, dict]:
-    """Another evaluation's answers to these samples, in their order, which were cut off (None where
-    that is not known of all), and its metrics.json ({} where there is none).
-    """
-    path = Path(place) / "predictions.jsonl" if Path(place).is_dir() else Path(place)
-    if not path.is_file():
-        raise ValueError(f"{argument} {place} is no evaluation: it holds no predictions.jsonl")
-    answers, rows = {}, {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name = row["id"]
-            answers[name] = row["answer"] + ""
-            if not isinstance(row.get("cut_off"), bool | None):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(
-                f"{path}:{number}: not a prediction: a line is an object with id and answer, two"
-                " texts, and perhaps cut_off, true or false"
-            ) from None
-        if broken := broken_text(answers[name]):
-            raise ValueError(
-                f"{path}:{number}: the answer holds {broken}, half a character, which "
-                "no model writes: write it anew"
-            )
-        if rows.setdefault(name, row) is not row:
-            raise ValueError(
-                f"{path}:{number}: a second answer to {name}: which one counts? Remove the other"
-            )
-    absent = [s.id for s in samples if s.id not in answers]
-    if absent:
-        raise ValueError(
-            f"{argument} {place} has no answer for {len(absent)} of the samples, such as"
-            f" {absent[0]}: evaluate both models on the same file"
-        )
-    check_same_questions(rows, samples, f"{argument} {place}")
-    cuts = [rows[s.id].get("cut_off") for s in samples]
-    return (
-        [answers[s.id] for s in samples],
-        None if None in cuts else cuts,
-        read_about(path.parent / "metrics.json"),
-    )
-
-
-def check_same_questions(rows: dict[str, dict], samples: list[Sample], what: str) -> None:
-    """Ids such as 1, 2, 3 fit any file: the answers must be to the samples' own questions, whether
-    they asked to think or not.
-    """
-
-    def plain(question):
-        return one_spelling(question).rstrip().removesuffix("/think").rstrip()
-
-    other = [
-        s.id
-        for s in samples
-        if plain(str(rows[s.id].get("question", s.question))) != plain(s.question)
-    ]
-    if other:
-        raise ValueError(
-            f"{what} answers other questions: {len(other)} of the samples have an id of it and"
-            f" another question, such as {other[0]}: evaluate both models on the same file"
-        )
-    if changed := sum(rows[s.id].get("reference", s.answer) != s.answer for s in samples):
-        print(
-            f"note: {changed} references are not those that {what} was scored with; these here"
-            " count"
-        )
-
-
-def read_about(path: Path) -> dict:
-    """An evaluation's metrics.json, {} where there is none."""
-    try:
-        about = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not JSON ({str(error)[:200]}): remove it, and name --template_opens_think "
-            "and --box_scale if they were used"
-        ) from None
-    if not isinstance(about, dict):
-        raise ValueError(f"{path} holds no object, so it is no evaluation's: remove it")
-    opens, scale = how_to_read(about).values()
-    if type(scale) not in (int, float) or not 0 < scale < math.inf or type(opens) is not bool:
-        raise ValueError(
-            f"{path}: box_scale {scale!r} must be a number above 0, and template_opens_think"
-            f" {opens!r} true or false: write what the answers were made with"
-        )
-    return about
 
 
 if __name__ == "__main__":

@@ -6,59 +6,21 @@
 Prints the answer; where it holds boxes, draws them into a copy of the film.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from minigrpo.run.args import answer_early
+from minigrpo.run.arguments import AskArguments
+
+if __name__ == "__main__":
+    answer_early(AskArguments, __doc__)  # what follows takes seconds to import
 
 from PIL import Image, ImageDraw
 
 from minigrpo.data import Sample, load_image, parse_boxes, split_thinking
 from minigrpo.generate import generate
 from minigrpo.policy import Policy
-from minigrpo.run.args import (
-    at_least_one,
-    check_box_scale,
-    checked_device,
-    input_errors,
-    parse_args,
-    run_errors,
-)
+from minigrpo.run.args import input_errors, parse_args, run_errors
 from minigrpo.run.files import aside
-
-
-@dataclass
-class AskArguments:
-    model: str = field(metadata={"help": "checkpoint folder or hub name"})
-    image: str = field(metadata={"help": "image file"})
-    question: str = field(
-        default="Write the findings of this chest X-ray.", metadata={"help": "what to ask"}
-    )
-    output: str | None = field(
-        default=None,
-        metadata={
-            "help": "where the film with its boxes goes; default: beside the "
-            "image, as NAME-boxes.png"
-        },
-    )
-    max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
-    box_scale: float = field(
-        default=1.0,
-        metadata={
-            "help": "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL"
-        },
-    )
-    device: str = field(
-        default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"}
-    )
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
-
-    def check(self) -> None:
-        at_least_one(self, "max_new_tokens")
-        if not self.question.strip():
-            raise ValueError("--question is empty: ask something")
-        check_box_scale(self.box_scale)
-        self.device = checked_device(self.device)
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"--temperature must be 0 (greedy) or more, got {self.temperature}")
 
 
 @run_errors(lambda: "The answer stands above", "--max_new_tokens")

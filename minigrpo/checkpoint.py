@@ -34,7 +34,6 @@ from minigrpo import trust
 from minigrpo.checks import (
     END,
     ORIGIN,
-    SMALLEST,
     Checkpoint,
     check_config,
     check_counts,
@@ -43,6 +42,7 @@ from minigrpo.checks import (
     check_whole,
     reading,
 )
+from minigrpo.choices import SMALLEST
 
 PAPER = 512 * 512  # pixels, of its SFT
 # Qwen3-VL's own, for a model that came without: frames of 64 x 64 pixels at least, all frames

@@ -25,8 +25,8 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfi
 from transformers.utils import logging as transformers_logging
 
 from minigrpo.bounded import try_out
+from minigrpo.choices import SMALLEST
 
-SMALLEST = 32 * 32  # pixels: one merged patch
 END = "<|im_end|>"  # what SFT teaches an answer to end with
 PLACES = {
     "image_token_id": "<|image_pad|>",

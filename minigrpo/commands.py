@@ -4,10 +4,12 @@ or in an install.
 Imports nothing heavy: a list of the commands, a version or a misspelt command takes a moment.
 """
 
+import ast
 import importlib
 import re
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -53,6 +55,17 @@ COMMANDS = {  # command: (file in a clone, or module; what it does)
     "data ms_cxr": ("minigrpo.data.ms_cxr", "convert MS-CXR"),
     "data padchest_gr": ("minigrpo.data.padchest_gr", "convert PadChest-GR"),
 }
+ARGUMENTS = {
+    "quick": "QuickArguments",
+    "demo": "DemoArguments",
+    "sft": "SftArguments",
+    "grpo": "GrpoArguments",
+    "evaluate": "EvaluateArguments",
+    "ask": "AskArguments",
+    "study": "StudyArguments",
+    "tiny": "TinyArguments",
+    "elsewhere": "ElsewhereArguments",
+}  # of the programs that import torch, in minigrpo/run/arguments.py; the others parse their own
 COMMAND_OF = {program: command for command, (program, _) in COMMANDS.items()}
 
 
@@ -77,8 +90,13 @@ def main() -> None:
         sys.exit(2)
     sys.argv = [f"{name} {command}", *words[1 + bool(group) :]]
     try:
+        doc = as_commands(docstring(COMMANDS[command][0]), name)  # the examples of its --help
+        if command in ARGUMENTS:
+            from minigrpo.run import args, arguments
+
+            args.answer_early(getattr(arguments, ARGUMENTS[command]), doc)
         program = load(COMMANDS[command][0])
-        program.__doc__ = as_commands(program.__doc__, name)  # the examples of its --help
+        program.__doc__ = doc
         program.main()
     except ModuleNotFoundError as error:
         sys.exit(f"{name} {command}: error: {explain(error)}")  # `fail` imports what may be absent
@@ -110,9 +128,19 @@ def nearest(command: str) -> str:
 
 def load(program: str) -> ModuleType:
     """train_sft.py, or minigrpo.data.check, as a module; its `main` is the program."""
-    return importlib.import_module(
-        f"minigrpo.programs.{program[:-3]}" if program.endswith(".py") else program
+    return importlib.import_module(module_name(program))
+
+
+def docstring(program: str) -> str:
+    """The program's, without importing it, which takes seconds."""
+    return ast.get_docstring(
+        ast.parse(Path(find_spec(module_name(program)).origin).read_text(encoding="utf-8")),
+        clean=False,
     )
+
+
+def module_name(program: str) -> str:
+    return f"minigrpo.programs.{program[:-3]}" if program.endswith(".py") else program
 
 
 def as_commands(text: str, name: str) -> str:

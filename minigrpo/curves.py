@@ -14,7 +14,6 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from minigrpo.run.args import input_errors
-from minigrpo.run.plots import DRAWN_BY, draw_runs, read_log
 from minigrpo.run.terminal import Parser
 
 
@@ -33,6 +32,8 @@ def main() -> None:
         help="the picture to write; default: curves.png",
     )
     args = parser.parse_args()
+    from minigrpo.run.plots import draw_runs, read_log  # a second for matplotlib
+
     with input_errors():
         folders = [
             Path(run).parent if Path(run).name == "metrics.jsonl" else Path(run)
@@ -48,15 +49,12 @@ def main() -> None:
         if len(labels) != len(folders):
             raise ValueError(f"{len(labels)} --labels for {len(folders)} runs: give each one")
         check_output(args.output)
-        draw(dict(zip(labels, map(read_log, folders))), args.output)
+        try:
+            draw_runs(dict(zip(labels, map(read_log, folders))), args.output)
+        except OSError as error:
+            why = error.strerror
+            raise ValueError(f"--output {args.output} cannot be written ({why})") from None
     print(f"wrote {args.output}")
-
-
-def draw(runs: dict[str, list[dict]], path: Path) -> None:
-    try:
-        draw_runs(runs, path)
-    except OSError as error:
-        raise ValueError(f"--output {path} cannot be written ({error.strerror})") from None
 
 
 def shortest_names(folders: list[Path]) -> list[str]:
@@ -82,7 +80,7 @@ def check_output(path: Path) -> None:
     if path.exists():
         try:
             with Image.open(path, formats=["PNG"]) as picture:
-                ours = picture.info.get("Software") == DRAWN_BY
+                ours = picture.info.get("Software") == "minigrpo.curves"
         except (OSError, UnidentifiedImageError):
             ours = False
         if not ours:

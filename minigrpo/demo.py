@@ -24,13 +24,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 BEGAN = time.perf_counter()
-import torch  # noqa: E402
+from minigrpo.run.args import answer_early
+from minigrpo.run.arguments import DemoArguments
 
-from minigrpo import programs  # noqa: E402
-from minigrpo.commands import COMMANDS  # noqa: E402
-from minigrpo.run.args import input_errors, parse_args, run_errors  # noqa: E402
-from minigrpo.run.files import CHECKSUMS, checksum, make_folder, part_of, write_aside  # noqa: E402
-from minigrpo.stages import DONE, LOCK, SPENT, Run, hold, is_done, read_spent, run_all  # noqa: E402
+if __name__ == "__main__":
+    answer_early(DemoArguments, __doc__)  # what follows takes seconds to import
+
+import torch
+
+from minigrpo import programs
+from minigrpo.commands import COMMANDS
+from minigrpo.run.args import input_errors, parse_args, run_errors
+from minigrpo.run.files import CHECKSUMS, checksum, make_folder, part_of, write_aside
+from minigrpo.stages import DONE, LOCK, SPENT, Run, hold, is_done, read_spent, run_all
 
 TASKS = {"report": "gleu", "grounding": "soft_f1"}
 SHOWN = {
@@ -82,41 +88,6 @@ SMOKE = Size(
     longest=24,
     save=2,
 )
-
-
-@dataclass
-class DemoArguments:
-    output_dir: str = field(
-        default="runs/demo",
-        metadata={"help": "folder to make, or of a demo that was stopped, to go on in"},
-    )
-    seed: int = field(default=0, metadata={"help": "of films, weights, data order and sampling"})
-    data: str | None = field(
-        default=None,
-        metadata={"help": "folder with train.jsonl and test.jsonl; default: draw phantoms"},
-    )
-    model: str = field(
-        default="tiny", metadata={"help": "what SFT starts from: a checkpoint, or `tiny`"}
-    )
-    smoke: bool = field(
-        default=False, metadata={"help": "every stage, each as small as can be: shows that it runs"}
-    )
-    fresh: bool = field(
-        default=False,
-        metadata={"help": "begin anew: remove what an earlier demo has left in output_dir"},
-    )
-
-    def check(self) -> None:
-        for name in ("train.jsonl", "test.jsonl") if self.data is not None else ():
-            if not (Path(self.data) / name).is_file():
-                raise ValueError(
-                    f"--data {self.data!r} holds no {name}: give a folder with train.jsonl and"
-                    " test.jsonl (make demo-real DATA=FOLDER)"
-                )
-        if self.model != "tiny" and not (Path(self.model) / "config.json").is_file():
-            raise ValueError(
-                f"--model {self.model} is no checkpoint folder: run the demo first, or name another"
-            )
 
 
 @run_errors(lambda: "The same command goes on from what is done", "the number of other programs")

@@ -7,11 +7,17 @@ when and how.
 import io
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
-from minigrpo.data import TASKS, Sample, load_image, read_jsonl
+from minigrpo.run.args import answer_early
+from minigrpo.run.arguments import ElsewhereArguments
+
+if __name__ == "__main__":
+    answer_early(ElsewhereArguments, __doc__)  # what follows takes seconds to import
+
+from minigrpo.data import Sample, load_image, read_jsonl
 from minigrpo.data.film import header
 from minigrpo.packages import need
 from minigrpo.rewards import reward_fn
@@ -107,15 +113,6 @@ def _png(path: str) -> bytes:
         return Path(path).read_bytes()
     load_image(path).save(stream := io.BytesIO(), "PNG")
     return stream.getvalue()
-
-
-@dataclass
-class ElsewhereArguments:
-    data: str = field(metadata={"help": "JSONL file of samples"})
-    output: str = field(metadata={"help": "parquet file to make; the films are in it"})
-    task: str = field(
-        default="all", metadata={"help": "samples of this task only", "choices": [*TASKS, "all"]}
-    )
 
 
 @run_errors(lambda: "Nothing was written", "the number of lines of --data")

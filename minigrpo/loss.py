@@ -14,13 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-RATIO_LEVELS, SURROGATES, SCALES = (
-    ("token", "sequence"),
-    ("clip", "cispo"),
-    ("group", "batch", "none"),
-)
-ESTIMATORS, AGGREGATIONS = ("k1", "k2", "k3"), ("token-mean", "sequence-mean", "constant")
-
+from minigrpo.choices import AGGREGATIONS, ESTIMATORS, RATIO_LEVELS, SCALES, SURROGATES
 
 # What each paper sets of `grpo_loss`, as in grpo_loss(..., **PRESETS["dapo"]). Dr. GRPO and RLOO
 # want max_tokens as well, and other advantages: group_advantages(rewards, scale="none"), and with

@@ -16,27 +16,32 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 BEGAN = time.perf_counter()
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.offsetbox import AnchoredOffsetbox, DrawingArea, HPacker, TextArea, VPacker  # noqa: E402
-from matplotlib.text import Text  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
+from minigrpo.run.args import answer_early
+from minigrpo.run.arguments import QuickArguments
 
-from minigrpo.commands import python, typed  # noqa: E402
-from minigrpo.data import Sample, load_image, read_jsonl  # noqa: E402
-from minigrpo.data.scenes import COLOURS, paint  # noqa: E402
-from minigrpo.generate import generate  # noqa: E402
-from minigrpo.metrics.bootstrap import interval, paired  # noqa: E402
-from minigrpo.policy import Policy  # noqa: E402
-from minigrpo.run.args import at_least_one, input_errors, parse_args, run_errors  # noqa: E402
-from minigrpo.run.files import aside, make_folder, sync_all, write_aside, write_jsonl  # noqa: E402
-from minigrpo.run.plots import COLORS, draw_line  # noqa: E402
-from minigrpo.run.validate import greedy_answers  # noqa: E402
+if __name__ == "__main__":
+    answer_early(QuickArguments, __doc__)  # what follows takes seconds to import
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnchoredOffsetbox, DrawingArea, HPacker, TextArea, VPacker
+from matplotlib.text import Text
+from PIL import Image, ImageDraw
+
+from minigrpo.commands import python, typed
+from minigrpo.data import Sample, load_image, read_jsonl
+from minigrpo.data.scenes import COLOURS, paint
+from minigrpo.generate import generate
+from minigrpo.metrics.bootstrap import interval, paired
+from minigrpo.policy import Policy
+from minigrpo.run.args import input_errors, parse_args, run_errors
+from minigrpo.run.files import aside, make_folder, sync_all, write_aside, write_jsonl
+from minigrpo.run.plots import COLORS, draw_line
+from minigrpo.run.validate import greedy_answers
 
 QUESTION = "What is here?"
 KINDS = [
@@ -161,30 +166,6 @@ def write_pictures(folder: Path, *, train: int, test: int, seed: int) -> None:
 
 
 # ---- the programs --------------------------------------------------------------------------------
-
-
-@dataclass
-class QuickArguments:
-    output_dir: str = field(default="runs/quick", metadata={"help": "folder to make"})
-    seed: int = field(default=0, metadata={"help": "of pictures, weights, data order and sampling"})
-    train: int = field(default=1600, metadata={"help": "pictures to learn from"})
-    test: int = field(
-        default=256, metadata={"help": "held-out pictures, on which everything is measured"}
-    )
-    sft_steps: int = field(default=140, metadata={"help": "steps of SFT, 16 pictures each"})
-    grpo_steps: int = field(
-        default=70, metadata={"help": "steps of GRPO, 16 pictures with 8 answers each"}
-    )
-
-    def check(self) -> None:
-        for name in ("train", "sft_steps", "grpo_steps"):
-            at_least_one(self, name)
-        if self.test < 6:
-            raise ValueError(
-                f"--test must be at least 6, got {self.test}: quick.png shows six of them"
-            )
-        if self.seed < 0:
-            raise ValueError(f"--seed must be 0 or more, got {self.seed}")
 
 
 def start(line: list, threads: int, log: Path | None = None) -> multiprocessing.Process:

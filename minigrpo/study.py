@@ -20,19 +20,24 @@ output_dir then.
 
 import hashlib
 import json
-import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 BEGAN = time.perf_counter()
-import torch  # noqa: E402
+from minigrpo.run.args import answer_early
+from minigrpo.run.arguments import StudyArguments
 
-from minigrpo.run.args import input_errors, parse_args, run_errors  # noqa: E402
-from minigrpo.run.files import make_folder, write_aside  # noqa: E402
-from minigrpo.stages import Run, hold, run_all  # noqa: E402
-from minigrpo.study_results import collect  # noqa: E402
-from minigrpo.study_table import draw_figures, page_text, tables, write_page  # noqa: E402
+if __name__ == "__main__":
+    answer_early(StudyArguments, __doc__)  # what follows takes seconds to import
+
+import torch
+
+from minigrpo.run.args import input_errors, parse_args, run_errors
+from minigrpo.run.files import make_folder, write_aside
+from minigrpo.stages import Run, hold, run_all
+from minigrpo.study_results import collect
+from minigrpo.study_table import draw_figures, page_text, tables, write_page
 
 STARTS, MODES, TASKS = ("general", "domain"), ("direct", "thinking"), ("report", "grounding")
 ENTITIES = "minigrpo.rewards.phantom_entities:complete"
@@ -89,45 +94,6 @@ SMOKE = Size(
     longest=24,
     seeds=1,
 )
-
-
-@dataclass
-class StudyArguments:
-    output_dir: str = field(
-        default="runs/study", metadata={"help": "where the runs go, each in a folder of its own"}
-    )
-    json: str = field(
-        default="docs/study.json", metadata={"help": "results to write, or with --table to read"}
-    )
-    page: str = field(
-        default="docs/study.md",
-        metadata={
-            "help": "page whose results are rendered, or that is made; figures go to images/ "
-            "beside it; empty: none"
-        },
-    )
-    table: bool = field(
-        default=False, metadata={"help": "run nothing: render tables and figures from --json"}
-    )
-    smoke: bool = field(
-        default=False,
-        metadata={"help": "every step of the study, each as small as can be: shows that it runs"},
-    )
-    seeds: int | None = field(default=None, metadata={"help": "seeds of GRPO; default 3"})
-    jobs: int = field(
-        default=os.cpu_count() or 1,
-        metadata={"help": "runs at once; each gets its share of the cores"},
-    )
-    reward_weights: str | None = field(
-        default=None,
-        metadata={
-            "help": "folder with BERTScore's weights: adds it to the rewards that are compared"
-        },
-    )
-
-    def check(self) -> None:
-        if self.jobs < 1 or (self.seeds is not None and self.seeds < 1):
-            raise ValueError("--jobs and --seeds must be at least 1")
 
 
 def plan(size: Size, reward_weights: str | None = None) -> list[Run]:

@@ -9,8 +9,13 @@ layout, trained on the text at hand. What comes out is a checkpoint folder like 
 `Qwen/Qwen3-VL-2B-Instruct`, and loads the same way.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from minigrpo.run.args import answer_early
+from minigrpo.run.arguments import TinyArguments
+
+if __name__ == "__main__":
+    answer_early(TinyArguments, __doc__)  # what follows takes seconds to import
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -79,7 +84,7 @@ def tiny_policy(
     vocab_size: int = 1024,
     width: int = 128,
     layers: int = 3,
-    pixels: int = TINY_PIXELS,
+    pixels: int | None = None,
 ) -> Policy:
     """A random tiny Qwen3-VL whose tokenizer was trained on the samples; images are seen at
     `pixels` at most.
@@ -141,7 +146,7 @@ def tiny_policy(
         temporal_patch_size=2,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
-        size=dict(shortest_edge=32 * 32, longest_edge=pixels),
+        size=dict(shortest_edge=32 * 32, longest_edge=pixels or TINY_PIXELS),
     )
     return Policy(model.eval(), tokenizer, image_processor)
 
@@ -204,15 +209,6 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
-
-
-@dataclass
-class TinyArguments:
-    train_data: str = field(
-        metadata={"help": "JSONL file whose questions and answers train the tokenizer"}
-    )
-    output_dir: str = field(metadata={"help": "checkpoint folder to make"})
-    seed: int = field(default=0, metadata={"help": "of the random weights"})
 
 
 def main() -> None:

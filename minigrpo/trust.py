@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from minigrpo.once import each_key_once
 from minigrpo.visible import printable
 
 JSON = (
@@ -128,7 +129,7 @@ def parse(path: Path, text: str) -> dict:
         raise ValueError(f"{name} is not a number of JSON")
 
     try:
-        found = json.loads(text, parse_constant=refuse)
+        found = json.loads(text, object_pairs_hook=each_key_once, parse_constant=refuse)
         if not isinstance(found, dict):
             raise ValueError("it is not an object")
         for _ in entries(found):

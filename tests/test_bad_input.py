@@ -24,8 +24,9 @@ from minigrpo.data import check, clean, join, openi, scenes, sharegpt
 from minigrpo.data import phantom as phantom_films
 from minigrpo.data.convert import adapter_main
 from minigrpo.rewards import Scores
-from minigrpo.run import files, loop
+from minigrpo.run import evaluation, files, loop
 from minigrpo.run.args import parse_args
+from minigrpo.run.evaluation import read_answers
 from minigrpo.run.guard import in_time
 from minigrpo.run.names import ELSEWHERE, RENAMED
 from tests import fake_sets
@@ -129,14 +130,14 @@ def test_cleaned_references_and_asking_to_think_are_the_same_questions(phantom, 
     folder, rows = stored
     samples = evaluate.read_jsonl(phantom / "test.jsonl")
     write_rows(folder, [row | {"question": row["question"] + " /think"} for row in rows])
-    assert evaluate.read_answers(folder, samples, "--baseline") == (
+    assert read_answers(folder, samples, "--baseline") == (
         [row["answer"] for row in rows],
         None,
         {},
     )
     assert not capsys.readouterr().out
     write_rows(folder, [row | {"reference": "Unchanged."} for row in rows])
-    evaluate.read_answers(folder, samples, "--baseline")
+    read_answers(folder, samples, "--baseline")
     assert f"note: {len(rows)} references are not those" in capsys.readouterr().out
 
 
@@ -779,7 +780,7 @@ def test_evaluation_says_that_boxes_leave_the_film(phantom, stored, tmp_path, mo
             "0",
         ],
     )
-    monkeypatch.setattr(evaluate, "draw_samples", lambda *args, **more: None)
+    monkeypatch.setattr(evaluation, "draw_samples", lambda *args, **more: None)
     evaluate.main()
     assert "score nothing (--box_scale is 1): should it be 1000?" in capsys.readouterr().out
 
@@ -974,8 +975,8 @@ def grpo_args(*words):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("run.yaml", "seed: 1\nseed: 2", "run.yaml: seed stands there twice"),
-        ("run.json", '{"seed": 1, "seed": 1}', "run.json: seed stands there twice"),
+        ("run.yaml", "seed: 1\nseed: 2", "run.yaml: key 'seed' stands twice"),
+        ("run.json", '{"seed": 1, "seed": 1}', "run.json: key 'seed' stands twice"),
         ("run.yaml", "seed: 010", "seed is 010, which YAML reads by eights"),
         ("run.yaml", "learning_rate: -010", "learning_rate is -010"),
         ("run.yaml", "group_size: 1:30", "--group-size: invalid int value: '1:30'"),

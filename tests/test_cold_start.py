@@ -197,7 +197,7 @@ def test_an_endpoint_sees_film_question_and_answer_and_is_not_asked_twice(
     assert f"{len(kept)} traces kept" in capsys.readouterr().out
 
 
-def test_a_server_that_breaks_leaves_what_it_gave(phantom, tmp_path, monkeypatch, serve):  # noqa: F811
+def test_a_server_that_breaks_leaves_what_it_gave(phantom, tmp_path, monkeypatch, serve):
     """A server that was restarted without its model: after so many refusals in a row no more is
     asked, and nothing written."""
     monkeypatch.setattr("minigrpo.data.rewrite.MOST_FAILURES", 2)

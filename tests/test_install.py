@@ -314,11 +314,15 @@ def test_the_loss_needs_torch_alone(installed, tmp_path):
 @pytest.mark.parametrize(
     "command, package, message",
     [
-        ("grpo", "scipy", "scipy is not installed: pip install scipy"),
-        ("evaluate", "rouge_score", "pip install rouge-score"),
-        ("sft", "matplotlib", "pip install matplotlib"),
+        (
+            "grpo --model m --train_data . --output_dir o",
+            "scipy",
+            "scipy is not installed: pip install scipy",
+        ),
+        ("evaluate --model m --data . --output_dir o", "rouge_score", "pip install rouge-score"),
+        ("sft --model m --train_data . --output_dir o", "matplotlib", "pip install matplotlib"),
         ("data phantom", "numpy", "pip install numpy"),
-        ("ask", "PIL", "pip install pillow"),
+        ("ask --model m --image .", "PIL", "pip install pillow"),
         (
             "sft --model m --train_data t --output_dir o --lora_rank 4",
             "peft",

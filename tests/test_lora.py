@@ -28,7 +28,7 @@ from minigrpo.lora import (
 )
 from minigrpo.policy import Policy
 from minigrpo.run import loop
-from minigrpo.run.args import LINEAR, PARTS
+from minigrpo.run.arguments import LINEAR, PARTS
 from minigrpo.run.files import seal
 from minigrpo.run.folder import last_checkpoint
 from tests.test_policy import copy_of, peer_logprob

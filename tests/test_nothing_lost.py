@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import evaluate
 import train_grpo
 import train_sft
 from minigrpo import grpo
@@ -27,6 +26,7 @@ from minigrpo.data import read_jsonl
 from minigrpo.rewards import Scores
 from minigrpo.run import files, folder, log, loop, save, starts, track
 from minigrpo.run.args import parse_args
+from minigrpo.run.evaluation import write_predictions
 from minigrpo.run.guard import in_time
 from tests.processes import finish, run, start
 
@@ -977,10 +977,10 @@ def test_scores_are_not_written_over_answers(tmp_path, samples):
     20 of 27 answers.
     """
     path, answers = tmp_path / "predictions.jsonl", [s.answer for s in samples]
-    evaluate.write_predictions(path, samples, answers, None)
+    write_predictions(path, samples, answers, None)
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        evaluate.write_predictions(
+        write_predictions(
             path, samples, answers, None, [{"gleu": 1.0}] * 5 + [{"gleu": {1}}] * len(samples)
         )
     assert path.read_bytes() == before

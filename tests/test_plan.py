@@ -8,13 +8,13 @@ from minigrpo.generate import generate
 from minigrpo.lora import add_adapters
 from minigrpo.policy import Policy
 from minigrpo.run.groups import micro_batches
+from minigrpo.run.optimizers import grpo_optimizers
 from minigrpo.run.plan import Plan, explain, plan_grpo, plan_sft
 from minigrpo.sft import split
 from tests.hub import write_checkpoint
 from tests.memory import peak_bytes
-from train_grpo import GrpoArguments, make_optimizers
+from train_grpo import GrpoArguments
 from train_sft import SftArguments
-from train_sft import make_optimizers as sft_optimizers
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_plan_is_what_the_step_takes(hub, samples, settings):
         | settings
     )
     args = arguments(bare, **settings)
-    plan = plan_grpo(samples, make_optimizers, args)
+    plan = plan_grpo(samples, args)
 
     policy = Policy.from_pretrained(whole, max_pixels=args.max_pixels, autocast=args.bf16)
     if args.lora_rank:
@@ -70,7 +70,7 @@ def test_a_plan_is_what_the_step_takes(hub, samples, settings):
     policy.freeze(args.freeze)
     if args.activation_checkpointing:
         policy.checkpoint_activations()
-    (optimizer,) = make_optimizers(policy, args)
+    (optimizer,) = grpo_optimizers(policy, args)
     assert plan.lasting["weights"] == sum(p.nbytes for p in policy.model.parameters())
     assert plan.lasting["gradients"] == sum(p.nbytes for p in policy.parameters())
     prompts, T = policy.encode(batch_at(samples, 0, 4, args.seed)), args.max_new_tokens
@@ -113,7 +113,7 @@ def test_a_plan_of_supervised_training(hub, samples):
     bare, whole = hub
     args = arguments(bare, SftArguments, batch_size=4)
     parts = split(batch_at([[s] for s in samples], 0, 4, 0), 8, 8)
-    plan = plan_sft(parts, sft_optimizers, args)
+    plan = plan_sft(parts, args)
     policy = Policy.from_pretrained(whole, max_pixels=args.max_pixels)
     prompts, blocks = policy.encode_turns(parts[0])
 
@@ -173,5 +173,5 @@ def test_the_real_sizes_are_planned_without_their_weights(tmp_path, samples, hub
         json.dumps(published | {name: ids[name] for name in ids if name.endswith("_token_id")})
     )
     args = arguments(str(folder), prompts_per_step=4, group_size=4, max_new_tokens=32)
-    plan = plan_grpo(samples, make_optimizers, args)
+    plan = plan_grpo(samples, args)
     assert plan.peak > 5 * plan.lasting["weights"] > 5 * 4 * 2e9

@@ -303,7 +303,7 @@ def test_runs_are_laid_over_one_another(tmp_path, drawn, monkeypatch):
         overlay(monkeypatch, one, other / "metrics.jsonl", third, "--output", out)
     assert (
         names[-1] == ["a/report", "b/report", "c/sft"]
-        and Image.open(out).info["Software"] == plots.DRAWN_BY
+        and Image.open(out).info["Software"] == "minigrpo.curves"
     )
     assert set(drawn[0]) == {
         "reward",

@@ -219,7 +219,7 @@ def test_a_server_that_is_gone_is_not_asked_a_thousand_times(serve, tmp_path):  
     assert len(server.asked) < 40
 
 
-def test_reports_without_an_answer_are_left_out_and_said(tmp_path, monkeypatch, serve, capsys):  # noqa: F811
+def test_reports_without_an_answer_are_left_out_and_said(tmp_path, monkeypatch, serve, capsys):
     """What may still compare is not kept as it was."""
     lines = [
         {

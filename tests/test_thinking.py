@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from evaluate import read_answers, write_predictions
 from minigrpo.data import Sample, ask_to_think, asks_to_think, split_thinking, with_traces
 from minigrpo.data.join import join, parse_file
 from minigrpo.generate import Rollout
 from minigrpo.metrics import evaluate_answers
 from minigrpo.metrics.items import score_item
 from minigrpo.rewards import reward_fn
+from minigrpo.run.evaluation import read_answers, write_predictions
 from minigrpo.run.groups import Groups
 from minigrpo.run.log import rollout_stats
 

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 import train_grpo
 from minigrpo import grpo
+from minigrpo.choices import SCHEDULES
 from minigrpo.loss import denominator_of
 from minigrpo.run import loop
 from minigrpo.run.args import parse_args
 from minigrpo.run.plots import draw_curves
-from minigrpo.run.schedule import SCHEDULES, learning_rate_at
+from minigrpo.run.schedule import learning_rate_at
 from train_grpo import GrpoArguments
 
 ROOT = Path(__file__).parent.parent
@@ -100,8 +101,8 @@ def calls(monkeypatch):
         return loss(*args, **settings)
 
     loss = grpo.grpo_loss
-    for module in (train_grpo, grpo):  # the check of the arguments, and the step
-        monkeypatch.setattr(module, "grpo_loss", spy)
+    for module in ("loss", "grpo"):  # the check of the arguments, and the step
+        monkeypatch.setattr(f"minigrpo.{module}.grpo_loss", spy)
     return seen
 
 
@@ -137,7 +138,9 @@ def same(a, b):
 )
 def test_contradictions_stop_before_training(settings, message):
     with pytest.raises(ValueError, match=message):
-        GrpoArguments(**NEEDED, **settings).check()
+        args = GrpoArguments(**NEEDED, **settings)
+        args.check()
+        args.check_with_torch()
 
 
 @pytest.mark.parametrize(

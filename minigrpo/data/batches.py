@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import torch
-
 from .sample import Sample
 
 T = TypeVar("T")
@@ -29,6 +27,8 @@ def prefetch(make: Callable[[int], T], steps: range) -> Iterator[tuple[int, T]]:
     The thread does torch's work without helpers: with more threads than cores OpenMP waits asleep,
     and every operation of the caller pays for waking.
     """
+    import torch  # as below
+
     with ThreadPoolExecutor(1) as pool:
         threads = torch.get_num_threads()
         # asked first: asking sets it, once a thread
@@ -55,6 +55,8 @@ def group_by_image(samples: list[Sample]) -> list[list[Sample]]:
 def _order(n: int, seed: int, epoch: int, _cache: dict = {}) -> list[int]:
     key = n, seed, epoch
     if key not in _cache:
+        import torch  # here: the tools that make and check data need no torch
+
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         _cache.clear()
         _cache[key] = torch.randperm(n, generator=generator).tolist()

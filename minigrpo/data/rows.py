@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..once import each_key_once
 from . import templates
 from .boxes import format_boxes
 from .ledger import Ledger
@@ -102,7 +103,7 @@ def read_rows(
 
 def read_json(path: Path):
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=each_key_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}): fetch the file again") from None
 

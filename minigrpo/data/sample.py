@@ -4,7 +4,6 @@ training starts.
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..once import each_key_once
 from ..visible import message
 from .film import load_image
 from .schema import TASKS, image_names, is_text, record_errors
@@ -93,15 +93,6 @@ def _raise(file: Path, errors: list[tuple[int, str]]) -> None:
         )
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict:
-    """A JSON object, of which Python alone would take the last of two equal keys."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
-        raise ValueError(f"key {twice!r} stands twice in one object: which value counts?")
-    return found
-
-
 def _records(file: Path, errors: list[tuple[int, str]]) -> Iterator[tuple[int, dict]]:
     """(line number, object) of every line that holds one; the others go to `errors`, blank lines
     nowhere.
@@ -114,7 +105,7 @@ def _records(file: Path, errors: list[tuple[int, str]]) -> Iterator[tuple[int, d
                 )
                 return  # what follows is more of the same
             try:
-                record = json.loads(raw, object_pairs_hook=_each_once) if raw.strip() else None
+                record = json.loads(raw, object_pairs_hook=each_key_once) if raw.strip() else None
             except (ValueError, RecursionError) as error:
                 errors.append((line, f"not JSON ({error}): write one JSON object a line, in UTF-8"))
                 continue

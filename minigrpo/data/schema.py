@@ -5,11 +5,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from minigrpo.choices import TASKS
+
 from .box_forms import contradiction
 from .boxes import parse_boxes
 from .text import can_be_seen
 
-TASKS = ("report", "grounding", "classification", "conversation")
 KINDS = ("anatomy", "abnormality", "phrase")
 TEXTS = ("id", "label", "source", "patient", "question", "answer", "thinking")
 _HALF = re.compile(r"[\ud800-\udfff]")  # of a character's UTF-16, which no tokenizer takes

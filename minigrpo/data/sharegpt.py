@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from minigrpo.once import each_key_once
 from minigrpo.run.files import write_aside, write_jsonl
 from minigrpo.run.terminal import Parser, fail
 
@@ -113,7 +114,7 @@ def read_sharegpt(path: Path, image_root: Path, folder: Path, task: str) -> Iter
     with all of its items.
     """
     try:
-        items = json.loads(path.read_text(encoding="utf-8-sig"))
+        items = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=each_key_once)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}): this format is one list of objects") from None
     if not isinstance(items, list):

@@ -5,7 +5,7 @@ two models.
 from .bootstrap import interval, paired
 from .cider import cider_d
 from .clinical import Clinical, load_clinical
-from .constant import constant_boxes, constant_report
+from .constant import constant_answers, constant_boxes, constant_report
 from .grounding import average_precision, coco_average_precision, detection_statistics
 from .summary import breakdown, compare, evaluate_answers
 from .table import markdown_table
@@ -20,6 +20,7 @@ __all__ = [
     "cider_d",
     "coco_average_precision",
     "compare",
+    "constant_answers",
     "constant_boxes",
     "constant_report",
     "detection_statistics",

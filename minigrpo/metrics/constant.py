@@ -80,3 +80,19 @@ def constant_report(train: list[Sample], test: list[Sample]) -> list[str]:
         dict.fromkeys(reports), key=lambda report: sum(gleu(report, other) for other in reports)
     )
     return [best] * len(test)
+
+
+def constant_answers(train: list[Sample], samples: list[Sample]) -> list[str]:
+    """For each task that has a constant baseline; samples of other tasks are an error."""
+    answers = {}
+    for task, choose in (("grounding", constant_boxes), ("report", constant_report)):
+        test = [s for s in samples if s.task == task]
+        if test:
+            answers |= zip((s.id for s in test), choose([s for s in train if s.task == task], test))
+    missing = sorted({s.task for s in samples if s.id not in answers})
+    if missing:
+        raise ValueError(
+            f"--model constant has no answer for {', '.join(missing)}: choose --task report or"
+            " grounding"
+        )
+    return [answers[s.id] for s in samples]

@@ -1,35 +1,31 @@
-"""Arguments of the programs: dataclasses on the command line, or from a YAML or JSON file, and
-their errors.
+"""Dataclasses filled from the command line, or from a YAML or JSON file, and what ends a program
+with one message.
+
+Imports no torch (minigrpo/run/arguments.py says why).
 """
 
+import argparse
 import json
 import math
 import os
 import re
+import shutil
 import sys
-from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-import torch
 import yaml
-from transformers import HfArgumentParser
 
-from minigrpo.checkpoint import SMALLEST
-from minigrpo.data import TASKS, DataError
-from minigrpo.packages import need
-from minigrpo.run.distributed import is_lost, ranks, speak_in_turn
+from minigrpo.choices import SMALLEST
+from minigrpo.once import each_key_once
 from minigrpo.run.files import WriteError
 from minigrpo.run.names import hint
-from minigrpo.run.terminal import fail, path_of, steady_output
+from minigrpo.run.terminal import fail, path_of, speak_in_turn, steady_output
 
 T = TypeVar("T")
-PARTS = ("vision", "projector", "language")  # of a Qwen3-VL, to freeze
-TRACKERS = ("tensorboard", "wandb")  # named like the packages that they need
-LARGEST_SEED = 2**40
 SETTINGS = (".yaml", ".yml", ".json")
 PATHS = (
     "model",
@@ -45,253 +41,17 @@ PATHS = (
     "json",
     "page",
 )  # arguments in which ~ is the home folder
-# the language model's, for adapters
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass
-class RunArguments:
-    """What every training program takes; each adds a learning rate and a warm-up of its own."""
-
-    model: str = field(
-        metadata={
-            "help": (
-                "checkpoint folder or hub name of a dense Qwen3-VL; for train_sft.py also `tiny`: a"
-                " small random one"
-            )
-        }
-    )
-    train_data: str = field(metadata={"help": "JSONL file of training samples"})
-    output_dir: str = field(
-        metadata={
-            "help": (
-                "run folder to make: args.json, starts.jsonl, metrics.jsonl, curves.png,"
-                " checkpoints/, final/"
-            )
-        }
-    )
-    task: str = field(
-        default="all",
-        metadata={"help": "train on samples of this task only", "choices": [*TASKS, "all"]},
-    )
-    max_steps: int = field(
-        default=300, metadata={"help": "optimisation steps (for GRPO: rollout batches)"}
-    )
-    save_steps: int = field(
-        default=50, metadata={"help": "save a checkpoint to resume from every so many steps"}
-    )
-    keep_checkpoints: int = field(
-        default=2, metadata={"help": "how many of the newest checkpoints stay"}
-    )
-    eval_data: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "JSONL file of validation samples; the weights that do best on them are kept in"
-                " best/"
-            )
-        },
-    )
-    eval_steps: int = field(
-        default=50, metadata={"help": "validate every so many steps, if there is --eval_data"}
-    )
-    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decoupled weight decay"})
-    grad_clip: float = field(
-        default=1.0, metadata={"help": "gradients of a larger norm are scaled down to it"}
-    )
-    max_grad_norm: float = field(
-        default=1e4,
-        metadata={
-            "help": (
-                "an update whose gradient norm is above this, or not a number, is skipped and its"
-                " batch kept in skipped/"
-            )
-        },
-    )
-    max_skipped: int = field(
-        default=10, metadata={"help": "stop the run when so many updates were skipped"}
-    )
-    track: list[str] = field(
-        default_factory=list,
-        metadata={"help": "also log to these, which must be installed", "choices": list(TRACKERS)},
-    )
-    seed: int = field(
-        default=0,
-        metadata={"help": "seeds the data order, sampling and, for --model tiny, the weights"},
-    )
-    resume: bool = field(
-        default=False, metadata={"help": "continue the run in output_dir from its last checkpoint"}
-    )
-    device: str = field(
-        default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"}
-    )
-    max_pixels: int = field(
-        default=0,
-        metadata={
-            "help": (
-                "images of more pixels are shrunk to so many, in training and, since the checkpoint"
-                " keeps the number, wherever it is used later; 1,024 are a token (the paper:"
-                " 262144); 0: what --model was made for"
-            )
-        },
-    )
-    freeze: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": (
-                "what to keep as it is: the vision tower, the projector behind it, the language"
-                " model; cheaper, and less to unlearn"
-            ),
-            "choices": list(PARTS),
-        },
-    )
-    lora_rank: int = field(
-        default=0,
-        metadata={
-            "help": (
-                "train adapters of this rank instead of the weights (LoRA, 2106.09685; needs peft);"
-                " 0: off. GRPO's reference is then the model with its adapters off. They want a"
-                " learning rate about ten times as high"
-            )
-        },
-    )
-    lora_alpha: float = field(
-        default=32.0, metadata={"help": "adapters count lora_alpha / lora_rank times"}
-    )
-    lora_targets: list[str] = field(
-        default_factory=lambda: list(LINEAR),
-        metadata={
-            "help": "linear layers of the language model that get adapters",
-            "choices": list(LINEAR),
-        },
-    )
-    bf16: bool = field(
-        default=False, metadata={"help": "compute in bfloat16 (weights and optimiser stay in fp32)"}
-    )
-    activation_checkpointing: bool = field(
-        default=False,
-        metadata={
-            "help": (
-                "keep the input of each layer alone for the backward pass, which computes the rest"
-                " anew: less memory, more time"
-            )
-        },
-    )
-    shard: bool = field(
-        default=False,
-        metadata={
-            "help": (
-                "under torchrun, cut up the decoder layers over the ranks (FSDP2): for full"
-                " fine-tuning of 8B on cards of 80 GB; slower"
-            )
-        },
-    )
-    plan: float | None = field(
-        default=None,
-        metadata={
-            "nargs": "?",
-            "const": 0.0,
-            "metavar": "GB",
-            "help": (
-                "load nothing, and print what the run will take of the memory at hand, or of so"
-                " many GB, and the settings that fit"
-            ),
-        },
-    )
-
-    def check(self) -> None:
-        """Settings that can't work are an error now, not after hours."""
-        for name, value in vars(self).items():
-            if value != value:  # NaN passes every test for being too small or too large
-                raise ValueError(f"--{name} is nan: give it a number")
-        if abs(self.seed) > LARGEST_SEED:
-            raise ValueError(
-                f"--seed {self.seed} is too large: the seeds of epochs and steps are made of it;"
-                f" {LARGEST_SEED} at most"
-            )
-        for name in ("max_steps", "save_steps", "keep_checkpoints", "eval_steps", "max_skipped"):
-            at_least_one(self, name)
-        for name in ("learning_rate", "grad_clip"):  # a clip at 0 would zero every gradient
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} must be a number above 0, got {getattr(self, name)}")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(
-                f"--warmup must lie in 0..1, got {self.warmup}: it is a share of the steps"
-            )
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"--weight_decay must be 0 or more, got {self.weight_decay}")
-        if self.max_grad_norm <= 0:
-            raise ValueError(
-                f"--max_grad_norm must be above 0, got {self.max_grad_norm}: larger gradients are"
-                " skipped"
-            )
-        for name in self.track:
-            need(f"--track {name}", name)
-        if self.eval_data and os.path.realpath(self.eval_data) == os.path.realpath(self.train_data):
-            raise ValueError(
-                f"--eval_data {self.eval_data} is the training data: best/ would hold what knows it"
-                " by heart. Keep some patients apart"
-            )
-        check_pixels(self.max_pixels)
-        if self.plan is not None and (self.model == "tiny" or not 0 <= self.plan < math.inf):
-            raise ValueError(
-                "--plan is for a checkpoint, and takes the GB of a device or nothing: a tiny model"
-                " fits anywhere"
-                if self.model == "tiny"
-                else f"--plan takes the GB of a device, got {self.plan}"
-            )
-        if self.lora_rank < 0:
-            raise ValueError(f"--lora_rank must be 0 (off) or more, got {self.lora_rank}")
-        if set(self.freeze) == set(PARTS):
-            raise ValueError(f"--freeze {' '.join(self.freeze)}: nothing is left to train")
-        if self.shard and (self.lora_rank or "language" in self.freeze):
-            raise ValueError(
-                f"--shard with {'--lora_rank' if self.lora_rank else '--freeze language'}: it cuts"
-                " up layers that are trained, and here theirs are frozen; leave out --shard"
-            )
-        if self.lora_rank:
-            need("--lora_rank", "peft")
-            if self.lora_alpha <= 0:
-                raise ValueError(
-                    f"--lora_rank {self.lora_rank} needs --lora_alpha above 0, got"
-                    f" {self.lora_alpha}"
-                )
-            if "language" in self.freeze:
-                raise ValueError(
-                    "--freeze language with --lora_rank: the adapters are in the language model,"
-                    " and all else is frozen already; leave out --freeze"
-                )
-        elif self.lora_alpha != RunArguments.lora_alpha or self.lora_targets != list(LINEAR):
-            raise ValueError(
-                "--lora_alpha and --lora_targets are of adapters: add --lora_rank, or leave them"
-                " out to train the weights"
-            )
-        self.device = checked_device(self.device)
-
-    def inert(self) -> list[str]:
-        """Settings that have no effect beside the others, said once in the log, so that nobody
-        tunes them.
-        """
-        notes = [
-            (
-                self.eval_data and self.eval_steps > self.max_steps,
-                (
-                    f"--eval_steps {self.eval_steps} is above --max_steps {self.max_steps}: "
-                    "--eval_data is never looked at, and nothing is kept in best/"
-                ),
-            ),
-            (
-                self.shard and ranks() == 1,
-                "--shard: there is one process, which holds all; torchrun starts more",
-            ),
-        ]
-        return [note for holds, note in notes if holds]
+FILES = ("train_data", "eval_data", "data", "image", "predictions", "baseline")  # to be read
 
 
 def checked_device(name: str, argument: str = "--device") -> str:
     """What --device (or another `argument`) means on this machine: auto is cuda where there is one.
     ValueError for a device that is not there.
     """
+    if name == "cpu":
+        return name
+    import torch
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -337,14 +97,29 @@ def at_least_one(args, name: str) -> None:
         raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
 
 
+def answer_early(kind: type[T], description: str) -> None:
+    """At the very start of a program, before its imports, which take seconds: --help, and what is
+    wrong with the arguments as far as it shows without torch, or with the files they name.
+    """
+    with input_errors():
+        check_files(read_args(kind, description))
+
+
 def parse_args(kind: type[T], description: str, argv: list[str] | None = None) -> T:
     """`program.py --name value ...` or `program.py settings.yaml --name value ...`; the command
-    line wins.
+    line wins. Checked by `check` and `check_with_torch` of the dataclass, where it has them.
     """
+    args = read_args(kind, description, argv)
+    if hasattr(args, "check_with_torch"):
+        args.check_with_torch()
+    return args
+
+
+def read_args(kind: type[T], description: str, argv: list[str] | None = None) -> T:
+    """`parse_args` without torch, and so without `check_with_torch`."""
     steady_output()
     argv = list(sys.argv[1:] if argv is None else argv)
-    usage = "%(prog)s [settings.yaml] --name value ... (--help lists them all)"
-    parser = HfArgumentParser(kind, description=description, usage=usage, allow_abbrev=False)
+    parser = parser_of(kind, description)
     if argv and argv[0].lower().endswith(SETTINGS):
         path = Path(path_of(argv.pop(0)))
         argv = words_of(read_settings(path), parser, path) + argv
@@ -356,7 +131,7 @@ def parse_args(kind: type[T], description: str, argv: list[str] | None = None) -
                 f"{word} --name value ..."
             )
     if unknown:
-        names = [action.dest for action in parser._actions]
+        names = [action.dest for action in parser._actions if action.dest != argparse.SUPPRESS]
         hints = [text for word in unknown if word.startswith("-") and (text := hint(word, names))]
         parser.error("\n".join([f"unrecognized arguments: {' '.join(unknown)}", *hints]))
     args = kind(**vars(parsed))
@@ -368,11 +143,126 @@ def parse_args(kind: type[T], description: str, argv: list[str] | None = None) -
     return args
 
 
-def words_of(settings: dict, parser: HfArgumentParser, path: Path) -> list[str]:
+def check_files(args) -> None:
+    """ValueError for a file to be read, or a model's folder, that is not there."""
+    for name in FILES:
+        path = getattr(args, name, None)
+        if path and not Path(path).exists():
+            raise ValueError(f"--{name} {path}: no such file: check the path, or make it first")
+    # any other name may be a model's on the hub: OWNER/NAME
+    model = getattr(args, "model", None) or ""
+    if (model.startswith((".", "/")) or model.count("/") > 1) and not Path(model).exists():
+        raise ValueError(f"--model {model}: no such checkpoint folder: check the path")
+
+
+class Parser(argparse.ArgumentParser):
+    """Of several ranks the first alone speaks, and its error ends the others."""
+
+    def error(self, message: str) -> NoReturn:
+        speak_in_turn()
+        super().error(message)
+
+    def _print_message(self, message: str, file=None) -> None:
+        if not int(os.environ.get("RANK", 0)):
+            super()._print_message(message, file)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Each option once, on lines of at most 100 columns."""
+
+    def __init__(self, prog: str):
+        width = min(100, shutil.get_terminal_size((100, 24)).columns)
+        super().__init__(prog, max_help_position=30, width=width)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.dest == argparse.SUPPRESS:  # -h, --help
+            return ", ".join(action.option_strings)
+        value = f" {self._format_args(action, action.metavar)}" if action.metavar else ""
+        return action.option_strings[0] + value
+
+
+class HelpAction(argparse.Action):
+    """Prints the help, without the options named in `const`."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+        for action in parser._actions:
+            if action.dest in self.const:
+                action.help = argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()
+
+
+def parser_of(kind: type, description: str) -> Parser:
+    """An option for each field of the dataclass; `metadata` holds what else argparse is told.
+
+    `kind.groups`, where it is, is {title: names of fields}, and `kind.common` the names that --help
+    shows; --help-all shows all.
+    """
+    known = {field.name: field for field in fields(kind)}
+    groups, common = getattr(kind, "groups", {"options": known}), getattr(kind, "common", known)
+    rare = [name for name in known if name not in common]
+    lists = "--help lists the common ones, --help-all all" if rare else "--help lists them all"
+    parser = Parser(
+        description=description,
+        usage=f"%(prog)s [settings.yaml] --name value ... ({lists})",
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=HelpFormatter,
+    )
+    types = get_type_hints(kind)
+    for title, names in groups.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            if name in known:
+                add_option(group, known[name], types[name])
+    group = parser.add_argument_group("help")
+    told = dict(action=HelpAction, nargs=0, dest=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    shown = "the common options" if rare else "this list"
+    group.add_argument("-h", "--help", **told, const=rare, help=shown)
+    if rare:
+        group.add_argument("--help-all", **told, const=(), help=f"also the other {len(rare)}")
+    return parser
+
+
+def add_option(group: argparse._ArgumentGroup, field: Field, kind: Any) -> None:
+    """--name, or --na-me: a text or number; true or false, or nothing for true; or a list."""
+    name, settings = field.name, dict(field.metadata)
+    kind = next(iter(get_args(kind)), kind) if get_origin(kind) is not list else kind  # X | None
+    notes = [f"one of {', '.join(settings['choices'])}"] if "choices" in settings else []
+    if field.default is field.default_factory is MISSING:
+        settings["required"] = True
+        notes.append("required")
+    else:
+        default = field.default if field.default is not MISSING else field.default_factory()
+        settings["default"] = default
+        if default is not False and default not in (None, "", []):
+            shown = " ".join(default) if isinstance(default, list) else default
+            notes.append(f"default: {shown}")
+    if kind is bool:
+        settings |= dict(type=yes_or_no, nargs="?", const=True)
+    elif get_origin(kind) is list:
+        settings |= dict(type=get_args(kind)[0], nargs="+", metavar="NAME")
+    else:
+        settings |= dict(type=kind)
+        settings.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
+    said = settings["help"] + (f" ({'; '.join(notes)})" if notes else "")
+    settings["help"] = said.replace("%", "%%")  # argparse fills in %(default)s and the like
+    group.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), **settings)
+
+
+def yes_or_no(text: str) -> bool:
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def words_of(settings: dict, parser: Parser, path: Path) -> list[str]:
     """Settings as the words of a command line, so that types and choices are checked as there.
     ValueError names file and setting.
     """
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    actions = {a.dest: a for a in parser._actions if a.dest != argparse.SUPPRESS}
     if unknown := [str(name) for name in settings if name not in actions]:
         hints = [text for name in unknown if (text := hint(name, list(actions)))]
         raise ValueError("\n".join([f"{path}: unknown settings: {', '.join(unknown)}", *hints]))
@@ -401,7 +291,7 @@ class _Settings(yaml.BaseLoader):
     is not False. Only null is None."""
 
     def construct_mapping(self, node, deep=False):
-        return _once(
+        return each_key_once(
             [
                 (
                     str(self.construct_object(key, deep=True)),
@@ -418,14 +308,6 @@ _Settings.add_implicit_resolver(
 _Settings.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
 
 
-def _once(pairs: list[tuple]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
-        raise ValueError(f"{twice} stands there twice: which one counts? Remove the other")
-    return found
-
-
 def read_settings(path: Path) -> dict:
     """The `name: value` pairs of a YAML or JSON file; a value is a text, None, or a list of
     such.
@@ -434,7 +316,11 @@ def read_settings(path: Path) -> dict:
         text = path.read_bytes()  # bytes, so that the parsers find out the encoding
         if path.suffix.lower() == ".json":
             settings = json.loads(
-                text, object_pairs_hook=_once, parse_int=str, parse_float=str, parse_constant=str
+                text,
+                object_pairs_hook=each_key_once,
+                parse_int=str,
+                parse_float=str,
+                parse_constant=str,
             )
         else:
             settings = yaml.load(text, _Settings)
@@ -465,6 +351,8 @@ def input_errors():
         speak_in_turn()
         fail(error)
     except (MemoryError, RuntimeError) as error:
+        from minigrpo.run.distributed import is_lost  # imports torch
+
         if is_lost(error):
             sys.exit(1)  # the rank that failed has said why
         if not out_of_memory(error):
@@ -488,17 +376,23 @@ def run_errors(advice: Callable[[], str], memory: str):
         return
     except WriteError as error:
         text = f"{error}. Make room, or mend the cause"
-    except DataError as error:
-        text = str(error)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         text = f"{_first_line(error)}. Lower {memory}"
+    except ValueError as error:
+        from minigrpo.data import DataError  # imports numpy
+
+        if not isinstance(error, DataError):
+            raise
+        text = str(error)
     fail(f"{text}. {advice()}")
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether torch, on a GPU or on a CPU, or Python found no memory."""
+    import torch
+
     named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return named or "allocate memory" in str(error)
 

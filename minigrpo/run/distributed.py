@@ -10,7 +10,6 @@ every function here gives back what it was given.
 import atexit
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from datetime import timedelta
@@ -85,14 +84,6 @@ def lost_rank(advice: Callable[[], str]):
             flush=True,
         )
         os._exit(1)  # at a plain exit, threads of collectives may wait for the dead rank
-
-
-def speak_in_turn() -> None:
-    """Before an error message: the first rank speaks at once, and ends the others; one that failed
-    alone speaks a little later.
-    """
-    if int(os.environ.get("RANK", 0)):
-        time.sleep(3)
 
 
 # ---- who does what -------------------------------------------------------------------------------

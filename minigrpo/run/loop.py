@@ -24,12 +24,16 @@ from minigrpo.run.state import load_optimizers
 from minigrpo.run.track import tracker
 
 
-def join_run(args) -> Path | None:
-    """Join the other processes of torchrun, if there are any. Returns the checkpoint that
-    --resume goes on from, None for a new run."""
+def join_device(args) -> None:
+    """Join the other processes of torchrun, if there are any, and say where --bf16 costs time."""
     join(args.device)
     if args.bf16 and (note := note_on_bf16(args.device)):
         say(note)
+
+
+def join_run(args) -> Path | None:
+    """`join_device`. Returns the checkpoint that --resume goes on from, None for a new run."""
+    join_device(args)
     return last_checkpoint(args)
 
 

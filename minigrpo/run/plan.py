@@ -28,6 +28,7 @@ from minigrpo.generate import sample as sample_tokens
 from minigrpo.lora import adapters_off, add_adapters
 from minigrpo.policy import AnswerCache, Policy, Prompts
 from minigrpo.run.groups import micro_batches
+from minigrpo.run.optimizers import grpo_optimizers, sft_optimizers
 
 aten, TILE = torch.ops.aten, 512  # rows of logits at a time, the default of `linear_logprob`
 
@@ -136,7 +137,7 @@ def imagined_policy(args, fake: FakeTensorMode) -> Policy:
 
 
 def begin(
-    args, ledger: Ledger, plan: Plan, make_optimizers, *, reference: bool
+    args, ledger: Ledger, plan: Plan, optimizers_of, *, reference: bool
 ) -> tuple[Policy, Policy | None, list]:
     """Weights, reference, gradients and optimiser states: all that lasts."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -145,7 +146,7 @@ def begin(
     policy.freeze(args.freeze)
     if args.activation_checkpointing:
         policy.checkpoint_activations()
-    optimizers = make_optimizers(policy, args)
+    optimizers = optimizers_of(policy, args)
     for group in (
         [group for optimizer in optimizers for group in optimizer.param_groups]
         if on_gpu(args)
@@ -179,13 +180,13 @@ def begin(
     return policy, other, optimizers  # whose states live as long as they do
 
 
-def plan_grpo(samples: list[Sample], make_optimizers, args) -> Plan:
+def plan_grpo(samples: list[Sample], args) -> Plan:
     """A step of train_grpo.py: its rollout when all answers have reached their full length, its
     largest micro-batch.
     """
     plan, ledger, G, T = Plan(), Ledger(), args.group_size, args.max_new_tokens
     policy, reference, optimizers = begin(
-        args, ledger, plan, make_optimizers, reference=bool(args.kl_coef) and not args.lora_rank
+        args, ledger, plan, grpo_optimizers, reference=bool(args.kl_coef) and not args.lora_rank
     )
     reference = reference or policy
     prompts = policy.encode(batch_at(samples, 0, args.prompts_per_step, args.seed))
@@ -259,10 +260,10 @@ def imagine_update(policy: Policy, score, plan: Plan) -> None:
         plan.parts["activations, in update"] = sum(kept.values())
 
 
-def plan_sft(parts: list[list[list[Sample]]], make_optimizers, args) -> Plan:
+def plan_sft(parts: list[list[list[Sample]]], args) -> Plan:
     """A step of train_sft.py whose forward and backward passes are `parts`: its largest."""
     plan, ledger = Plan(), Ledger()
-    policy, _, optimizers = begin(args, ledger, plan, make_optimizers, reference=False)
+    policy, _, optimizers = begin(args, ledger, plan, sft_optimizers, reference=False)
     encoded = [policy.encode_turns(part) for part in parts]
     # and the next step's
     plan.lasting["prompts"] = 2 * sum(

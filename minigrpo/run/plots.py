@@ -40,7 +40,6 @@ PANELS = {
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 STYLES = ["-", "--"]
 REDRAWN = 60.0  # seconds; drawing takes up to one
-DRAWN_BY = "minigrpo.curves"  # in the PNG's "Software"
 
 
 def due(seconds: float = REDRAWN) -> Callable[[], bool]:
@@ -173,7 +172,7 @@ def draw_runs(runs: dict[str, list[dict]], path: Path) -> None:
     else:
         fig.suptitle(next(iter(runs)), fontsize=10)
     with aside(path) as part:
-        fig.savefig(part, dpi=110, format="png", metadata={"Software": DRAWN_BY})
+        fig.savefig(part, dpi=110, format="png", metadata={"Software": "minigrpo.curves"})
 
 
 def draw_line(axis, steps, values, *, color, style: str, points: bool, faint: float) -> None:

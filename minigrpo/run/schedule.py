@@ -1,10 +1,10 @@
 """The learning rate over a run."""
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-
-SCHEDULES = ("constant", "linear", "cosine")
+if TYPE_CHECKING:  # the arguments are checked before torch is imported, with `rise_of`
+    import torch
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: float, schedule: str) -> float:
@@ -32,7 +32,7 @@ def rise_of(steps: int, warmup: float) -> int:
     return max(1, round(warmup * steps))
 
 
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+def set_learning_rate(optimizers: list["torch.optim.Optimizer"], rate: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("scale", 1.0)

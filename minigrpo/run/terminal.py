@@ -6,6 +6,7 @@ Imports no torch: the data tools use it too.
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,6 +52,14 @@ def path_of(text: str) -> str:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{text} can be no path ({reason}): give another") from None
     return path
+
+
+def speak_in_turn() -> None:
+    """Before an error message: the first rank of torchrun speaks at once, and ends the others; one
+    that failed alone speaks a little later.
+    """
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(3)
 
 
 def fail(text: str | Exception) -> NoReturn:

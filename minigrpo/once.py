@@ -1,0 +1,13 @@
+"""A JSON object says each thing once. Python's own reader would take the last of two equal keys."""
+
+from collections import Counter
+from typing import Any
+
+
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict:
+    """The `object_pairs_hook` of json.loads; ValueError names a key that stands there twice."""
+    read = dict(pairs)
+    if len(read) < len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise ValueError(f"key {twice!r} stands twice in one object: which one counts?")
+    return read

@@ -1,0 +1,1063 @@
+"""The arguments of the programs, and what is wrong with them that shows without a model.
+
+Imports no torch: a misspelt argument is answered in a moment. What takes torch to know stands in
+`check_with_torch`.
+"""
+
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minigrpo.choices import (
+    AGGREGATIONS,
+    ESTIMATORS,
+    RATIO_LEVELS,
+    SCALES,
+    SCHEDULES,
+    SURROGATES,
+    TASKS,
+)
+from minigrpo.packages import need
+from minigrpo.run.args import at_least_one, check_box_scale, check_pixels, checked_device
+from minigrpo.run.schedule import rise_of
+
+PARTS = ("vision", "projector", "language")  # of a Qwen3-VL, to freeze
+TRACKERS = ("tensorboard", "wandb")  # named like the packages that they need
+LARGEST_SEED = 2**40
+# the language model's, for adapters
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# The help of the three programs below: every argument in one group.
+GROUPS = {
+    "data": ["train_data", "eval_data", "data", "task", "task_weights", "max_pixels"],
+    "model": ["model", "predictions", "baseline", "freeze", "lora_rank", "lora_alpha"]
+    + ["lora_targets", "think", "template_opens_think", "box_scale"],
+    "sampling": ["prompts_per_step", "group_size", "max_new_tokens", "temperature"]
+    + ["dynamic_sampling"],
+    "reward": ["reward", "reward_weights", "reward_device", "reward_timeout", "max_unscored"]
+    + ["soft_overlong"],
+    "loss": ["kl_coef", "kl_estimator", "kl_ratio", "clip_low", "clip_high", "dual_clip"]
+    + ["ratio_level", "surrogate", "cispo_cap", "rollout_cap", "aggregation", "overlong_filter"]
+    + ["advantage_scale", "leave_one_out"],
+    "optimiser": ["learning_rate", "warmup", "lr_schedule", "batch_size", "updates_per_rollout"]
+    + ["optimizer", "beta2", "weight_decay", "grad_clip", "max_grad_norm", "max_skipped"],
+    "memory": ["bf16", "micro_batch", "micro_tokens", "rollout_rows", "questions_per_image"]
+    + ["activation_checkpointing", "shard", "plan"],
+    "run": ["output_dir", "max_steps", "eval_steps", "save_steps", "keep_checkpoints", "resume"]
+    + ["seed", "device", "track", "published", "report_items", "roofline"],
+}
+COMMON = {  # what --help shows; --help-all shows the rest, too
+    *("train_data", "eval_data", "data", "task", "max_pixels", "model", "predictions", "baseline"),
+    *("freeze", "lora_rank", "think", "prompts_per_step", "group_size", "max_new_tokens"),
+    *("temperature", "reward", "reward_weights", "kl_coef", "aggregation", "learning_rate"),
+    *("batch_size", "updates_per_rollout", "bf16", "micro_batch", "micro_tokens", "plan"),
+    *("output_dir", "max_steps", "eval_steps", "save_steps", "resume", "seed", "device"),
+}
+
+
+@dataclass
+class RunArguments:
+    """What every training program takes; each adds a learning rate and a warm-up of its own."""
+
+    groups, common = GROUPS, COMMON
+
+    model: str = field(
+        metadata={
+            "help": (
+                "checkpoint folder or hub name of a dense Qwen3-VL; for train_sft.py also `tiny`: a"
+                " small random one"
+            )
+        }
+    )
+    train_data: str = field(metadata={"help": "JSONL file of training samples"})
+    output_dir: str = field(
+        metadata={
+            "help": (
+                "run folder to make: args.json, starts.jsonl, metrics.jsonl, curves.png,"
+                " checkpoints/, final/"
+            )
+        }
+    )
+    task: str = field(
+        default="all",
+        metadata={"help": "train on samples of this task only", "choices": [*TASKS, "all"]},
+    )
+    max_steps: int = field(
+        default=300, metadata={"help": "optimisation steps (for GRPO: rollout batches)"}
+    )
+    save_steps: int = field(
+        default=50, metadata={"help": "save a checkpoint to resume from every so many steps"}
+    )
+    keep_checkpoints: int = field(
+        default=2, metadata={"help": "how many of the newest checkpoints stay"}
+    )
+    eval_data: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "JSONL file of validation samples; the weights that do best on them are kept in"
+                " best/"
+            )
+        },
+    )
+    eval_steps: int = field(
+        default=50, metadata={"help": "validate every so many steps, if there is --eval_data"}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decoupled weight decay"})
+    grad_clip: float = field(
+        default=1.0, metadata={"help": "gradients of a larger norm are scaled down to it"}
+    )
+    max_grad_norm: float = field(
+        default=1e4,
+        metadata={
+            "help": (
+                "an update whose gradient norm is above this, or not a number, is skipped and its"
+                " batch kept in skipped/"
+            )
+        },
+    )
+    max_skipped: int = field(
+        default=10, metadata={"help": "stop the run when so many updates were skipped"}
+    )
+    track: list[str] = field(
+        default_factory=list,
+        metadata={"help": "also log to these, which must be installed", "choices": list(TRACKERS)},
+    )
+    seed: int = field(
+        default=0,
+        metadata={"help": "seeds the data order, sampling and, for --model tiny, the weights"},
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "continue the run in output_dir from its last checkpoint"}
+    )
+    device: str = field(
+        default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"}
+    )
+    max_pixels: int = field(
+        default=0,
+        metadata={
+            "help": (
+                "images of more pixels are shrunk to so many, in training and, since the checkpoint"
+                " keeps the number, wherever it is used later; 1,024 are a token (the paper:"
+                " 262144); 0: what --model was made for"
+            )
+        },
+    )
+    freeze: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": (
+                "what to keep as it is: the vision tower, the projector behind it, the language"
+                " model; cheaper, and less to unlearn"
+            ),
+            "choices": list(PARTS),
+        },
+    )
+    lora_rank: int = field(
+        default=0,
+        metadata={
+            "help": (
+                "train adapters of this rank instead of the weights (LoRA, 2106.09685; needs peft);"
+                " 0: off. GRPO's reference is then the model with its adapters off. They want a"
+                " learning rate about ten times as high"
+            )
+        },
+    )
+    lora_alpha: float = field(
+        default=32.0, metadata={"help": "adapters count lora_alpha / lora_rank times"}
+    )
+    lora_targets: list[str] = field(
+        default_factory=lambda: list(LINEAR),
+        metadata={
+            "help": "linear layers of the language model that get adapters",
+            "choices": list(LINEAR),
+        },
+    )
+    bf16: bool = field(
+        default=False, metadata={"help": "compute in bfloat16 (weights and optimiser stay in fp32)"}
+    )
+    activation_checkpointing: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "keep the input of each layer alone for the backward pass, which computes the rest"
+                " anew: less memory, more time"
+            )
+        },
+    )
+    shard: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "under torchrun, cut up the decoder layers over the ranks (FSDP2): for full"
+                " fine-tuning of 8B on cards of 80 GB; slower"
+            )
+        },
+    )
+    plan: float | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": 0.0,
+            "metavar": "GB",
+            "help": (
+                "load nothing, and print what the run will take of the memory at hand, or of so"
+                " many GB, and the settings that fit"
+            ),
+        },
+    )
+
+    def check(self) -> None:
+        """Settings that can't work are an error now, not after hours."""
+        for name, value in vars(self).items():
+            if value != value:  # NaN passes every test for being too small or too large
+                raise ValueError(f"--{name} is nan: give it a number")
+        if abs(self.seed) > LARGEST_SEED:
+            raise ValueError(
+                f"--seed {self.seed} is too large: the seeds of epochs and steps are made of it;"
+                f" {LARGEST_SEED} at most"
+            )
+        for name in ("max_steps", "save_steps", "keep_checkpoints", "eval_steps", "max_skipped"):
+            at_least_one(self, name)
+        for name in ("learning_rate", "grad_clip"):  # a clip at 0 would zero every gradient
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} must be a number above 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(
+                f"--warmup must lie in 0..1, got {self.warmup}: it is a share of the steps"
+            )
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"--weight_decay must be 0 or more, got {self.weight_decay}")
+        if self.max_grad_norm <= 0:
+            raise ValueError(
+                f"--max_grad_norm must be above 0, got {self.max_grad_norm}: larger gradients are"
+                " skipped"
+            )
+        for name in self.track:
+            need(f"--track {name}", name)
+        if self.eval_data and os.path.realpath(self.eval_data) == os.path.realpath(self.train_data):
+            raise ValueError(
+                f"--eval_data {self.eval_data} is the training data: best/ would hold what knows it"
+                " by heart. Keep some patients apart"
+            )
+        check_pixels(self.max_pixels)
+        if self.plan is not None and (self.model == "tiny" or not 0 <= self.plan < math.inf):
+            raise ValueError(
+                "--plan is for a checkpoint, and takes the GB of a device or nothing: a tiny model"
+                " fits anywhere"
+                if self.model == "tiny"
+                else f"--plan takes the GB of a device, got {self.plan}"
+            )
+        if self.lora_rank < 0:
+            raise ValueError(f"--lora_rank must be 0 (off) or more, got {self.lora_rank}")
+        if set(self.freeze) == set(PARTS):
+            raise ValueError(f"--freeze {' '.join(self.freeze)}: nothing is left to train")
+        if self.shard and (self.lora_rank or "language" in self.freeze):
+            raise ValueError(
+                f"--shard with {'--lora_rank' if self.lora_rank else '--freeze language'}: it cuts"
+                " up layers that are trained, and here theirs are frozen; leave out --shard"
+            )
+        if self.lora_rank:
+            need("--lora_rank", "peft")
+            if self.lora_alpha <= 0:
+                raise ValueError(
+                    f"--lora_rank {self.lora_rank} needs --lora_alpha above 0, got"
+                    f" {self.lora_alpha}"
+                )
+            if "language" in self.freeze:
+                raise ValueError(
+                    "--freeze language with --lora_rank: the adapters are in the language model,"
+                    " and all else is frozen already; leave out --freeze"
+                )
+        elif self.lora_alpha != RunArguments.lora_alpha or self.lora_targets != list(LINEAR):
+            raise ValueError(
+                "--lora_alpha and --lora_targets are of adapters: add --lora_rank, or leave them"
+                " out to train the weights"
+            )
+
+    def check_with_torch(self) -> None:
+        """The device, which must be there."""
+        self.device = checked_device(self.device)
+
+    def inert(self) -> list[str]:
+        """Settings that have no effect beside the others, said once in the log, so that nobody
+        tunes them.
+        """
+        from minigrpo.run.distributed import ranks  # imports torch
+
+        notes = [
+            (
+                self.eval_data and self.eval_steps > self.max_steps,
+                (
+                    f"--eval_steps {self.eval_steps} is above --max_steps {self.max_steps}: "
+                    "--eval_data is never looked at, and nothing is kept in best/"
+                ),
+            ),
+            (
+                self.shard and ranks() == 1,
+                "--shard: there is one process, which holds all; torchrun starts more",
+            ),
+        ]
+        return [note for holds, note in notes if holds]
+
+
+@dataclass
+class SftArguments(RunArguments):
+    batch_size: int = field(
+        default=8, metadata={"help": "images per optimisation step, each with all its questions"}
+    )
+    questions_per_image: int = field(
+        default=8, metadata={"help": "most questions about one image in a pass; they share it"}
+    )
+    micro_batch: int = field(
+        default=8,
+        metadata={"help": "images per forward and backward pass: as many as memory takes"},
+    )
+    task_weights: str = field(
+        default="",
+        metadata={
+            "help": (
+                "how much each token of a task's answers counts, such as report=2; other tasks"
+                " count 1. The paper repeats its smaller sets, which costs time"
+            )
+        },
+    )
+    learning_rate: float = field(
+        default=1e-5,
+        metadata={
+            "help": (
+                "peak; it falls along half a cosine to a tenth; 1e-5 in the paper, about 1e-3 for"
+                " --model tiny"
+            )
+        },
+    )
+    warmup: float = field(
+        default=0.03, metadata={"help": "share of the steps over which the learning rate rises"}
+    )
+    optimizer: str = field(
+        default="adamw",
+        metadata={
+            "help": (
+                "muon (matrices; AdamW for the rest) learns from random weights in half the steps:"
+                " for --model tiny"
+            ),
+            "choices": ["adamw", "muon"],
+        },
+    )
+    beta2: float = field(
+        default=0.999, metadata={"help": "AdamW's memory of squared gradients; 0.98 for short runs"}
+    )
+
+    def check(self) -> None:
+        super().check()
+        for name in ("batch_size", "questions_per_image", "micro_batch"):
+            at_least_one(self, name)
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"--beta2 must lie in 0..1, 1 left out, got {self.beta2}")
+        parse_weights(self.task_weights)
+        if self.shard and self.optimizer == "muon":
+            raise ValueError(
+                "--shard with --optimizer muon: Muon needs whole matrices, and a rank has slices;"
+                " use --optimizer adamw"
+            )
+        if self.lora_rank and self.model == "tiny":
+            raise ValueError(
+                "--lora_rank with --model tiny: adapters beside random weights learn nothing; train"
+                " it whole first"
+            )
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """ "report=2,grounding=1" -> {"report": 2.0, "grounding": 1.0}."""
+    weights = {}
+    for piece in filter(None, text.split(",")):
+        task, _, weight = (part.strip() for part in piece.partition("="))
+        if (
+            task not in TASKS
+            or task in weights
+            or not re.fullmatch(r"\d*\.?\d+", weight, re.ASCII)
+            or not float(weight)
+        ):
+            raise ValueError(
+                f"--task_weights {text!r}: {piece!r} is not task=weight with a weight above 0 and a"
+                f" task, named once, of {', '.join(TASKS)}"
+            )
+        weights[task] = float(weight)
+    return weights
+
+
+@dataclass
+class GrpoArguments(RunArguments):
+    reward: str = field(
+        default="report=gleu,grounding=soft_f1",
+        metadata={
+            "help": (
+                "a reward, a mix (0.9*soft_f1+0.1*dice), either by task"
+                " (report=gleu,grounding=soft_f1), or your own as my_module:my_reward;"
+                " docs/rewards.md lists all"
+            )
+        },
+    )
+    reward_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "folder with the files of the clinical rewards (docs/rewards.md); without it they"
+                " come from the Hugging Face hub"
+            )
+        },
+    )
+    reward_device: str | None = field(
+        default=None,
+        metadata={
+            "help": "where the clinical rewards run: cpu, cuda:1, ...; without it beside the policy"
+        },
+    )
+    max_unscored: float = field(
+        default=0.1,
+        metadata={
+            "help": (
+                "largest share of a step's answers that the reward may fail to score (they are"
+                " masked); beyond it the run stops"
+            )
+        },
+    )
+    think: bool = field(
+        default=False,
+        metadata={"help": "put /think behind every question: thinking before the answer"},
+    )
+    box_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL"
+        },
+    )
+    prompts_per_step: int = field(
+        default=8, metadata={"help": "questions per rollout batch (512 in the paper)"}
+    )
+    group_size: int = field(default=8, metadata={"help": "answers sampled to each question, G"})
+    updates_per_rollout: int = field(
+        default=4,
+        metadata={"help": "optimiser steps on each rollout batch, each on its own prompts"},
+    )
+    micro_tokens: int = field(
+        default=16384,
+        metadata={
+            "help": (
+                "tokens of prompts and answers in one forward and backward pass, padding included;"
+                " a group stays whole. Smaller takes less memory, and changes nothing but rounding"
+            )
+        },
+    )
+    rollout_rows: int = field(
+        default=1024,
+        metadata={
+            "help": (
+                "answers decoded at once; where a group has ended, a waiting prompt takes its place"
+            )
+        },
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
+    temperature: float = field(
+        default=1.0, metadata={"help": "of sampling, and so of the log-probs that are trained"}
+    )
+    dynamic_sampling: int = field(
+        default=0,
+        metadata={
+            "help": (
+                "groups whose rewards are all equal teach nothing: ask other questions in their"
+                " place, at most so many times a step (DAPO)"
+            )
+        },
+    )
+    soft_overlong: int = field(
+        default=0,
+        metadata={
+            "help": (
+                "the last so many tokens before --max_new_tokens cost reward, linearly up to 1"
+                " (DAPO eq. 13); 0: no cost"
+            )
+        },
+    )
+    overlong_filter: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "keep answers that were cut off out of the loss (DAPO): what they were about to say"
+                " was not judged"
+            )
+        },
+    )
+    advantage_scale: str = field(
+        default="group",
+        metadata={
+            "help": (
+                "what centred rewards are divided by: the group's std (the paper), the whole"
+                " batch's, or none (Dr. GRPO). In an easy group the std is small, so `group` weighs"
+                " its differences as heavily as those of a hard one"
+            ),
+            "choices": list(SCALES),
+        },
+    )
+    leave_one_out: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "compare each answer with the mean of the others, which is n / (n - 1) times the"
+                " advantage (RLOO); with --advantage_scale none an unbiased policy gradient"
+            )
+        },
+    )
+    ratio_level: str = field(
+        default="token",
+        metadata={
+            "help": (
+                "one ratio a token, or the geometric mean over the answer (sequence: GSPO, which"
+                " clips at --clip_low 3e-4 --clip_high 4e-4, for a mean over hundreds of tokens"
+                " hardly moves, and uses --aggregation sequence-mean)"
+            ),
+            "choices": list(RATIO_LEVELS),
+        },
+    )
+    surrogate: str = field(
+        default="clip",
+        metadata={
+            "help": (
+                "clip: beyond the clip a token has no gradient (PPO); cispo: all keep theirs, with"
+                " the ratio as a bounded weight (MiniMax-M1)"
+            ),
+            "choices": list(SURROGATES),
+        },
+    )
+    clip_low: float = field(default=0.2, metadata={"help": "the ratio may fall to 1 - clip_low"})
+    clip_high: float = field(
+        default=0.28, metadata={"help": "the ratio may rise to 1 + clip_high (DAPO's clip-higher)"}
+    )
+    dual_clip: float = field(
+        default=3.0,
+        metadata={"help": "bound of the ratio where the advantage is negative; 0: none"},
+    )
+    cispo_cap: float = field(
+        default=5.0,
+        metadata={"help": "largest weight with --surrogate cispo; its own, not the clip's"},
+    )
+    rollout_cap: float = field(
+        default=0.0,
+        metadata={
+            "help": (
+                "for a sampler whose probabilities are not exactly the trainer's (bf16, another"
+                " engine): score the answers once more before the updates and weigh each token by"
+                " min(pi_old / pi_sampler, rollout_cap), usually 2 (truncated importance weights,"
+                " 1802.01561); 0: trust the sampler's log-probs"
+            )
+        },
+    )
+    kl_coef: float = field(
+        default=0.01,
+        metadata={
+            "help": (
+                "weight of the KL to the frozen reference; 0: no reference is kept and no KL logged"
+            )
+        },
+    )
+    kl_estimator: str = field(
+        default="k3", metadata={"help": "per-token estimate of the KL", "choices": list(ESTIMATORS)}
+    )
+    kl_ratio: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "multiply the estimate by the ratio, which makes the gradient that of KL(policy ||"
+                " reference) (DeepSeek-V3.2)"
+            )
+        },
+    )
+    aggregation: str = field(
+        default="token-mean",
+        metadata={
+            "help": (
+                "mean over the update's tokens (DAPO, the paper), over answers of their own means"
+                " (DeepSeekMath: tokens of long answers count less), or the sum over answers x"
+                " --max_new_tokens, a constant (Dr. GRPO)"
+            ),
+            "choices": list(AGGREGATIONS),
+        },
+    )
+    reward_timeout: float = field(
+        default=600.0,
+        metadata={
+            "help": (
+                "seconds that the reward may take for a step's answers. Where it takes longer, each"
+                " group is asked alone, for as long again in all, and groups without an answer are"
+                " masked"
+            )
+        },
+    )
+    learning_rate: float = field(
+        default=1e-6, metadata={"help": "peak; 1e-6 in the paper, about 1e-4 for a tiny model"}
+    )
+    warmup: float = field(
+        default=0.0,
+        metadata={"help": "share of the steps over which the learning rate rises; 0 in the paper"},
+    )
+    lr_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": (
+                "the learning rate after the warm-up: at its peak throughout (the paper), or"
+                " falling to a tenth along a line or half a cosine; of --max_steps, all updates of"
+                " a step alike"
+            ),
+            "choices": list(SCHEDULES),
+        },
+    )
+    roofline: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "measure at the start what the machine can do, and log which share of it each phase"
+                " reaches"
+            )
+        },
+    )
+
+    def check(self) -> None:
+        super().check()
+        for name in (
+            "prompts_per_step",
+            "group_size",
+            "updates_per_rollout",
+            "micro_tokens",
+            "rollout_rows",
+            "max_new_tokens",
+        ):
+            at_least_one(self, name)
+        if self.prompts_per_step % self.updates_per_rollout:
+            raise ValueError(
+                f"--prompts_per_step {self.prompts_per_step} must be a multiple of"
+                f" --updates_per_rollout {self.updates_per_rollout}, so that every update has as"
+                " many prompts"
+            )
+        if self.reward_timeout <= 0:
+            raise ValueError(f"--reward_timeout must be above 0 seconds, got {self.reward_timeout}")
+        if self.group_size < 2:
+            raise ValueError(
+                "--group_size must be at least 2: an answer alone has no group to be better than"
+            )
+        check_box_scale(self.box_scale)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"--temperature must be above 0, got {self.temperature}: greedy answers of a group"
+                " are all equal"
+            )
+        for name in (
+            "dynamic_sampling",
+            "soft_overlong",
+            "dual_clip",
+            "cispo_cap",
+            "rollout_cap",
+            "kl_coef",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must be 0 or more, got {getattr(self, name)}")
+        if self.kl_coef == math.inf:
+            raise ValueError(
+                "--kl_coef inf: nothing but the KL would count, and the loss would be NaN"
+            )
+        if self.soft_overlong > self.max_new_tokens:
+            raise ValueError(
+                f"--soft_overlong {self.soft_overlong} is longer than the longest answer, "
+                f"--max_new_tokens {self.max_new_tokens}"
+            )
+        if not 0 <= self.max_unscored <= 1:
+            raise ValueError(
+                f"--max_unscored must lie in 0..1, got {self.max_unscored}: it is a share of the"
+                " answers"
+            )
+        if self.cispo_cap == 0:
+            raise ValueError("--cispo_cap must be above 0: it is the largest weight of a token")
+
+    def check_with_torch(self) -> None:
+        """The devices, and the settings of the loss, which knows those that contradict."""
+        import torch
+
+        from minigrpo.loss import grpo_loss
+
+        super().check_with_torch()
+        if self.reward_device:
+            self.reward_device = checked_device(self.reward_device, "--reward_device")
+        one = torch.zeros(1, 1)
+        grpo_loss(one, one, one[0], one, ref_logprob=one, **self.loss_settings())
+
+    def advantage_settings(self) -> dict:
+        """What `group_advantages` is told at every step."""
+        return dict(scale=self.advantage_scale, leave_one_out=self.leave_one_out)
+
+    def loss_settings(self) -> dict:
+        """What `grpo_loss` is told at every update."""
+        return dict(
+            kl_coef=self.kl_coef,
+            kl_estimator=self.kl_estimator,
+            kl_ratio=self.kl_ratio,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=self.dual_clip or None,
+            ratio_level=self.ratio_level,
+            surrogate=self.surrogate,
+            cispo_cap=self.cispo_cap,
+            rollout_cap=self.rollout_cap,
+            aggregation=self.aggregation,
+            max_tokens=self.max_new_tokens,
+        )
+
+    def inert(self) -> list[str]:
+        from minigrpo.run.distributed import ranks  # imports torch
+
+        clip, rise = self.surrogate == "clip", rise_of(self.max_steps, self.warmup)
+        notes = [
+            (
+                self.updates_per_rollout == 1,
+                (
+                    "--updates_per_rollout 1: the ratio is 1 by construction, so --ratio_level,"
+                    " --surrogate, the clips and --cispo_cap change nothing"
+                ),
+            ),
+            (
+                self.kl_coef == 0
+                and (self.kl_ratio or self.kl_estimator != GrpoArguments.kl_estimator),
+                "--kl_coef 0: no KL is computed, so --kl_estimator and --kl_ratio are not used",
+            ),
+            (
+                self.kl_coef > 0 and self.kl_estimator == "k1" and not self.kl_ratio,
+                (
+                    "--kl_estimator k1 without --kl_ratio: its expected gradient on-policy is 0, so"
+                    " it holds nothing"
+                ),
+            ),
+            (not clip, "--surrogate cispo: --clip_low, --clip_high and --dual_clip are not used"),
+            (
+                clip and self.cispo_cap != GrpoArguments.cispo_cap,
+                f"--surrogate clip: --cispo_cap {self.cispo_cap} is not used",
+            ),
+            (
+                clip and not self.dual_clip,
+                "--dual_clip 0: nothing bounds the ratio where the advantage is negative",
+            ),
+            (
+                self.warmup > 0 and rise == 1,
+                (
+                    f"--warmup {self.warmup} of --max_steps {self.max_steps} is one step at most,"
+                    " so the first step is at the peak already"
+                ),
+            ),
+            (
+                self.lr_schedule != "constant" and self.max_steps - rise <= 1,
+                (
+                    f"--lr_schedule {self.lr_schedule}: no step is left behind "
+                    "the warm-up and the peak, so the learning rate never falls"
+                ),
+            ),
+            (
+                self.ratio_level == "sequence" and min(self.clip_low, self.clip_high) > 0.01,
+                (
+                    "--ratio_level sequence: a mean over the answer hardly moves and will not meet"
+                    f" --clip_low {self.clip_low} or --clip_high {self.clip_high}; GSPO has 3e-4"
+                    " and 4e-4"
+                ),
+            ),
+            (
+                (prompts := self.prompts_per_step // self.updates_per_rollout) < ranks(),
+                (
+                    f"{prompts} prompts an update for {ranks()} processes: some wait for the"
+                    " others; raise --prompts_per_step or lower --updates_per_rollout"
+                ),
+            ),
+        ]
+        return super().inert() + [note for holds, note in notes if holds]
+
+
+@dataclass
+class EvaluateArguments:
+    groups, common = GROUPS, COMMON
+
+    data: str = field(metadata={"help": "JSONL file of test samples"})
+    output_dir: str = field(
+        metadata={
+            "help": (
+                "folder to make: predictions.jsonl, metrics.json, table.md, report.html,"
+                " samples.png"
+            )
+        }
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "checkpoint folder, hub name, or `constant`"}
+    )
+    predictions: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "instead of a model: an evaluation's folder or its predictions.jsonl, whose answers"
+                " are scored anew"
+            )
+        },
+    )
+    task: str = field(
+        default="all",
+        metadata={"help": "evaluate samples of this task only", "choices": [*TASKS, "all"]},
+    )
+    baseline: str | None = field(
+        default=None, metadata={"help": "another evaluation's folder, to compare with item by item"}
+    )
+    train_data: str | None = field(
+        default=None, metadata={"help": "where `--model constant` takes its answers from"}
+    )
+    reward_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "folder with the weights of RadGraph, CheXbert and BERTScore; without it the"
+                " clinical metrics are left out"
+            )
+        },
+    )
+    batch_size: int = field(default=64, metadata={"help": "answers generated at once"})
+    max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
+    box_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL; default"
+                " 1, or as --predictions had it"
+            )
+        },
+    )
+    think: bool = field(
+        default=False,
+        metadata={"help": "put /think behind every question: thinking before the answer"},
+    )
+    template_opens_think: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "the chat template writes the first <think> itself, as Qwen3-VL-Thinking's does:"
+                " only for --predictions that don't say so, since a --model does"
+            )
+        },
+    )
+    max_pixels: int = field(
+        default=0,
+        metadata={
+            "help": "images of more pixels are shrunk to so many; 0: what --model was trained with"
+        },
+    )
+    published: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "put the paper's published figures beside ours in table.md: for real films only, "
+                "and they compare on the same files"
+            )
+        },
+    )
+    report_items: int = field(
+        default=400,
+        metadata={"help": "answers shown in report.html, drawn at random; 0 writes none"},
+    )
+    device: str = field(
+        default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"}
+    )
+    bf16: bool = field(default=False, metadata={"help": "compute in bfloat16"})
+
+    def check(self) -> None:
+        for name in ("batch_size", "max_new_tokens"):
+            at_least_one(self, name)
+        check_pixels(self.max_pixels)
+        if self.report_items < 0:
+            raise ValueError(f"--report_items must not be negative, got {self.report_items}")
+        if self.box_scale is not None:
+            check_box_scale(self.box_scale)
+        if (self.model is None) == (self.predictions is None):
+            raise ValueError(
+                "give either --model, to answer the questions, or --predictions, to score stored"
+                " answers"
+            )
+        if self.model == "constant" and not self.train_data:
+            raise ValueError("--model constant needs --train_data, to choose its answers from")
+        if self.train_data and self.model != "constant":
+            raise ValueError(
+                "--train_data is where --model constant takes its answers from: leave it out with"
+                " other models"
+            )
+        if self.train_data and os.path.realpath(self.train_data) == os.path.realpath(self.data):
+            raise ValueError(
+                f"--train_data {self.train_data} is the --data to be answered: the constant answers"
+                " would be chosen on it"
+            )
+        if self.model == "constant" and (
+            self.template_opens_think or self.box_scale not in (None, 1)
+        ):
+            raise ValueError(
+                "--model constant writes boxes in 0..1 and never thinks: leave out"
+                " --template_opens_think and --box_scale"
+            )
+
+    def check_with_torch(self) -> None:
+        """The device, which must be there."""
+        self.device = checked_device(self.device)
+
+
+@dataclass
+class AskArguments:
+    model: str = field(metadata={"help": "checkpoint folder or hub name"})
+    image: str = field(metadata={"help": "image file"})
+    question: str = field(
+        default="Write the findings of this chest X-ray.", metadata={"help": "what to ask"}
+    )
+    output: str | None = field(
+        default=None,
+        metadata={
+            "help": "where the film with its boxes goes; default: beside the "
+            "image, as NAME-boxes.png"
+        },
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
+    box_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL"
+        },
+    )
+    device: str = field(
+        default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"}
+    )
+    temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
+
+    def check(self) -> None:
+        at_least_one(self, "max_new_tokens")
+        if not self.question.strip():
+            raise ValueError("--question is empty: ask something")
+        check_box_scale(self.box_scale)
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"--temperature must be 0 (greedy) or more, got {self.temperature}")
+
+    def check_with_torch(self) -> None:
+        """The device, which must be there."""
+        self.device = checked_device(self.device)
+
+
+@dataclass
+class TinyArguments:
+    train_data: str = field(
+        metadata={"help": "JSONL file whose questions and answers train the tokenizer"}
+    )
+    output_dir: str = field(metadata={"help": "checkpoint folder to make"})
+    seed: int = field(default=0, metadata={"help": "of the random weights"})
+
+
+@dataclass
+class ElsewhereArguments:
+    data: str = field(metadata={"help": "JSONL file of samples"})
+    output: str = field(metadata={"help": "parquet file to make; the films are in it"})
+    task: str = field(
+        default="all", metadata={"help": "samples of this task only", "choices": [*TASKS, "all"]}
+    )
+
+
+@dataclass
+class QuickArguments:
+    output_dir: str = field(default="runs/quick", metadata={"help": "folder to make"})
+    seed: int = field(default=0, metadata={"help": "of pictures, weights, data order and sampling"})
+    train: int = field(default=1600, metadata={"help": "pictures to learn from"})
+    test: int = field(
+        default=256, metadata={"help": "held-out pictures, on which everything is measured"}
+    )
+    sft_steps: int = field(default=140, metadata={"help": "steps of SFT, 16 pictures each"})
+    grpo_steps: int = field(
+        default=70, metadata={"help": "steps of GRPO, 16 pictures with 8 answers each"}
+    )
+
+    def check(self) -> None:
+        for name in ("train", "sft_steps", "grpo_steps"):
+            at_least_one(self, name)
+        if self.test < 6:
+            raise ValueError(
+                f"--test must be at least 6, got {self.test}: quick.png shows six of them"
+            )
+        if self.seed < 0:
+            raise ValueError(f"--seed must be 0 or more, got {self.seed}")
+
+
+@dataclass
+class DemoArguments:
+    output_dir: str = field(
+        default="runs/demo",
+        metadata={"help": "folder to make, or of a demo that was stopped, to go on in"},
+    )
+    seed: int = field(default=0, metadata={"help": "of films, weights, data order and sampling"})
+    data: str | None = field(
+        default=None,
+        metadata={"help": "folder with train.jsonl and test.jsonl; default: draw phantoms"},
+    )
+    model: str = field(
+        default="tiny", metadata={"help": "what SFT starts from: a checkpoint, or `tiny`"}
+    )
+    smoke: bool = field(
+        default=False, metadata={"help": "every stage, each as small as can be: shows that it runs"}
+    )
+    fresh: bool = field(
+        default=False,
+        metadata={"help": "begin anew: remove what an earlier demo has left in output_dir"},
+    )
+
+    def check(self) -> None:
+        for name in ("train.jsonl", "test.jsonl") if self.data is not None else ():
+            if not (Path(self.data) / name).is_file():
+                raise ValueError(
+                    f"--data {self.data!r} holds no {name}: give a folder with train.jsonl and"
+                    " test.jsonl (make demo-real DATA=FOLDER)"
+                )
+        if self.model != "tiny" and not (Path(self.model) / "config.json").is_file():
+            raise ValueError(
+                f"--model {self.model} is no checkpoint folder: run the demo first, or name another"
+            )
+
+
+@dataclass
+class StudyArguments:
+    output_dir: str = field(
+        default="runs/study", metadata={"help": "where the runs go, each in a folder of its own"}
+    )
+    json: str = field(
+        default="docs/study.json", metadata={"help": "results to write, or with --table to read"}
+    )
+    page: str = field(
+        default="docs/study.md",
+        metadata={
+            "help": "page whose results are rendered, or that is made; figures go to images/ "
+            "beside it; empty: none"
+        },
+    )
+    table: bool = field(
+        default=False, metadata={"help": "run nothing: render tables and figures from --json"}
+    )
+    smoke: bool = field(
+        default=False,
+        metadata={"help": "every step of the study, each as small as can be: shows that it runs"},
+    )
+    seeds: int | None = field(default=None, metadata={"help": "seeds of GRPO; default 3"})
+    jobs: int = field(
+        default=os.cpu_count() or 1,
+        metadata={"help": "runs at once; each gets its share of the cores"},
+    )
+    reward_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder with BERTScore's weights: adds it to the rewards that are compared"
+        },
+    )
+
+    def check(self) -> None:
+        if self.jobs < 1 or (self.seeds is not None and self.seeds < 1):
+            raise ValueError("--jobs and --seeds must be at least 1")
