@@ -95,6 +95,7 @@ def run_all(
     if not waiting:
         return
     spent, screen, ending = Spent(root, began), Screen(), None
+    spent.add([], save=True)  # a start counts, however soon it is killed
     with noted_signals() as came:
         try:
             while going or (waiting and not ending):
