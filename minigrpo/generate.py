@@ -2,13 +2,15 @@
 
 import secrets
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigrpo.policy import AnswerCache, Policy, Prompts
+from minigrpo.encode import Prompts
+from minigrpo.policy import AnswerCache, Policy, Prefix
 
 
 @dataclass
@@ -17,16 +19,14 @@ class Rollout:
 
     tokens: Tensor  # [R, T] padded after the end token
     mask: Tensor  # [R, T] bool, True up to and including the first end token
-    # [R, T] fp32, of the tokens as they were sampled (temperature included), 0 where masked
-    logprob: Tensor
+    logprob: Tensor  # [R, T] fp32, nats, as sampled (temperature included), 0 where masked
     finished: Tensor  # [R] bool, ended by itself rather than cut at max_new_tokens
     texts: list[str]  # R answers, without special tokens
     row_steps: int  # tokens computed, those after the end of an answer included
-    # weights, keys and values that the decoding steps read: at best as fast as memory
-    bytes_read: int
+    bytes_read: int  # weights, keys and values that decoding read: memory bounds its speed
 
 
-# steps between looks at which rows have ended; elsewhere 8, for a look waits for the device
+# Decoding steps between checks of which rows have ended. Elsewhere 8: a check waits for the device.
 CHECK_EVERY = {"cpu": 1}
 
 
@@ -48,121 +48,132 @@ def generate(
     (`random_streams`), so its answer depends on the seed and on its prompt's number, and not on who
     else is in the batch. Without a seed, one is drawn. At most `rows_at_once` answers (whole
     groups, at least one) are decoded together; where a group has ended, a waiting prompt takes its
-    rows.
+    rows. ValueError for sizes below 1 or a temperature below 0.
     """
-    if (
-        max_new_tokens < 1
-        or group_size < 1
-        or temperature < 0
-        or (rows_at_once is not None and rows_at_once < 1)
-    ):
+    at_least_one = (group_size, max_new_tokens, 1 if rows_at_once is None else rows_at_once)
+    if min(at_least_one) < 1 or temperature < 0:
         raise ValueError(
             "generate needs group_size, max_new_tokens and rows_at_once of 1 or more and a"
             f" temperature of 0 or more, got {group_size}, {max_new_tokens}, {rows_at_once} and"
             f" {temperature}"
         )
-    device, B = policy.device, len(prompts.ids)
+    B = len(prompts.ids)
+    seed = secrets.randbits(63) if seed is None else seed
+    uniform = random_streams(seed, prompts.stream_id.tolist(), group_size, max_new_tokens)  # (R, T)
     places = B if rows_at_once is None else min(B, max(1, rows_at_once // group_size))
-    uniform = random_streams(
-        secrets.randbits(63) if seed is None else seed,
-        prompts.stream_id.tolist(),
-        group_size,
-        max_new_tokens,
-    )
-    uniform, ends = uniform.to(device), torch.tensor(policy.end_ids, device=device)
-    finished = torch.zeros(B * group_size, dtype=torch.bool, device=device)
-    tokens = torch.full(
-        (B * group_size, max_new_tokens), policy.tokenizer.pad_token_id, device=device
-    )
-    logprobs, mask = (
-        torch.zeros(tokens.shape, device=device),
-        torch.zeros(tokens.shape, dtype=torch.bool, device=device),
-    )
-
-    prefix, cache, started = (
-        policy.prefill(prompts.select(slice(places), trim=False)),
-        AnswerCache(max_new_tokens),
-        places,
-    )
-    # (r, d) of the answers that are being decoded
-    hidden = prefix.hidden.repeat_interleave(group_size, 0)
-    rows = torch.arange(len(hidden), device=device)  # which of the R they are
-    # tokens that each has; is it still open?
-    length, going = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
-    row_steps, bytes_read, weights = 0, 0, policy.decoding_bytes()
-    # around all steps: in bf16, the weights are cast once and not for each token
+    # Around all steps: in bf16, the weights are cast once and not for each token.
     with policy.precision():
+        decoding = Decoding(policy, prompts, uniform, places)
         while True:
-            # as the scorer, which projects in fp32
-            with torch.autocast(device.type, enabled=False):
-                # (r,), (r,)
-                token, logprob = sample(hidden, policy.head, temperature, uniform[rows, length])
-            at, ended, row_steps = (rows, length), torch.isin(token, ends), row_steps + len(rows)
-            tokens[at], logprobs[at] = (
-                torch.where(going, token, tokens[at]),
-                torch.where(going, logprob, logprobs[at]),
-            )
-            mask[at] |= going  # with the end token itself, which is part of the answer
-            finished[rows] |= going & ended
-            going &= ~ended & (length + 1 < max_new_tokens)
-            fresh = None
-            if cache.written % CHECK_EVERY.get(device.type, 8) == 0:
-                groups, kept = rows_to_keep(going.view(len(prefix.mask), -1))
-                if started < B and not groups.all():
-                    places = (~groups).nonzero()[: B - started, 0]
-                    fresh = policy.prefill(
-                        prompts.select(slice(started, started + len(places)), trim=False)
-                    )
-                    prefix.put(places, fresh)
-                elif not going.any():
-                    break
-                # dropping rows copies the cache, so not at every step
-                elif started == B and len(kept) < 0.8 * len(rows):
-                    prefix, rows, token, length, going = (
-                        prefix.select(groups),
-                        rows[kept],
-                        token[kept],
-                        length[kept],
-                        going[kept],
-                    )
-                    cache.select(kept)
-            bytes_read += weights + prefix.nbytes + cache.nbytes
-            hidden, length = (
-                policy.decode(prefix, token, length, cache),
-                (length + 1).clamp(max=max_new_tokens - 1),
-            )
-            if fresh:
-                taken = (
-                    places[:, None] * group_size + torch.arange(group_size, device=device)
-                ).flatten()
-                first = started * group_size
-                rows[taken] = torch.arange(first, first + len(taken), device=device)
-                hidden[taken], length[taken], going[taken] = (
-                    fresh.hidden.repeat_interleave(group_size, 0),
-                    0,
-                    True,
-                )
-                started += len(places)
-    longest = int(mask.any(0).sum())
-    tokens, logprobs, mask = tokens[:, :longest], logprobs[:, :longest], mask[:, :longest]
-    texts = [
-        policy.tokenizer.decode(row[keep], skip_special_tokens=True)
-        for row, keep in zip(tokens, mask)
-    ]
-    return Rollout(tokens, mask, logprobs, finished, texts, row_steps, bytes_read)
+            decoding.draw(temperature)
+            refill = None
+            if decoding.cache.written % CHECK_EVERY.get(policy.device.type, 8) == 0:
+                if decoding.is_over():
+                    return decoding.rollout()
+                refill = decoding.make_room()
+            decoding.advance()
+            if refill:
+                decoding.admit(*refill)
 
 
-def rows_to_keep(going: Tensor) -> tuple[Tensor, Tensor]:
-    """The groups that have an open answer, as [b] bool, and which rows to follow further, for
-    `going` [b, g] bool.
+class Decoding:
+    """The R answers as far as they are written, and the r of them that are being decoded: those to
+    b prompts, G to each. `places` is the largest b; further prompts wait."""
 
-    Attention wants groups of one size: each keeps as many rows as the one with most open ones, its
-        open ones first.
+    def __init__(self, policy: Policy, prompts: Prompts, uniform: Tensor, places: int):
+        device, (R, T) = policy.device, uniform.shape
+        self.policy, self.prompts, self.uniform = policy, prompts, uniform.to(device)
+        self.group_size = R // len(prompts.ids)
+        self.end_ids = torch.tensor(policy.end_ids, device=device)
+        # the answers
+        self.tokens = torch.full((R, T), policy.tokenizer.pad_token_id, device=device)
+        self.logprob = torch.zeros(R, T, device=device)
+        self.mask = torch.zeros(R, T, dtype=torch.bool, device=device)
+        self.finished = torch.zeros(R, dtype=torch.bool, device=device)
+        # the rows that are being decoded
+        self.prefix = policy.prefill(prompts.select(slice(places), trim=False))  # b prompts
+        self.cache = AnswerCache(T)
+        self.started = places  # prompts, of B
+        self.hidden = self.prefix.hidden.repeat_interleave(self.group_size, 0)  # (r, d)
+        self.rows = torch.arange(len(self.hidden), device=device)  # (r,) which of the R they are
+        self.length = torch.zeros_like(self.rows)  # (r,) tokens that each has
+        self.active = torch.ones_like(self.rows, dtype=torch.bool)  # (r,) not ended yet
+        self.row_steps, self.bytes_read, self.weights = 0, 0, policy.decoding_bytes()
+
+    def draw(self, temperature: float) -> None:
+        """A token for each row, written down where the answer has not ended."""
+        at = self.rows, self.length
+        # as the scorer, which projects in fp32
+        with torch.autocast(self.policy.device.type, enabled=False):
+            self.token, logprob = sample(
+                self.hidden, self.policy.head, temperature, self.uniform[at]
+            )  # (r,), (r,)
+        self.row_steps += len(self.rows)
+        self.tokens[at] = torch.where(self.active, self.token, self.tokens[at])
+        self.logprob[at] = torch.where(self.active, logprob, self.logprob[at])
+        self.mask[at] |= self.active  # with the end token itself, which is part of the answer
+        ended = torch.isin(self.token, self.end_ids)
+        self.finished[self.rows] |= self.active & ended
+        self.active &= ~ended & (self.length + 1 < self.tokens.shape[1])
+
+    def is_over(self) -> bool:
+        return self.started == len(self.prompts.ids) and not self.active.any()
+
+    def make_room(self) -> tuple[Tensor, Prefix] | None:
+        """Where groups have ended: their places among the b, and the waiting prompts that take
+        them. Without such, rows that have ended are dropped."""
+        waiting = len(self.prompts.ids) - self.started
+        groups, kept = rows_to_keep(self.active.view(len(self.prefix.mask), -1))
+        if waiting and not groups.all():
+            places = (~groups).nonzero()[:waiting, 0]
+            next_prompts = slice(self.started, self.started + len(places))
+            prefix = self.policy.prefill(self.prompts.select(next_prompts, trim=False))
+            self.prefix.put(places, prefix)
+            return places, prefix
+        # Dropping rows copies the cache, so not at every step.
+        if not waiting and len(kept) < 0.8 * len(self.rows):
+            self.prefix = self.prefix.select(groups)
+            self.cache.select(kept)
+            self.rows, self.token = self.rows[kept], self.token[kept]
+            self.length, self.active = self.length[kept], self.active[kept]
+        return None
+
+    def advance(self) -> None:
+        """One pass over the rows' new tokens."""
+        self.bytes_read += self.weights + self.prefix.nbytes + self.cache.nbytes
+        self.hidden = self.policy.decode(self.prefix, self.token, self.length, self.cache)
+        self.length = (self.length + 1).clamp(max=self.tokens.shape[1] - 1)
+
+    def admit(self, places: Tensor, prefix: Prefix) -> None:
+        """The answers to the next prompts begin, in the rows of the groups at `places`."""
+        in_group = torch.arange(self.group_size, device=places.device)
+        at = (places[:, None] * self.group_size + in_group).flatten()
+        first = self.started * self.group_size
+        self.rows[at] = torch.arange(first, first + len(at), device=places.device)
+        self.hidden[at] = prefix.hidden.repeat_interleave(self.group_size, 0)
+        self.length[at], self.active[at] = 0, True
+        self.started += len(places)
+
+    def rollout(self) -> Rollout:
+        longest = int(self.mask.any(0).sum())
+        tokens, mask = self.tokens[:, :longest], self.mask[:, :longest]
+        decode = partial(self.policy.tokenizer.decode, skip_special_tokens=True)
+        texts = [decode(row[keep]) for row, keep in zip(tokens, mask)]
+        logprob = self.logprob[:, :longest]
+        return Rollout(tokens, mask, logprob, self.finished, texts, self.row_steps, self.bytes_read)
+
+
+def rows_to_keep(active: Tensor) -> tuple[Tensor, Tensor]:
+    """The groups that have an active answer, [b] bool, and the rows to go on with, for `active`
+    [b, g] bool.
+
+    Attention needs groups of one size: each keeps as many rows as the group with the most active
+    ones, its own active ones first.
     """
-    groups, most = going.any(1), int(going.sum(1).max())
-    open_first = going.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-    first_row = torch.arange(0, going.numel(), going.shape[1], device=going.device)[:, None]
-    return groups, (first_row + open_first)[groups].flatten()
+    groups, size = active.any(1), int(active.sum(1).max())
+    active_first = active.int().argsort(dim=1, descending=True, stable=True)[:, :size]
+    first_row = torch.arange(0, active.numel(), active.shape[1], device=active.device)[:, None]
+    return groups, (first_row + active_first)[groups].flatten()
 
 
 def random_streams(seed: int, numbers: list[int], group_size: int, length: int) -> Tensor:

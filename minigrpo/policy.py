@@ -5,14 +5,17 @@ The weights stay in a plain `Qwen3VLForConditionalGeneration`; the pass through 
 written out here, because the point of the whole project is in the attention: a group's answers read
 the keys and values of one pass over their prompt.
 
+`prefill` encodes the image, so an image is encoded once a pass: three times in a step of GRPO, for
+the rollout, for the log-probs of the reference, and in the update, which has gradients and is one
+pass for all answers of the group (activation checkpointing computes it twice there).
+
 Shapes: B prompts, G answers each, R = B G rows, P prompt tokens (padded on the right), T answer
-    tokens, d width,
-H query heads, K key heads, D head width.
+tokens, d width, H query heads, K key heads, D head width.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,84 +26,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
 from minigrpo import checkpoint as checkpoints
-from minigrpo.checks import END
 from minigrpo.data import Sample
-from minigrpo.data.sample import load_film
+from minigrpo.encode import Encoder, Prompts
 from minigrpo.logprob import linear_logprob
-
-
-@dataclass
-class Prompts:
-    """B encoded prompts, padded on the right."""
-
-    ids: Tensor  # [B, P]
-    mask: Tensor  # [B, P] bool, False on padding
-    positions: Tensor  # [3, B, P] M-RoPE positions: time, height, width
-    next_position: Tensor  # [B] the position of the first answer token, on all three axes
-    patches: Tensor  # [patches of all images, channels * 16 * 16] uint8, an eighth of `pixels`
-    # [channels, 2, 256] what the model sees of each level of grey, at both of a patch's moments
-    grey_table: Tensor
-    grids: Tensor  # [images, 3] patches of each image along time, height, width
-    images: Tensor  # [B] images of each prompt
-    # [B] place in the batch that was encoded, which names the random streams of its answers in
-    # `generate`
-    stream_id: Tensor
-
-    @property
-    def pixels(self) -> Tensor:
-        """[patches of all images, channels * 2 * 16 * 16] fp32, as the vision tower takes them:
-        made when they are needed.
-        """
-        made = self.grey_table.new_empty(len(self.patches), *self.grey_table.shape)
-        # (patches, 256)
-        for channel, grey in enumerate(
-            self.patches.unflatten(1, (len(self.grey_table), -1)).unbind(1)
-        ):
-            # by channel, and not by an int64 for every pixel
-            seen = self.grey_table[channel].index_select(1, grey.flatten().int())
-            made[:, channel] = seen.unflatten(1, grey.shape).transpose(0, 1)
-        return made.flatten(1)
-
-    def to(self, device: torch.device) -> "Prompts":
-        """A copy on `device`."""
-        return Prompts(*(getattr(self, field.name).to(device) for field in fields(self)))
-
-    def numbered(self, places: list[int]) -> "Prompts":
-        """The same prompts with these places as their numbers: part of a larger batch gives the
-        answers that the whole would.
-        """
-        return replace(self, stream_id=torch.tensor(places, device=self.ids.device))
-
-    def select(self, rows: slice | Tensor, *, trim: bool = True) -> "Prompts":
-        """The prompts `rows` (a slice, or indices in any order) with their own images; `trim` drops
-        what is padding for all.
-        """
-        chosen = torch.arange(len(self.ids), device=self.ids.device)[rows]
-        images = spans(self.images, chosen)
-        patches = spans(self.grids.prod(1), images)
-        mask = self.mask[chosen]
-        width = int(mask.sum(1).max()) if trim else mask.shape[1]
-        return Prompts(
-            self.ids[chosen, :width],
-            mask[:, :width],
-            self.positions[:, chosen, :width],
-            self.next_position[chosen],
-            self.patches[patches],
-            self.grey_table,
-            self.grids[images],
-            self.images[chosen],
-            self.stream_id[chosen],
-        )
-
-
-@dataclass
-class Images:
-    """The images of B samples, cut into patches."""
-
-    patches: Tensor  # [patches of all images, channels * 16 * 16] uint8
-    grids: Tensor  # [images, 3]
-    # for each sample, the <|image_pad|> tokens that each of its images takes
-    slots: list[list[int]]
 
 
 @dataclass
@@ -127,16 +55,16 @@ class Prefix:
             keys, values, self.mask[prompts], self.next_position[prompts], self.hidden[prompts]
         )
 
-    def put(self, places: Tensor, fresh: "Prefix") -> None:
+    def put(self, places: Tensor, other: "Prefix") -> None:
         """Other prompts, as many and of the same padded length, at `places` (indices)."""
-        for old, new in zip((*self.keys, *self.values), (*fresh.keys, *fresh.values)):
+        for old, new in zip((*self.keys, *self.values), (*other.keys, *other.values)):
             old[places] = new
         self.mask, self.next_position, self.hidden = (  # copies: these are views of the prompts
             old.index_copy(0, places, new)
             for old, new in (
-                (self.mask, fresh.mask),
-                (self.next_position, fresh.next_position),
-                (self.hidden, fresh.hidden),
+                (self.mask, other.mask),
+                (self.next_position, other.next_position),
+                (self.hidden, other.hidden),
             )
         )
 
@@ -161,21 +89,20 @@ class Policy:
         self.video = {}  # settings of the checkpoint's video processor, kept for those who use it
         # for split_thinking: answers begin inside <think>
         self.template_opens_think = checkpoints.opens_thinking(tokenizer)
+        self.encoder = Encoder(
+            tokenizer, image_processor, model.config.image_token_id, self.template_opens_think
+        )
         # The patches arrive cut out, so the convolution over them is one matrix product; Conv3d
         # takes five times as long.
         patch = self.visual.patch_embed
         patch.forward = lambda x: F.linear(
             x.to(patch.proj.weight.dtype), patch.proj.weight.flatten(1), patch.proj.bias
         )
-        self.end_id = tokenizer.convert_tokens_to_ids(END)  # the one that we teach
         ends = model.generation_config.eos_token_id
         ends = list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
-        ends += [self.end_id] * (self.end_id not in ends)
+        ends += [self.encoder.end_id] * (self.encoder.end_id not in ends)
         model.generation_config.eos_token_id = ends  # saved so: other programs stop there, too
         self.end_ids = sorted(ends)  # Qwen3-VL has several, all of them end
-        # what the model sees of each level of grey
-        self.grey_table = grey_table_of(image_processor)
-        self.vision_end_id = tokenizer.convert_tokens_to_ids("<|vision_end|>")
 
     @classmethod
     def from_pretrained(
@@ -244,149 +171,24 @@ class Policy:
     # ---- prompts ---------------------------------------------------------------------------------
 
     def encode(self, samples: list[Sample]) -> Prompts:
-        """B samples as prompts: chat template, image slots, pixels and M-RoPE positions. Images
-        come before the question, and the prompt ends where the assistant's answer begins.
-        """
-        images = self._images(samples)
-        return self._prompts(
-            [self._chat(sample.question, slots) for sample, slots in zip(samples, images.slots)],
-            images,
-        )
+        """B samples as prompts, see `Encoder.encode`, on the policy's device."""
+        return self.encoder.encode(samples).to(self.device)
 
     def encode_turns(self, groups: list[list[Sample]]) -> tuple[Prompts, list[tuple]]:
-        """Questions and answers about B images, for supervised training: prompts, and blocks of
-        (tokens [B, T], mask [B, T], the B samples).
-
-        The samples of a group share their image, so the prompt ends behind it; a row is one
-        question with its answer, or a whole conversation, and the mask covers each answer and its
-        end token. A block holds one row of every group, the longest first, since it is padded to
-        its longest; where a group has run out, the row is empty (sample None). Every block follows
-        the same prompts.
-        """
-        for group in groups:
-            if any(sample.images != group[0].images for sample in group):
-                raise ValueError(
-                    f"samples of one group must share their image: {', '.join(s.id for s in group)}"
-                )
-        images, prompts, turns = self._images([group[0] for group in groups]), [], []
-        for group, slots in zip(groups, images.slots):
-            talks = [sample.turns or [[sample.question, sample.answer]] for sample in group]
-            chats = [self._chat(talk[0][0], slots) for talk in talks]
-            cut = (
-                len(chats[0]) - chats[0][::-1].index(self.vision_end_id) if slots else len(chats[0])
-            )
-            prompts.append(chats[0][:cut])
-            rows = [self._talk(chat[cut:], talk) for chat, talk in zip(chats, talks)]
-            turns.append(
-                sorted(
-                    ((*row, sample) for row, sample in zip(rows, group)),
-                    key=lambda turn: -len(turn[0]),
-                )
-            )
-        blocks = []
-        for number in range(max(map(len, turns))):
-            chosen = [group[number] if number < len(group) else ([], [], None) for group in turns]
-            tokens, _ = pad_right([row for row, _, _ in chosen], self.tokenizer.pad_token_id)
-            mask, _ = pad_right([answered for _, answered, _ in chosen], 0)
-            blocks.append(
-                (
-                    tokens.to(self.device),
-                    mask.bool().to(self.device),
-                    [sample for *_, sample in chosen],
-                )
-            )
-        return self._prompts(prompts, images), blocks
-
-    def _images(self, samples: list[Sample]) -> "Images":
-        cut = [
-            self._patches(load_film(sample, path)) for sample in samples for path in sample.images
+        """Questions and answers about B images, for supervised training, see
+        `Encoder.encode_turns`, on the policy's device."""
+        prompts, blocks = self.encoder.encode_turns(groups)
+        return prompts.to(self.device), [
+            (tokens.to(self.device), mask.to(self.device), samples)
+            for tokens, mask, samples in blocks
         ]
-        patches = (
-            torch.cat([patches for patches, _ in cut])
-            if cut
-            else torch.zeros(0, self.grey_table[:, 0].numel(), dtype=torch.uint8)
-        )
-        grids = torch.cat([grid for _, grid in cut]) if cut else torch.zeros(0, 3, dtype=torch.long)
-        slots = iter((grids.prod(1) // self.image_processor.merge_size**2).tolist())
-        return Images(patches, grids, [[next(slots) for _ in sample.images] for sample in samples])
-
-    def _patches(self, image) -> tuple[Tensor, Tensor]:
-        """An image as uint8 patches [n, channels * 16 * 16] and its grid [1, 3]: resized, but not
-        yet scaled to what the model sees.
-        """
-        cut = self.image_processor(
-            images=[image], do_rescale=False, do_normalize=False, return_tensors="pt"
-        )
-        # a still image: the same at both moments
-        patches = cut["pixel_values"].view(-1, *self.grey_table.shape)
-        return patches[:, :, 0].flatten(1).to(torch.uint8), cut["image_grid_thw"]
-
-    def _talk(self, question: list[int], turns: list[list[str]]) -> tuple[list[int], list[int]]:
-        """The tokens of a row and 1 on those of its answers and end tokens. `question` is what the
-        prompt holds of the first turn; later questions are written by the chat template, which sees
-        all that was said before them.
-        """
-        tokens, mask = list(question), [0] * len(question)
-        end, messages = self.tokenizer.convert_ids_to_tokens(self.end_id), []
-        for number, (asked, answer) in enumerate(turns):
-            messages.append({"role": "user", "content": asked})
-            if number:
-                text = self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
-                # of the answer before: Thinking's template rewrites older answers
-                last = text.rindex(end, 0, text.rindex(end))
-                between = self._tokens([text[last + len(end) :]])[0]  # "\n", and the next question
-                tokens, mask = tokens + between, mask + [0] * len(between)
-            messages.append({"role": "assistant", "content": answer})
-            said = self._tokens([inside_thinking(answer) if self.template_opens_think else answer])[
-                0
-            ] + [self.end_id]
-            tokens, mask = tokens + said, mask + [1] * len(said)
-        return tokens, mask
-
-    def _chat(self, question: str, slots: list[int]) -> list[int]:
-        content = [{"type": "image"} for _ in slots] + [{"type": "text", "text": question}]
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        # The template writes one <|image_pad|> an image; each needs one for every merged patch.
-        head, *tails = text.split("<|image_pad|>", len(slots))
-        text = head + "".join("<|image_pad|>" * n + tail for n, tail in zip(slots, tails))
-        return self._tokens([text])[0]
-
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-    def _prompts(self, rows: list[list[int]], images: "Images") -> Prompts:
-        ids, mask = pad_right(rows, self.tokenizer.pad_token_id)
-        positions, next_position = mrope_positions(
-            ids,
-            mask,
-            images.grids,
-            self.model.config.image_token_id,
-            self.image_processor.merge_size,
-        )
-        counts = torch.tensor([len(slots) for slots in images.slots])
-        return Prompts(
-            ids,
-            mask,
-            positions,
-            next_position,
-            images.patches,
-            self.grey_table,
-            images.grids,
-            counts,
-            torch.arange(len(rows)),
-        ).to(self.device)
 
     def encode_answers(self, answers: list[str]) -> tuple[Tensor, Tensor]:
         """Answers as tokens [R, T] and mask [R, T], each closed by its end token."""
-        rows = [ids + [self.end_id] for ids in self._tokens(answers)]
-        tokens, mask = pad_right(rows, self.tokenizer.pad_token_id)
+        tokens, mask = self.encoder.encode_answers(answers)
         return tokens.to(self.device), mask.to(self.device)
 
-    # ---- the two passes --------------------------------------------------------------------------
+    # ---- the passes --------------------------------------------------------------------------
 
     def prefill(self, prompts: Prompts) -> Prefix:
         """Images and prompts once: their keys, values and last hidden states, with gradient where
@@ -403,9 +205,9 @@ class Policy:
             x, deepstack = self.language_model.embed_tokens(prompts.ids), []
             slots = prompts.ids == self.model.config.image_token_id
             if len(prompts.grids):
-                seen = self.visual(prompts.pixels, grid_thw=prompts.grids)
-                x = x.masked_scatter(slots[..., None], seen.pooler_output.to(x.dtype))
-                deepstack = seen.deepstack_features
+                image = self.visual(prompts.pixels, grid_thw=prompts.grids)
+                x = x.masked_scatter(slots[..., None], image.pooler_output.to(x.dtype))
+                deepstack = image.deepstack_features
             hidden, keys, values = self._layers(x, prompts.positions, attend, slots, deepstack)
         # or each decoding step would copy them
         keys, values = ([x.contiguous() for x in layers] for layers in (keys, values))
@@ -428,19 +230,15 @@ class Policy:
                 q, k, v, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1]
             )
 
-        group, steps = (
-            len(tokens) // len(prefix.mask),
-            torch.arange(tokens.shape[1], device=tokens.device),
-        )
+        group = len(tokens) // len(prefix.mask)
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
         # What an answer token may see: its prompt, without padding, and its own answer up to
         # itself. One table for all rows where no prompt is padded: for 4,096 tokens of answer it is
         # 64 MB, and R times that otherwise.
-        # (1 or R, P)
         prompt = prefix.mask[:1] if prefix.mask.all() else prefix.mask.repeat_interleave(group, 0)
+        prompt = prompt[:, None].expand(-1, len(steps), -1)  # (1 or R, n, P)
         causal = (steps <= steps[:, None]).expand(len(prompt), -1, -1)  # (1 or R, n, n)
-        bias = bias_of(
-            torch.cat([prompt[:, None].expand(-1, len(steps), -1), causal], dim=2), prefix
-        )
+        bias = bias_of(torch.cat([prompt, causal], dim=2), prefix)
         return self._answers(prefix, tokens, steps.expand(len(tokens), -1), attend)
 
     def decode(
@@ -455,14 +253,10 @@ class Policy:
                 q, *cache.append(layer, k, v), prefix.keys[layer], prefix.values[layer], bias
             )
 
-        # (R, S): other columns are of an answer that had this row before
-        own = cache.ages(tokens.device) <= length[:, None]
-        bias = bias_of(
-            torch.cat(
-                [prefix.mask.repeat_interleave(len(tokens) // len(prefix.mask), 0), own], dim=1
-            )[:, None],
-            prefix,
-        )
+        prompt = prefix.mask.repeat_interleave(len(tokens) // len(prefix.mask), 0)  # (R, P)
+        # Older columns are of an answer that had this row before.
+        own = cache.ages(tokens.device) <= length[:, None]  # (R, S)
+        bias = bias_of(torch.cat([prompt, own], dim=1)[:, None], prefix)
         hidden = self._answers(prefix, tokens[:, None], length[:, None], attend)[:, 0]
         cache.written += 1
         return hidden
@@ -472,10 +266,9 @@ class Policy:
         return sum(p.nbytes for p in self.language_model.layers.parameters()) + self.head.nbytes
 
     def _answers(self, prefix: Prefix, tokens: Tensor, steps: Tensor, attend: Callable) -> Tensor:
-        # (R, n), on all axes
-        positions = (
-            prefix.next_position.repeat_interleave(len(tokens) // len(prefix.mask))[:, None] + steps
-        )
+        group = len(tokens) // len(prefix.mask)
+        # The same on all three axes.
+        positions = prefix.next_position.repeat_interleave(group)[:, None] + steps  # (R, n)
         with self.precision():
             # Answers are plain tokens, also where the policy sampled an <|image_pad|>: no image
             # belongs to it.
@@ -517,11 +310,11 @@ class Policy:
         within = mask[:, :longest]
         # Only answer tokens are projected onto the vocabulary, and not in bf16: the sampler doesn't
         # either.
-        found = linear_logprob(
+        values = linear_logprob(
             hidden[within], self.head, tokens[mask], temperature=temperature, entropy=entropy
         )
         empty = torch.zeros(mask.shape, device=mask.device)
-        outs = [empty.masked_scatter(mask, x) for x in (found if entropy else (found,))]
+        outs = [empty.masked_scatter(mask, x) for x in (values if entropy else (values,))]
         return tuple(outs) if entropy else outs[0]
 
     def _layers(
@@ -550,18 +343,9 @@ class Policy:
             v = attention.v_proj(y).view(heads).transpose(1, 2)  # (N, K, S, D)
             # In bf16 the norms and the rotation give fp32, which the cache need not keep: attention
             # takes bf16.
-            # (N, H, S, D)
-            q = (
-                rotate(attention.q_norm(attention.q_proj(y).view(heads)), cos, sin)
-                .transpose(1, 2)
-                .to(v.dtype)
-            )
-            # (N, K, S, D)
-            k = (
-                rotate(attention.k_norm(attention.k_proj(y).view(heads)), cos, sin)
-                .transpose(1, 2)
-                .to(v.dtype)
-            )
+            q = rotate(attention.q_norm(attention.q_proj(y).view(heads)), cos, sin)
+            k = rotate(attention.k_norm(attention.k_proj(y).view(heads)), cos, sin)
+            q, k = (z.transpose(1, 2).to(v.dtype) for z in (q, k))  # (N, H, S, D), (N, K, S, D)
             x = x + attention.o_proj(attend(number, q, k, v).transpose(1, 2).flatten(2))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             if number < len(deepstack):
@@ -675,84 +459,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-def mrope_positions(
-    ids: Tensor, mask: Tensor, grids: Tensor, image_id: int, merge: int
-) -> tuple[Tensor, Tensor]:
-    """M-RoPE positions [3, B, P] and the next free position [B] (Qwen2-VL, 2409.12191, section
-    2.1).
-
-    Text counts up by one on all three axes. An image starts where the text left off, spreads over
-    height and width at one moment, and the text resumes after its longer side. ids, mask [B, P];
-    grids [images, 3] in prompt order.
-    """
-    positions, next_position = torch.zeros(3, *ids.shape, dtype=torch.long), []
-    grid = iter(grids.tolist())
-    for row, length in enumerate(mask.sum(1).tolist()):
-        is_image, column, position = (ids[row, :length] == image_id).tolist(), 0, 0
-        while column < length:
-            if is_image[column]:
-                _, height, width = (side // merge for side in next(grid))
-                end = column + height * width
-                y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-                positions[0, row, column:end] = position
-                positions[1, row, column:end], positions[2, row, column:end] = (
-                    position + y.flatten(),
-                    position + x.flatten(),
-                )
-                position += max(height, width)
-            else:
-                end = next((c for c in range(column, length) if is_image[c]), length)
-                positions[:, row, column:end] = position + torch.arange(end - column)
-                position += end - column
-            column = end
-        next_position.append(position)
-    return positions, torch.tensor(next_position)
-
-
-def inside_thinking(answer: str) -> str:
-    """What follows a <think> that the chat template has already written, with its line break; a
-    plain answer closes it at once.
-    """
-    return (
-        answer.removeprefix("<think>").removeprefix("\n")
-        if answer.startswith("<think>")
-        else f"\n</think>\n\n{answer}"
-    )
-
-
-def grey_table_of(image_processor) -> Tensor:
-    """[channels, 2, 256] what the processor makes of each level of grey, asked of itself: a patch
-    of 16 x 16 holds all in order.
-    """
-    side, size = image_processor.patch_size, image_processor.merge_size
-    grey = torch.arange(side * side, dtype=torch.uint8).view(side, side).tile(size, size)
-    seen = image_processor(
-        images=[grey[..., None].expand(-1, -1, 3).numpy()], do_resize=False, return_tensors="pt"
-    )["pixel_values"]
-    return seen[0].view(3, image_processor.temporal_patch_size, -1)
-
-
-def spans(counts: Tensor, chosen: Tensor) -> Tensor:
-    """Where the items of the `chosen` owners lie, when owner i has counts[i] items and all lie one
-    after the other.
-    """
-    ends, chosen = counts.cumsum(0).tolist(), chosen.tolist()
-    found = [torch.arange(ends[i - 1] if i else 0, ends[i]) for i in chosen]
-    return (torch.cat(found) if found else torch.zeros(0, dtype=torch.long)).to(counts.device)
-
-
 def part_of(name: str) -> str:
     """Whether a parameter of Qwen3-VL belongs to `vision`, `projector` or `language`."""
     if ".visual." not in name:
         return "language"
     return "projector" if ".merger." in name or ".deepstack_merger_list." in name else "vision"
-
-
-def pad_right(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token lists -> ids [N, longest] and mask [N, longest] (True on tokens, whatever their id)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
-    ids = torch.full(mask.shape, pad).masked_scatter(
-        mask, torch.tensor([i for row in rows for i in row])
-    )
-    return ids, mask

@@ -367,7 +367,7 @@ def test_lengths_in_the_checkpoint_s_tokens(folder, policy, tmp_path):
     assert f"answer     median {count}, {count} to {count}" in text and "tokens" in text
     from minigrpo.data import read_jsonl
 
-    slots = policy._images(read_jsonl(path)).slots[0][0]
+    slots = policy.encoder.images(read_jsonl(path)).slots[0][0]
     assert f"film       median {slots}, {slots} to {slots}" in text
 
 

@@ -620,12 +620,12 @@ def test_the_end_token_that_is_taught_always_ends_an_answer(settings, words, hub
     edit("tokenizer_config.json", eos_token=words)(hub)
     edit("config.json", text_config__eos_token_id=ids("<|endoftext|>"))(hub)
     policy = Policy.from_pretrained(str(hub), max_pixels=64 * 64)
-    assert policy.end_id == ids("<|im_end|>") and policy.end_id in policy.end_ids
+    assert policy.encoder.end_id == ids("<|im_end|>") and policy.encoder.end_id in policy.end_ids
     policy.save_pretrained(tmp_path / "final")
     saved = json.loads((tmp_path / "final/generation_config.json").read_text())
     assert sorted(saved["eos_token_id"]) == policy.end_ids
     plain = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "final")
-    assert policy.end_id in plain.generation_config.eos_token_id
+    assert policy.encoder.end_id in plain.generation_config.eos_token_id
 
 
 @pytest.mark.parametrize(

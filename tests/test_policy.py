@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigrpo.data import load_image
+from minigrpo.encode import mrope_positions, pad_right
 from minigrpo.generate import generate
-from minigrpo.policy import AnswerCache, Policy, mrope_positions, pad_right
+from minigrpo.policy import AnswerCache, Policy
 from minigrpo.tiny import tiny_policy
 from tests.memory import peak_bytes
 
@@ -206,7 +207,7 @@ def test_image_token_in_an_answer_is_plain_text(policy, samples):
     image.
     """
     prompts = policy.encode(samples[:1])
-    tokens = torch.tensor([[5, policy.model.config.image_token_id, 7, policy.end_id]])
+    tokens = torch.tensor([[5, policy.model.config.image_token_id, 7, policy.encoder.end_id]])
     assert policy.score(prompts, tokens, torch.ones_like(tokens)).isfinite().all()
 
 

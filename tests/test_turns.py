@@ -48,7 +48,7 @@ def peer_loss(policy, sample) -> tuple[float, int]:
             {"role": "assistant", "content": answer},
         ]
     text = policy.tokenizer.apply_chat_template(messages, tokenize=False)
-    image = policy._images([sample])
+    image = policy.encoder.images([sample])
     for slots in image.slots[0]:
         text = text.replace(
             "<|vision_start|><|image_pad|><|vision_end|>",

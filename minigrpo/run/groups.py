@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigrpo.data import Sample
+from minigrpo.encode import Prompts
 from minigrpo.generate import Rollout
 from minigrpo.loss import group_advantages
-from minigrpo.policy import Prompts
 from minigrpo.run.distributed import gathered, ranks, total
 
 

@@ -24,9 +24,10 @@ from torch.utils._pytree import tree_leaves
 
 from minigrpo.checkpoint import open_checkpoint, set_budget
 from minigrpo.data import Sample, batch_at
+from minigrpo.encode import Prompts
 from minigrpo.generate import sample as sample_tokens
 from minigrpo.lora import adapters_off, add_adapters
-from minigrpo.policy import AnswerCache, Policy, Prompts
+from minigrpo.policy import AnswerCache, Policy
 from minigrpo.run.groups import micro_batches
 from minigrpo.run.optimizers import grpo_optimizers, sft_optimizers
 

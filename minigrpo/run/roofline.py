@@ -10,8 +10,9 @@ import time
 
 import torch
 
+from minigrpo.encode import Prompts
 from minigrpo.generate import Rollout
-from minigrpo.policy import Policy, Prompts
+from minigrpo.policy import Policy
 from minigrpo.run.distributed import ranks, say, total
 
 
