@@ -6,6 +6,8 @@ import signal
 import warnings
 from collections.abc import Callable
 
+from minigrpo.visible import text_of
+
 # of processor time, so that a busy machine takes none; Qwen3-VL's template takes 0.001
 SECONDS = 1.0
 MEMORY = 2**28  # bytes, on top of what this process has
@@ -43,9 +45,9 @@ def _work_and_exit(work: Callable[[], object], writing: int) -> None:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # SIGPROF ends the process, whatever it does
         work()
     except ValueError as error:
-        fault = str(error) or "ValueError"
+        fault = text_of(error) or "ValueError"
     except BaseException as error:  # whatever a foreign program raises
-        fault = f"{type(error).__name__}: {str(error)[:200]!r}"
+        fault = f"{type(error).__name__}: {text_of(error)[:200]!r}"
     finally:  # without the clean-up of Python, which would flush what the parent has yet to write
         os.write(writing, fault.encode(errors="backslashreplace")[:4096])
         os._exit(0)

@@ -119,6 +119,11 @@ def open_checkpoint(name: str, *, weights: bool = True) -> Checkpoint:
     c.images, c.image_file, c.video = images_of(c.folder, files)
     c.generation = generation_of(c, files)
     check_whole(c)
+    if max(abs(c.greys[0] + 1), abs(c.greys[1] - 1)) > 0.01:
+        print(
+            f"note: {c.folder / c.image_file}: black is {c.greys[0]:.3g} and white {c.greys[1]:.3g}"
+            " to the model; to Qwen3-VL they are -1 and 1"
+        )
     if weights:
         paths = trust.weight_files(c.folder, files)
         if c.folder != Path(name) and not all(path.exists() for path in paths):
@@ -237,6 +242,8 @@ def tokenizer_of(c: Checkpoint, files: dict) -> PreTrainedTokenizerBase:
             f"{c.folder / 'tokenizer_config.json'}: tokenizer_class {kind!r:.100} is "
             f"none of Qwen3-VL's: {ORIGIN}"
         )
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        check_special_tokens(c.folder / name, texts[name], files)
     with (
         clean_folder([c.folder / name for name in names], texts) as place,
         reading(f"{c.folder}: the tokenizer ({', '.join([*names, 'tokenizer_config.json'])})"),
@@ -244,6 +251,25 @@ def tokenizer_of(c: Checkpoint, files: dict) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(place, config=c.config, trust_remote_code=False)
     tokenizer.name_or_path = c.name
     return tokenizer
+
+
+def check_special_tokens(path: Path, settings: dict, files: dict) -> None:
+    """Special tokens are ones that the tokenizer has: transformers would add another, behind the
+    rows of the model."""
+    length = settings.get("model_max_length")
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int | float)):
+        raise ValueError(f"{path}: model_max_length {length!r:.100} is no number: {ORIGIN}")
+    whole, added = files.get("tokenizer.json", {}), settings.get("added_tokens_decoder") or {}
+    with reading(path):
+        known = set(whole["model"]["vocab"] if whole else files.get("vocab.json", {}))
+        known |= {token["content"] for token in (whole.get("added_tokens") or [])}
+        known |= {token["content"] for token in added.values()}
+        known |= set(files.get("added_tokens.json", {}))
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = settings.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None and (not isinstance(token, str) or token not in known):
+            raise ValueError(f"{path}: {key} {token!r:.100} is no token of the tokenizer: {ORIGIN}")
 
 
 def template_of(folder: Path, files: dict) -> str:

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from minigrpo.bounded import try_out
 from minigrpo.choices import SMALLEST
+from minigrpo.visible import text_of
 
 END = "<|im_end|>"  # what SFT teaches an answer to end with
 PLACES = {
@@ -103,6 +104,19 @@ class Checkpoint:
         return (
             (images.patch_size, images.temporal_patch_size, images.merge_size),
             (tower.patch_size, tower.temporal_patch_size, tower.spatial_merge_size),
+        )
+
+    @property
+    def greys(self) -> tuple[float, float]:
+        """The least that the model sees of a black pixel, and the most of a white one."""
+        images = self.images
+        scale = images.rescale_factor if images.do_rescale else 1.0
+        if not images.do_normalize:
+            return 0.0, 255 * scale
+        mean, std = images.image_mean, images.image_std
+        return (
+            min(-m / s for m, s in zip(mean, std)),
+            max((255 * scale - m) / s for m, s in zip(mean, std)),
         )
 
     @cached_property
@@ -250,13 +264,16 @@ WHOLE = [
                 and min(c.images.image_std) > 0
                 and max(map(abs, c.images.image_mean)) < math.inf
                 and c.images.rescale_factor > 0
+                and max(map(abs, c.greys)) <= 10
+                and c.greys[1] - c.greys[0] >= 0.1
                 and c.images.resample in range(6)
                 and c.images.do_resize is c.images.do_convert_rgb is True
                 and {c.images.do_rescale, c.images.do_normalize} <= {True, False}
             ),
             (
                 "image_mean, image_std, rescale_factor, resample or one of do_resize,"
-                " do_convert_rgb, do_rescale and do_normalize is not one that Qwen3-VL takes"
+                " do_convert_rgb, do_rescale and do_normalize is not one that Qwen3-VL takes, to"
+                " which black is -1 and white 1"
             ),
         ),
     )
@@ -273,7 +290,7 @@ def reading(what: str | Path, mend: str = ORIGIN):
     except BaseException as error:
         if not is_fault(error):
             raise
-        said = " ".join((str(error).strip() or type(error).__name__).split())
+        said = " ".join((text_of(error).strip() or type(error).__name__).split())
         raise ValueError(f"{what} cannot be used ({said[:300]!r}): {mend}") from None
     finally:
         transformers_logging.set_verbosity(level)

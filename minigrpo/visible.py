@@ -25,6 +25,14 @@ def printable(text: str) -> str:
     )
 
 
+def text_of(error: object) -> str:
+    """str(error), of which a foreign class may know nothing."""
+    try:
+        return str(error)
+    except Exception:
+        return f"{type(error).__name__} without text"
+
+
 def messages(text: object) -> str:
     """`message` of each line."""
     return "\n".join(map(message, str(text).split("\n")))

@@ -451,7 +451,22 @@ FAULTS = {
         edit("tokenizer_config.json", pad_token=None),
         'no pad_token.*"pad_token": "<.endof',
     ),
-    "pad unknown": (edit("tokenizer_config.json", pad_token="<pad>"), "more tokens|no pad_token"),
+    "pad unknown": (
+        edit("tokenizer_config.json", pad_token="<pad>"),
+        "tokenizer_config.json: pad_token '<pad>' is no token of the tokenizer",
+    ),
+    "eos unknown": (
+        edit("tokenizer_config.json", eos_token=dict(content="zzz")),
+        "tokenizer_config.json: eos_token 'zzz' is no token of the tokenizer",
+    ),
+    "eos a number": (
+        edit("tokenizer_config.json", eos_token=5),
+        "tokenizer_config.json: eos_token 5 is no token of the tokenizer",
+    ),
+    "longest is a word": (
+        edit("tokenizer_config.json", model_max_length="x"),
+        "tokenizer_config.json: model_max_length 'x' is no number",
+    ),
     "end of another name": (
         lambda f: (f / "tokenizer.json").write_text(
             (f / "tokenizer.json").read_text().replace("<|im_end|>", "<|the_end|>")
@@ -496,6 +511,12 @@ FAULTS = {
     ),
     "spread of 0": (edit("preprocessor_config.json", image_std=[0.5, 0, 0.5]), "image_std"),
     "mean of two": (edit("preprocessor_config.json", image_mean=[0.5, 0.5]), "image_mean"),
+    "black is white": (
+        edit("preprocessor_config.json", rescale_factor=1e9),
+        "rescale_factor.*not one that Qwen3-VL takes, to which black is -1 and white 1",
+    ),
+    "not rescaled": (edit("preprocessor_config.json", do_rescale=False), "black is -1 and white 1"),
+    "one grey": (edit("preprocessor_config.json", image_std=[99, 99, 99]), "black is -1 and white"),
     "not resized": (edit("preprocessor_config.json", do_resize=False), "do_resize"),
     # The config.
     "a deep config": (

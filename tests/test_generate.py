@@ -1,12 +1,15 @@
 """Our sampler against transformers' `generate`, and against our own scorer."""
 
+import ast
+import inspect
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from scipy import stats
 
-from minigrpo.generate import draw, generate, random_streams, rows_to_keep, sample
+from minigrpo.generate import Decoding, draw, generate, random_streams, rows_to_keep, sample
 from tests.test_policy import copy_of, images_of
 
 
@@ -151,6 +154,13 @@ def test_prompts_survive_waiting_prompts(short, mixed):
     before = {name: value.clone() for name, value in vars(prompts).items()}
     generate(short, prompts, max_new_tokens=9, seed=0, rows_at_once=1)
     assert all(torch.equal(value, before[name]) for name, value in vars(prompts).items())
+
+
+def test_a_phase_of_decoding_is_short():
+    tree = ast.parse(Path(inspect.getfile(Decoding)).read_text())
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        body = function.body[1:] if ast.get_docstring(function) else function.body
+        assert function.end_lineno - body[0].lineno < 35, function.name
 
 
 def test_rows_to_keep_by_hand():

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -58,6 +59,23 @@ def word_pieces(texts, marks):
         )
 
     return sorted((t._y, t._x, t.get_text(), behind(t)) for t in texts)
+
+
+def test_endless_answers_are_drawn_in_time(tmp_path, pages):
+    """Bug: one word of a million letters, or 20,000 boxes, and the picture took hours."""
+    film = tmp_path / "film.png"
+    Image.new("L", (64, 64)).save(film)
+    box = [0.1, 0.2, 0.3, 0.4]
+    samples = [
+        Sample("w", None, "report", "What?", "The heart " * 50_000),
+        Sample("g", str(film), "grounding", "Where?", "There.", boxes=[box]),
+    ]
+    answers = ["x" * 1_000_000, " ".join(["[0.1, 0.2, 0.3, 0.4]"] * 20_000)]
+    began = time.process_time()
+    draw_samples(tmp_path / "s.png", samples, answers, ["heart " * 200_000, answers[1]])
+    assert time.process_time() - began < 10
+    assert any("50 of 20,000 boxes" in text.get_text() for text in pages[0].texts)
+    assert any("…" in text.get_text() for text in pages[0].texts)
 
 
 def test_words_that_differ_are_marked_and_others_are_not(tmp_path, pages):

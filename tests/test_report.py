@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -182,6 +183,20 @@ def test_differences():
         differences(odd, "a " + odd)
 
 
+def test_endless_texts_are_cut(shown):
+    """Bug: comparing two texts of a megabyte takes hours, and 20,000 boxes were as many elements."""
+    began = time.process_time()
+    for texts in (["a b " * 200_000] * 2, ["x" * 1_000_000, "y" * 1_000_000]):
+        for pieces in differences(*texts):
+            assert pieces[-1]["text"] == report.LEFT_OUT
+            assert sum(len(piece["text"]) for piece in pieces) < 60_000
+    sample = Sample("g", None, "grounding", "Where?", "There.", boxes=[[0.1, 0.2, 0.3, 0.4]])
+    answer = " ".join(["[0.1, 0.2, 0.3, 0.4]"] * 20_000)
+    card = report.card(sample, answer, {}, None, False, 1.0)
+    assert len(card["boxes"]) == 200 and card["more_boxes"] == 19_801
+    assert time.process_time() - began < 10
+
+
 def test_the_file_stays_small(shown, tmp_path, monkeypatch):
     _, samples, answers, items = shown
 
@@ -209,7 +224,7 @@ def test_the_file_stays_small(shown, tmp_path, monkeypatch):
 
 def browse(path, tmp_path, script=""):
     """The page as Chromium has it after its scripts and `script` ran."""
-    copy = tmp_path / "template_opens_think.html"
+    copy = tmp_path / "browsed.html"
     copy.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
     command = [
         CHROMIUM,

@@ -273,6 +273,68 @@ def test_a_reward_that_wanders_takes_no_file_along(train, phantom, tmp_path, mon
     assert not any((tmp_path / "away").iterdir())
 
 
+def writes_on_samples(answers, samples):
+    scores = letters(answers, samples)
+    for sample in samples:
+        sample.question, sample.answer, sample.boxes = "overwritten", "overwritten", [[0, 0, 1, 1]]
+    answers.clear()
+    return scores
+
+
+def changes_torch(answers, samples):
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    return letters(answers, samples)
+
+
+def test_a_reward_can_change_neither_samples_nor_torch(train, tmp_path):
+    """Bug: rollouts.jsonl held what the reward had written into the samples; with another default
+    dtype the next step was a traceback."""
+    train("letters", folder=tmp_path / "plain", steps=2)
+    train("writes_on_samples", folder=tmp_path / "writes", steps=2)
+    with pytest.warns(UserWarning, match="changed torch's default dtype from torch.float32 to"):
+        train("changes_torch", folder=tmp_path / "torch", steps=2)
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+    for other in ("writes", "torch"):
+        files = [tmp_path / run / "rollouts.jsonl" for run in ("plain", other)]
+        # parts are named by the reward
+        assert files[0].read_text() == files[1].read_text().replace(
+            {"writes": "writes_on_samples", "torch": "changes_torch"}[other], "letters"
+        )
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+class Odd(float):
+    def __float__(self):
+        raise Mute
+
+
+def raises_mute(answers, samples):
+    raise Mute
+
+
+def gives_odd(answers, samples):
+    return [Odd(1.0)] * len(answers)
+
+
+@pytest.mark.parametrize(
+    "reward, said",
+    [
+        ("raises_mute", "could not score 8 of 8 answers: {}:raises_mute: Mute: Mute without text"),
+        ("gives_odd", "reward '{}:gives_odd' gave list that cannot be read (Mute: Mute without"),
+    ],
+)
+def test_an_exception_without_a_text_is_named(train, capsys, reward, said):
+    """Bug: a traceback of the exception's own __str__."""
+    with pytest.raises(SystemExit) as ended:
+        train(reward, "--max_unscored", 0.1)
+    assert said.format(MINE) in str(ended.value) + capsys.readouterr().err
+
+
 # ---- deadlines -----------------------------------------------------------------------------------
 
 

@@ -17,13 +17,17 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..data.boxes import split_thinking
 from ..data.sample import Sample
+from ..visible import text_of
 from .clinical import CLINICAL, Scorers
 from .grounding import dice, soft_f1
 from .radcliq import radcliq_v1
@@ -126,19 +130,15 @@ class Reward:
         """callable(rows) -> the term's scores of these rows. A function of one's own gets the
         answers as written.
         """
-        raw = name not in REWARDS or name == "format"
-        extra = (
-            ()
-            if name not in REWARDS
-            else (self.scorers,)
-            if name in CLINICAL
-            else (self.box_scale,)
-        )
+        own = name not in REWARDS
+        raw = own or name == "format"
+        extra = () if own else (self.scorers,) if name in CLINICAL else (self.box_scale,)
         if name == "format":
             extra = (self.template_opens_think, self.box_scale)
         return lambda rows: function(
             [(answers if raw else texts)[row] for row in rows],
-            [samples[row] for row in rows],
+            # A function of one's own may write on them, and they are the run's.
+            [deepcopy(samples[row]) if own else samples[row] for row in rows],
             *extra,
         )
 
@@ -160,12 +160,20 @@ def scored(call: Callable, rows: list[int], name: str, errors: list[str]) -> Sco
         except KeyboardInterrupt as error:
             if threading.current_thread() is threading.main_thread():
                 raise  # Ctrl-C
-            _note(errors, f"{name}: {type(error).__name__}: {error}")
+            _note(errors, f"{name}: {type(error).__name__}: {text_of(error)}")
         except BaseException as error:  # must not end a run of days: --max_unscored decides
-            _note(errors, f"{name}: {type(error).__name__}: {error}")
+            _note(errors, f"{name}: {type(error).__name__}: {text_of(error)}")
         else:
             succeeded += 1
-            return as_scores(result, len(part), name)
+            try:
+                return as_scores(result, len(part), name)
+            except BadReward:
+                raise
+            except Exception as error:  # of a number or a list of a class of their own
+                raise BadReward(
+                    f"reward {name!r} gave {type(result).__name__} that cannot be read"
+                    f" ({type(error).__name__}: {text_of(error)}): return a list of numbers"
+                ) from None
         if len(part) == 1:
             failed += 1
             return nothing
@@ -185,21 +193,39 @@ def _note(errors: list[str], text: str) -> None:
 
 
 def _at_home(call: Callable, part: list[int], name: str) -> Any:
-    """call(part), and the working directory as it was before: a reward that leaves it would take
-    the run's files along."""
-    here = os.getcwd()
+    """call(part), and then what the run relies on as it was before: a reward that leaves the
+    working directory would take the run's files along, and torch's defaults decide in which
+    precision all else is computed."""
+    before = _surroundings()
     try:
         return call(part)
     finally:
-        try:
-            there = os.getcwd()
-        except FileNotFoundError:
-            there = "a folder that is gone"
-        if there != here:
-            os.chdir(here)
-            warnings.warn(
-                f"reward {name!r} changed the working directory to {there}: it is put back"
-            )
+        after = _surroundings()
+        for what, value in before.items():
+            if after[what] != value:
+                RESTORE[what](value)
+                warnings.warn(
+                    f"reward {name!r} changed {what} from {value} to {after[what]}: it is put back"
+                )
+
+
+RESTORE = {
+    "the working directory": os.chdir,
+    "torch's default dtype": torch.set_default_dtype,
+    "torch's default device": lambda device: torch.set_default_device(
+        None if device.type == "cpu" else device
+    ),
+    "whether torch keeps gradients": torch.set_grad_enabled,
+}
+
+
+def _surroundings() -> dict[str, Any]:
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        here = "a folder that is gone"
+    defaults = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    return dict(zip(RESTORE, (here, *defaults)))
 
 
 def as_scores(result: Any, count: int, name: str) -> Scores:
@@ -220,7 +246,7 @@ def as_scores(result: Any, count: int, name: str) -> Scores:
             "{name: a number for each answer}"
         )
     parts = {part: _floats(given, count, f"{name}.{part}") for part, given in result.parts.items()}
-    return Scores(values, valid, parts, [str(error) for error in result.errors])
+    return Scores(values, valid, parts, [text_of(error) for error in result.errors])
 
 
 def _floats(given: Any, count: int, name: str) -> list[float]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from ..data.schema import TASKS
 from ..packages import MissingPackage
+from ..visible import text_of
 from .clinical import CLINICAL
 from .format import format_reward
 from .grounding import dice_reward, soft_f1_reward
@@ -60,7 +61,7 @@ def _load(name: str, spec: str) -> tuple[Callable, set[str]]:
             else f"mend {module}"
         )
         raise _error(
-            spec, f"cannot load {name!r} ({type(error).__name__}: {error}): {mend}"
+            spec, f"cannot load {name!r} ({type(error).__name__}: {text_of(error)}): {mend}"
         ) from error
     if not callable(function):
         raise _error(spec, f"{name!r} is no function: write one that takes (answers, samples)")

@@ -203,6 +203,7 @@ LOOKS = {
 }
 ONLY_REFERENCE, NOT_REFERENCE = "#cde6f7", "#ffd3a8"  # behind words
 NO_TEXT = "(no text)"
+MAX_BOXES, LONGEST_LINE = 50, 500  # drawn on a film, of each kind; characters
 INK, FAINT = "#1c1e21", "#667080"
 
 
@@ -260,7 +261,10 @@ def draw_samples(
                 ),
             }
             for kind, found in boxes.items():
-                draw_boxes(page, film, found, **LOOKS[kind])
+                draw_boxes(page, film, found[:MAX_BOXES], **LOOKS[kind])
+            if (number := max(map(len, boxes.values()))) > MAX_BOXES:
+                note = f"{MAX_BOXES} of {number:,} boxes"
+                page.text(film[0] + 0.05, film[3] - 0.06, note, fontsize=POINTS - 1, color=NOW)
             bottoms.append(film[3])
         top = max(bottoms) + GAP
     if written:
@@ -288,9 +292,7 @@ def draw_samples(
                 for piece in pieces
                 for word in clean(piece["text"]).split(" ")
             ]
-            bottom = write(
-                page, shortened(wrapped(words, room), LINES), left, bottom + 0.22, behind=color
-            )
+            bottom = write(page, wrapped(words, room, LINES), left, bottom + 0.22, behind=color)
         top = max(film[3], bottom) + 1.5 * GAP
     page.set(xlim=(0, WIDTH), ylim=(top, 0))
     fig.set_size_inches(WIDTH, top)
@@ -345,30 +347,33 @@ def width_of(text: str) -> float:
     return (pixels(text + ".") - pixels(".")) / DPI
 
 
-def wrapped(words: list[tuple[str, bool]], width: float) -> list[list[tuple[str, bool]]]:
-    """Words in lines of at most `width` inches; one that is wider is cut."""
+def wrapped(words: list[tuple[str, bool]], width: float, most: int) -> list[list[tuple[str, bool]]]:
+    """Words in at most `most` lines of at most `width` inches, the last one ending in … where
+    words are left out; a word that is wider is cut."""
     lines, used, blank = [[]], 0.0, width_of(" ")
     for word, changed in words:
-        while (size := width_of(word)) > width and len(word) > 1:
-            keep = max(1, int(len(word) * width / size) - 1)
+        # Of a word, no more than a line can hold is measured at a time.
+        while (size := width_of(start := word[:LONGEST_LINE])) > width and len(word) > 1:
+            keep = max(1, int(len(start) * width / size) - 1)
             lines += [[(word[:keep], changed)], []]
             word, used = word[keep:], 0.0
+            if len(lines) > most + 2:
+                break
         if used and used + blank + size > width:
             lines.append([])
             used = 0.0
+        if len(lines) > most + 2:
+            break
         lines[-1].append((word, changed))
         used += size + (blank if used else 0.0)
-    return [line for line in lines if line]
+    lines = [line for line in lines if line]
+    if len(lines) > most:
+        lines = [*lines[: most - 1], [*lines[most - 1][:-1], ("…", False)]]
+    return lines
 
 
 def plain_lines(text: str, width: float) -> list[list[tuple[str, bool]]]:
-    return shortened(wrapped([(word, False) for word in clean(text).split()], width), 2)
-
-
-def shortened(lines: list[list[tuple[str, bool]]], most: int) -> list[list[tuple[str, bool]]]:
-    return (
-        lines if len(lines) <= most else [*lines[: most - 1], [*lines[most - 1][:-1], ("…", False)]]
-    )
+    return wrapped([(word, False) for word in clean(text).split()], width, 2)
 
 
 def write(

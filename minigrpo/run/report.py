@@ -26,6 +26,8 @@ from minigrpo.visible import visible
 
 SIDE, QUALITY = 448, 80  # of the films; about 30 kB each
 BUDGET = 18_000_000  # bytes of films: the file stays below 20 MB
+MAX_CHARACTERS, MAX_WORDS, MAX_BOXES = 50_000, 2_000, 200  # of a text, shown on a card
+LEFT_OUT = "… (the rest is left out; predictions.jsonl has it)"
 WORD = re.compile(r"\[[^\[\]]*\]\S*|\S+")  # a box is one word
 FILTERS = ("task", "kind", "label", "source")
 
@@ -119,12 +121,15 @@ def card(
         "question": sample.question,
         "reference": wanted,
         "prediction": found,
-        "thinking": thinking,
+        "thinking": thinking[:MAX_CHARACTERS],
         "broken": not ok,
         "film": film,
         "more_films": max(0, len(sample.images) - 1),
         "scores": shown_scores(item),
-        "boxes": [{"kind": kind, **rectangle(box, width, height)} for kind, box in boxes],
+        "boxes": [
+            {"kind": kind, **rectangle(box, width, height)} for kind, box in boxes[:MAX_BOXES]
+        ],
+        "more_boxes": max(0, len(boxes) - MAX_BOXES),
         **conditions_of(item),
     }
 
@@ -177,7 +182,10 @@ def differences(reference: str, prediction: str) -> tuple[list[dict], list[dict]
     punctuation and the numbers of boxes don't count, and a sentence that only stands elsewhere is
     no difference.
     """
-    words = [WORD.findall(text) for text in (reference, prediction)]
+    texts = reference, prediction
+    words = [WORD.findall(text[:MAX_CHARACTERS]) for text in texts]
+    cut = [len(x) > MAX_CHARACTERS or len(side) > MAX_WORDS for x, side in zip(texts, words)]
+    words = [side[:MAX_WORDS] for side in words]  # comparing takes the product of both
     changed = [[True] * len(side) for side in words]
     spans = [sentence_spans(side) for side in words]
     for key in spans[0].keys() & spans[1].keys():
@@ -196,7 +204,8 @@ def differences(reference: str, prediction: str) -> tuple[list[dict], list[dict]
             {"text": " ".join(word for word, _ in group), "changed": flag}
             for flag, group in groupby(zip(side, flags), key=lambda pair: pair[1])
         ]
-        for side, flags in zip(words, changed)
+        + [{"text": LEFT_OUT, "changed": False}] * is_cut
+        for side, flags, is_cut in zip(words, changed, cut)
     )
 
 
