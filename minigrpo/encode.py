@@ -118,7 +118,8 @@ class Encoder:
                 raise ValueError(
                     f"samples of one group must share their image: {', '.join(s.id for s in group)}"
                 )
-        images, prompts, turns = self.images([group[0] for group in groups]), [], []
+        images, prompts = self.images([group[0] for group in groups]), []
+        turns: list[list[tuple[list[int], list[int], Sample | None]]] = []
         for group, slots in zip(groups, images.slots):
             talks = [sample.turns or [[sample.question, sample.answer]] for sample in group]
             chats = [self._chat(talk[0][0], slots) for talk in talks]
@@ -133,10 +134,10 @@ class Encoder:
             turns.append(sorted(rows, key=lambda row: -len(row[0])))
         blocks = []
         for number in range(max(map(len, turns))):
-            rows = [group[number] if number < len(group) else ([], [], None) for group in turns]
-            tokens, _ = pad_right([ids for ids, _, _ in rows], self.tokenizer.pad_token_id)
-            mask, _ = pad_right([answered for _, answered, _ in rows], 0)
-            blocks.append((tokens, mask.bool(), [sample for *_, sample in rows]))
+            block = [group[number] if number < len(group) else ([], [], None) for group in turns]
+            tokens, _ = pad_right([ids for ids, _, _ in block], self.tokenizer.pad_token_id)
+            mask, _ = pad_right([answered for _, answered, _ in block], 0)
+            blocks.append((tokens, mask.bool(), [sample for *_, sample in block]))
         return self._prompts(prompts, images), blocks
 
     def images(self, samples: list[Sample]) -> Images:
@@ -274,13 +275,13 @@ def grey_table_of(image_processor) -> Tensor:
     return patch[0].view(3, image_processor.temporal_patch_size, -1)
 
 
-def spans(counts: Tensor, chosen: Tensor) -> Tensor:
-    """Where the items of the `chosen` owners lie, when owner i has counts[i] items and all lie one
+def spans(counts: Tensor, owners: Tensor) -> Tensor:
+    """Where the items of these `owners` lie, when owner i has counts[i] items and all items lie one
     after the other.
     """
-    ends, chosen = counts.cumsum(0).tolist(), chosen.tolist()
-    found = [torch.arange(ends[i - 1] if i else 0, ends[i]) for i in chosen]
-    return (torch.cat(found) if found else torch.zeros(0, dtype=torch.long)).to(counts.device)
+    ends = counts.cumsum(0).tolist()
+    ranges = [torch.arange(ends[i - 1] if i else 0, ends[i]) for i in owners.tolist()]
+    return torch.cat([torch.zeros(0, dtype=torch.long), *ranges]).to(counts.device)
 
 
 def pad_right(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:

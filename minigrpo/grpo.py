@@ -161,7 +161,7 @@ def grpo_step(
                     old_logprob[rows],
                     advantage[rows],
                     mask[rows],
-                    ref_logprob=ref_logprob[rows] if args.kl_coef else None,
+                    ref_logprob=None if ref_logprob is None else ref_logprob[rows],
                     rollout_logprob=rollout.logprob[rows] if args.rollout_cap else None,
                     denominator=denominator,
                     **args.loss_settings(),

@@ -1,13 +1,14 @@
-"""Log-probs of chosen tokens straight from hidden states, one tile of logits at a time.
+"""Log-probs of given tokens straight from hidden states, one tile of logits at a time.
 
 Full logits of N tokens are N x V floats: 13.9 GiB for 8,192 tokens at Qwen3-VL's V = 151,936,
-    counting the copies that
-log_softmax and its backward make. Here a tile of rows is projected, reduced in place and dropped;
-backward projects it again.
+counting the copies that log_softmax and its backward make. Here a tile of rows is projected,
+reduced in place and dropped; backward projects it again.
 """
 
 import torch
 from torch import Tensor
+
+__all__ = ["linear_logprob"]
 
 
 def linear_logprob(
@@ -19,15 +20,23 @@ def linear_logprob(
     tile: int = 512,
     entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log softmax(hidden @ weight.T / temperature)[target], in fp32 (float64 stays float64), in
-    nats.
+    """log softmax(hidden @ weight.T / temperature)[target], with exact gradients for hidden and
+    weight; those of a frozen weight are never computed.
 
-    hidden [N, d], weight [V, d], target [N] int64 in 0..V-1 -> log-prob [N], or (log-prob [N],
-    entropy [N]). Other shapes, and a temperature of 0 or less, raise ValueError. Gradients for
-    hidden and weight are exact, those of a frozen weight are never computed, and at most `tile`
-    rows of logits exist at any time, forward and backward (with the entropy a second copy). Of 128,
-    256 and 512 rows, 512 was the fastest on a CPU at V = 16,384 and 151,936: fewer read the weights
-    too often.
+    Args:
+        hidden: [N, d], fp32, bf16 or float64.
+        weight: [V, d], the output embedding.
+        target: [N] int64 in 0..V-1.
+        temperature: above 0.
+        tile: the rows of logits that exist at any time, forward and backward (with the entropy a
+            second copy). Of 128, 256 and 512, 512 was the fastest on a CPU at V = 16,384 and
+            151,936: fewer read the weights too often.
+        entropy: also return it.
+
+    Returns: the log-prob [N] in nats, in fp32 (float64 stays float64); with `entropy` a pair, the
+        log-prob and the entropy [N] in nats.
+
+    Raises: ValueError for other shapes, and for a temperature of 0 or less.
     """
     if (
         hidden.dim() != 2
@@ -50,10 +59,8 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, target, temperature, tile, entropy):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         logprob = torch.empty(len(hidden), dtype=exact, device=hidden.device)
-        normaliser, entropies = (
-            torch.empty_like(logprob),
-            torch.zeros_like(logprob) if entropy else None,
-        )
+        normaliser = torch.empty_like(logprob)
+        entropies = torch.zeros_like(logprob) if entropy else None
         for rows in _tiles(len(hidden), tile):
             logits = _logits(hidden[rows], weight, temperature, exact)  # (tile, V)
             chosen, largest = logits.gather(1, target[rows, None])[:, 0], logits.amax(-1)
@@ -61,7 +68,7 @@ class _LinearLogprob(torch.autograd.Function):
             total = share.sum(-1)
             normaliser[rows] = largest + total.log()
             logprob[rows] = chosen - normaliser[rows]
-            if entropy:  # H = -sum p log p = logZ - sum p logit
+            if entropies is not None:  # H = -sum p log p = logZ - sum p logit
                 entropies[rows] = normaliser[rows] - share.mul_(logits).sum(-1) / total
             del logits, share  # or they would stay while the next tile is made
         ctx.save_for_backward(hidden, weight, target, normaliser, entropies)
@@ -84,12 +91,8 @@ class _LinearLogprob(torch.autograd.Function):
                 grad = log_p.exp_().mul_(-g[rows, None])
             else:  # and d H / d logit = -p (log p + H)
                 p = log_p.exp()
-                grad = (
-                    log_p.add_(entropies[rows, None])
-                    .mul_(-grad_entropy[rows, None])
-                    .sub_(g[rows, None])
-                    .mul_(p)
-                )
+                grad = log_p.add_(entropies[rows, None]).mul_(-grad_entropy[rows, None])
+                grad = grad.sub_(g[rows, None]).mul_(p)
             grad.scatter_add_(1, target[rows, None], g[rows, None])
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
@@ -100,14 +103,9 @@ class _LinearLogprob(torch.autograd.Function):
                 else:
                     grad_weight.add_(grad.T @ hidden[rows], alpha=1 / temperature)
             del log_p, grad
-        return (
-            grad_hidden,
-            grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _tiles(rows: int, tile: int):

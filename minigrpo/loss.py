@@ -3,9 +3,12 @@ papers have it.
 
 B prompts, G answers each, R = B G rows, T answer tokens. A is the advantage, rho = exp(logp -
 logp_old) the ratio, m the mask, |o| the tokens of an answer, sg stops the gradient. Log-probs and
-KL are in nats. Masks are bool or 0/1 of any dtype. Masked places are never read: a NaN there
+KL are in nats. Masks are bool, or 0 and 1 in any dtype. Masked places are never read: a NaN there
 changes neither loss nor gradient. Everything is computed in fp32 or better, whatever comes in.
-Wrong shapes and settings that contradict each other raise ValueError.
+
+Every function is pure and knows one process: a sum over others comes in from outside, as `total=`
+or `denominator=`. Wrong shapes, masks that hold anything but 0 and 1, and settings that contradict
+each other raise ValueError; what is no tensor raises TypeError.
 """
 
 import math
@@ -14,31 +17,66 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minigrpo.choices import AGGREGATIONS, ESTIMATORS, RATIO_LEVELS, SCALES, SURROGATES
+from minigrpo.choices import (
+    AGGREGATIONS,
+    ESTIMATORS,
+    RATIO_LEVELS,
+    SCALES,
+    SURROGATES,
+    Aggregation,
+    Estimator,
+    RatioLevel,
+    Scale,
+    Surrogate,
+)
+
+__all__ = [
+    "PRESETS",
+    "aggregate",
+    "denominator_of",
+    "group_advantages",
+    "grpo_loss",
+    "kl_penalty",
+    "overlong_filter",
+    "policy_loss",
+    "soft_overlong_penalty",
+]
 
 # What each paper sets of `grpo_loss`, as in grpo_loss(..., **PRESETS["dapo"]). Dr. GRPO and RLOO
 # want max_tokens as well, and other advantages: group_advantages(rewards, scale="none"), and with
 # leave_one_out=True for RLOO.
 PRESETS: dict[str, dict] = {
-    "radvlm": dict(clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coef=0.01),  # 2512.10691
+    # 2512.10691
+    "radvlm": dict(clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coef=0.01),
     # 2402.03300
     "grpo": dict(clip_low=0.2, clip_high=0.2, kl_coef=0.04, aggregation="sequence-mean"),
-    "dapo": dict(clip_low=0.2, clip_high=0.28),  # 2503.14476
-    "dr_grpo": dict(clip_low=0.2, clip_high=0.2, aggregation="constant"),  # 2503.20783
+    # 2503.14476
+    "dapo": dict(clip_low=0.2, clip_high=0.28),
+    # 2503.20783
+    "dr_grpo": dict(clip_low=0.2, clip_high=0.2, aggregation="constant"),
     # 2507.18071
     "gspo": dict(
         clip_low=3e-4, clip_high=4e-4, ratio_level="sequence", aggregation="sequence-mean"
     ),
-    "cispo": dict(surrogate="cispo", cispo_cap=5.0),  # MiniMax-M1, 2506.13585
-    "rloo": dict(clip_low=0.2, clip_high=0.2, aggregation="constant"),  # 2402.14740
+    # MiniMax-M1, 2506.13585
+    "cispo": dict(surrogate="cispo", cispo_cap=5.0),
+    # 2402.14740
+    "rloo": dict(clip_low=0.2, clip_high=0.2, aggregation="constant"),
 }
 
 
 def soft_overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int) -> Tensor:
-    """What is added to the reward of a long answer (DAPO 2503.14476, eq. 13): 0 up to max_tokens -
-    buffer tokens, from there linear to -1 at max_tokens.
+    """What is added to the reward of a long answer: 0 up to max_tokens - buffer tokens, from there
+    linear to -1 at max_tokens. Source: DAPO (2503.14476), eq. 13.
 
-    lengths in tokens, of any shape -> fp32 of that shape in -1..0. 1 <= buffer <= max_tokens.
+    Args:
+        lengths: of the answers in tokens, of any shape and dtype.
+        max_tokens: the longest answer.
+        buffer: tokens before it in which the penalty grows, 1..max_tokens.
+
+    Returns: the penalty, fp32, of the shape of `lengths`, in -1..0.
+
+    Raises: ValueError for a buffer out of range.
     """
     if not 1 <= buffer <= max_tokens:
         raise ValueError(f"buffer must lie in 1..max_tokens = {max_tokens}, got {buffer}")
@@ -46,48 +84,65 @@ def soft_overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int) -> Tens
 
 
 def overlong_filter(mask: Tensor, finished: Tensor) -> Tensor:
-    """Takes answers that were cut off out of the loss whole (DAPO, section 3.4); they still count
-    in their group's mean.
+    """Take answers that were cut off out of the loss. They still count in their group's mean.
+    Source: DAPO (2503.14476), section 3.4.
 
-    mask [R, T], finished [R] (ended by itself) -> bool mask [R, T].
+    Args:
+        mask: [R, T], 1 on the tokens of the answers.
+        finished: [R], 1 where an answer ended by itself.
+
+    Returns: the mask [R, T] as bool, without the rows that were cut off.
+
+    Raises: ValueError for other shapes or values, TypeError for what is no tensor.
     """
+    mask, finished = _as_bool("mask", mask), _as_bool("finished", finished)
     if mask.dim() != 2 or finished.shape != mask.shape[:1]:
         raise ValueError(
             f"finished must be [R] for mask [R, T], got {tuple(finished.shape)} and"
             f" {tuple(mask.shape)}"
         )
-    return mask.bool() & finished.bool()[:, None]
+    return mask & finished[:, None]
 
 
 def group_advantages(
     rewards: Tensor,
     *,
-    scale: str = "group",
+    scale: Scale = "group",
     leave_one_out: bool = False,
     eps: float = 1e-6,
     valid: Tensor | None = None,
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
-    """A = (r - mean) / (std + eps) within each group (DeepSeekMath 2402.03300, section 4.1.2; std
-    with n - 1).
+    """A = (r - mean) / (std + eps) within each group, the std with n - 1. Source: DeepSeekMath
+    (2402.03300), section 4.1.2.
 
-    rewards [B, G] -> [B, G]. `scale`: "group" divides by the group's std; "batch" by the std of all
-    valid rewards (2508.08221), of this process, or of all whose sums `total` adds up; "none" not at
-    all (Dr. GRPO, 2503.20783). `leave_one_out` multiplies by n / (n - 1) before scaling (RLOO,
-    2402.14740). Answers outside `valid` [B, G] get 0 and enter neither mean nor std. Equal rewards
-    give exactly 0, and so does a group with fewer than two valid answers.
+    Args:
+        rewards: [B, G], any real numbers.
+        scale: "group" divides by the group's std; "batch" by the std of all valid rewards
+            (2508.08221); "none" by nothing (Dr. GRPO, 2503.20783).
+        leave_one_out: compare with the mean of the others, a factor n / (n - 1) before scaling
+            (RLOO, 2402.14740).
+        eps: added to the std.
+        valid: [B, G], 0 where an answer could not be scored: it gets A = 0, and enters neither mean
+            nor std.
+        total: for scale "batch", the sum of a tensor over all processes. Without it, the batch is
+            that of this process.
+
+    Returns: A [B, G], in fp32 or better. Equal rewards give exactly 0, and so does a group with
+        fewer than two valid answers.
+
+    Raises: ValueError for other shapes or choices, TypeError for what is no tensor.
     """
     _one_of("scale", scale, SCALES)
-    if (
-        rewards.dim() != 2
-        or not rewards.shape[1]
-        or (valid is not None and valid.shape != rewards.shape)
-    ):
+    _tensors(rewards=rewards)
+    valid = (
+        torch.ones_like(rewards, dtype=torch.bool) if valid is None else _as_bool("valid", valid)
+    )
+    if rewards.dim() != 2 or not rewards.shape[1] or valid.shape != rewards.shape:
         raise ValueError(
             "group_advantages needs rewards [B, G] and valid of the same shape, got"
-            f" {tuple(rewards.shape)} and {None if valid is None else tuple(valid.shape)}"
+            f" {tuple(rewards.shape)} and {tuple(valid.shape)}"
         )
-    valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid.bool()
     r = _unmasked(rewards, valid)
     n = valid.sum(1, keepdim=True)  # (B, 1)
     # The mean of equal floats may miss them by an ulp, which a tiny std would blow up to any size.
@@ -111,27 +166,35 @@ def group_advantages(
 
 
 def kl_penalty(
-    logprob: Tensor, ref_logprob: Tensor, estimator: str = "k3", ratio: Tensor | None = None
+    logprob: Tensor, ref_logprob: Tensor, estimator: Estimator = "k3", ratio: Tensor | None = None
 ) -> Tensor:
-    """Per-token estimate of KL(policy || reference) (Schulman, "Approximating KL divergence"), [R,
-    T] -> [R, T].
+    """Per-token estimate of KL(policy || reference). Source: Schulman, "Approximating KL
+    divergence"; k3 in DeepSeekMath (2402.03300), eq. 4.
 
-    k1 = logp - logp_ref; k2 = (logp - logp_ref)^2 / 2; k3 = exp(d) - d - 1 with d = logp_ref - logp
-    (DeepSeekMath, eq. 4). With `ratio` [R, T] the estimate is multiplied by it, and the gradient
-    flows through both (DeepSeek-V3.2, 2512.02556). k2 and k3 are >= 0. What each does as a loss, in
-    expectation: tests/test_kl.py.
+    With d = logp_ref - logp: k1 = -d; k2 = d^2 / 2, at least 0; k3 = exp(d) - d - 1, at least 0.
+    Which way each pulls as a loss stands beside its line, for answers of the policy itself;
+    tests/test_kl.py has all of it by enumeration.
+
+    Args:
+        logprob, ref_logprob: [R, T] in nats.
+        estimator: "k1", "k2" or "k3".
+        ratio: [R, T], multiplies the estimate, and the gradient flows through both (DeepSeek-V3.2,
+            2512.02556): then k1 and k3 have the value and the gradient of KL(policy || reference),
+            also for answers of an older policy.
+
+    Returns: the estimate [R, T] in nats, in fp32 or better.
+
+    Raises: ValueError for other shapes or choices, TypeError for what is no tensor.
     """
     _one_of("estimator", estimator, ESTIMATORS)
-    _same_shape(
-        logprob=logprob, ref_logprob=ref_logprob, **({} if ratio is None else {"ratio": ratio})
-    )
+    _same_shape({"ratio": ratio}, logprob=logprob, ref_logprob=ref_logprob)
     d = _exact(ref_logprob) - _exact(logprob)
     if estimator == "k1":
-        kl = -d
+        kl = -d  # mean gradient 0: it holds nothing
     elif estimator == "k2":
-        kl = d.square() / 2
+        kl = d.square() / 2  # that of KL(policy || reference)
     else:
-        kl = d.expm1() - d
+        kl = d.expm1() - d  # that of KL(reference || policy), on the logits policy - reference
     return kl if ratio is None else _exact(ratio) * kl
 
 
@@ -144,23 +207,34 @@ def policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     dual_clip: float | None = None,
-    ratio_level: str = "token",
-    surrogate: str = "clip",
+    ratio_level: RatioLevel = "token",
+    surrogate: Surrogate = "clip",
     cispo_cap: float = 5.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Per-token loss [R, T], 0 where masked, and its statistics; logprob, old_logprob, mask [R, T],
-    advantage [R].
+    """Per-token loss max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)). Source: PPO
+    (1707.06347), eq. 7; clip_high from DAPO (2503.14476).
 
-    clip (PPO 1707.06347, eq. 7; clip_high from DAPO 2503.14476): max(-A rho, -A clip(rho, 1 - low,
-    1 + high)), and with `dual_clip` c, where A < 0, at most -c A (1912.09729). ratio_level
-    "sequence" (GSPO 2507.18071): rho is the geometric mean of the answer's ratios, at every token
-    of it. surrogate "cispo" (MiniMax-M1 2506.13585): -sg(min(rho, cispo_cap)) A logp, and the clips
-    are not used. The gradient reaches logprob alone.
+    Args:
+        logprob: [R, T] in nats, of the policy; alone has a gradient.
+        old_logprob: [R, T] in nats, of the policy that sampled.
+        advantage: [R], one for each answer.
+        mask: [R, T], 1 on the tokens of the answers.
+        clip_low, clip_high: how far rho may fall and rise, 0 or more.
+        dual_clip: where A < 0, the loss is at most -dual_clip A (1912.09729); above 1 + clip_high.
+            None: off.
+        ratio_level: "token", or "sequence": rho is the geometric mean of the answer's ratios, at
+            every token of it (GSPO, 2507.18071).
+        surrogate: "clip", or "cispo": -sg(min(rho, cispo_cap)) A logp, without the clips
+            (MiniMax-M1, 2506.13585).
+        cispo_cap: the largest weight of "cispo".
 
-    Statistics, scalars without gradient over the tokens of the mask: "clip_high", "clip_low",
-    "clip_dual", the shares whose gradient each clip took ("clip_high" with cispo: whose weight the
-    cap cut; the others are then absent, as is "clip_dual" without dual_clip), and
-    "ratio_deviation", the mean of |rho - 1|.
+    Returns: the loss [R, T], 0 where masked, and statistics, scalars without gradient over the
+        tokens of the mask: "clip_high", "clip_low", "clip_dual", the shares whose gradient each
+        clip took, and "ratio_deviation", the mean of |rho - 1|. With "cispo" "clip_high" is the
+        share whose weight the cap cut, and the other two are absent, as is "clip_dual" without
+        dual_clip.
+
+    Raises: ValueError for other shapes, values or choices, TypeError for what is no tensor.
     """
     _one_of("ratio_level", ratio_level, RATIO_LEVELS)
     _one_of("surrogate", surrogate, SURROGATES)
@@ -178,18 +252,18 @@ def policy_loss(
             f"dual_clip must lie above 1 + clip_high = {1 + clip_high}, got {dual_clip}"
         )
     _same_shape(logprob=logprob, old_logprob=old_logprob, mask=mask)
+    _tensors(advantage=advantage)
     if logprob.dim() != 2 or advantage.shape != logprob.shape[:1]:
         raise ValueError(
             f"advantage must be [R] for logprob [R, T], got {tuple(advantage.shape)} and"
             f" {tuple(logprob.shape)}"
         )
-    mask = mask.bool()
+    mask = _as_bool("mask", mask)
     logp = _unmasked(logprob, mask)
     log_ratio = logp - _unmasked(old_logprob.detach(), mask)
     if ratio_level == "sequence":
-        log_ratio = (
-            log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-        ).expand_as(logp)
+        tokens = mask.sum(1, keepdim=True).clamp(min=1)  # (R, 1)
+        log_ratio = (log_ratio.sum(1, keepdim=True) / tokens).expand_as(logp)
     ratio = _finite_exp(log_ratio)  # rho
     a = _unmasked(advantage.detach()[:, None].expand_as(logp), mask)
     if surrogate == "cispo":
@@ -209,20 +283,28 @@ def policy_loss(
 
 
 def denominator_of(
-    mask: Tensor, *, aggregation: str = "token-mean", max_tokens: int | None = None
+    mask: Tensor, *, aggregation: Aggregation = "token-mean", max_tokens: int | None = None
 ) -> Tensor:
-    """What `aggregate` divides by for mask [R, T], a scalar: tokens; rows that have a token; or R
-    max_tokens.
+    """What `aggregate` divides by. It adds up over the micro-batches of an update and over ranks:
+    with the sum as their `denominator`, the loss does not depend on how the batch is cut.
 
-    It adds up: over the micro-batches of an update, and over ranks.
+    Args:
+        mask: [R, T], 1 on the tokens of the answers.
+        aggregation: "token-mean", "sequence-mean" or "constant".
+        max_tokens: the longest answer, for "constant".
+
+    Returns: a scalar: the tokens; the rows that have a token; or R max_tokens.
+
+    Raises: ValueError for other shapes, values or choices, TypeError for what is no tensor.
     """
     _one_of("aggregation", aggregation, AGGREGATIONS)
+    mask = _as_bool("mask", mask)
     if mask.dim() != 2:
         raise ValueError(f"mask must be [R, T], got {tuple(mask.shape)}")
     if aggregation == "token-mean":
-        return mask.bool().sum()
+        return mask.sum()
     if aggregation == "sequence-mean":
-        return mask.bool().any(1).sum()
+        return mask.any(1).sum()
     if max_tokens is None or max_tokens < 1:
         raise ValueError(f'aggregation="constant" needs max_tokens of 1 or more, got {max_tokens}')
     return torch.tensor(len(mask) * max_tokens, device=mask.device)
@@ -232,22 +314,31 @@ def aggregate(
     per_token: Tensor,
     mask: Tensor,
     *,
-    aggregation: str = "token-mean",
+    aggregation: Aggregation = "token-mean",
     denominator: float | Tensor | None = None,
     max_tokens: int | None = None,
 ) -> Tensor:
-    """Per-token loss [R, T] -> scalar.
+    """The loss of all tokens as one number.
 
-    "token-mean" (DAPO 2503.14476, eq. 8): sum m l / sum m. "sequence-mean" (DeepSeekMath, eq. 3):
-    mean over answers of sum m l / |o|. "constant" (Dr. GRPO 2503.20783): sum m l / (R max_tokens).
-    `denominator` replaces the count that is divided by (`denominator_of`), so that micro-batches
-    and ranks can share the global one. An all-empty mask gives 0.
+    Args:
+        per_token: [R, T], the loss of each token.
+        mask: [R, T], 1 on the tokens of the answers.
+        aggregation: "token-mean", sum m l / sum m (DAPO 2503.14476, eq. 8); "sequence-mean", the
+            mean over answers of sum m l / |o| (DeepSeekMath 2402.03300, eq. 3); "constant",
+            sum m l / (R max_tokens) (Dr. GRPO, 2503.20783).
+        denominator: what to divide by instead of `denominator_of(mask)`, where micro-batches or
+            ranks share one.
+        max_tokens: the longest answer, for "constant".
+
+    Returns: a scalar; 0 where the mask is empty.
+
+    Raises: ValueError for other shapes, values or choices, TypeError for what is no tensor.
     """
     _one_of("aggregation", aggregation, AGGREGATIONS)
     _same_shape(per_token=per_token, mask=mask)
     if denominator is None:
         denominator = denominator_of(mask, aggregation=aggregation, max_tokens=max_tokens)
-    mask, per_token = mask.bool(), _exact(per_token)
+    mask, per_token = _as_bool("mask", mask), _exact(per_token)
     count = torch.as_tensor(denominator, dtype=per_token.dtype)
     if per_token.dim() != 2 or count.dim():
         raise ValueError(
@@ -267,42 +358,53 @@ def grpo_loss(
     *,
     ref_logprob: Tensor | None = None,
     kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
+    kl_estimator: Estimator = "k3",
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     dual_clip: float | None = None,
-    ratio_level: str = "token",
-    surrogate: str = "clip",
+    ratio_level: RatioLevel = "token",
+    surrogate: Surrogate = "clip",
     cispo_cap: float = 5.0,
     kl_ratio: bool = False,
     rollout_logprob: Tensor | None = None,
     rollout_cap: float = 2.0,
-    aggregation: str = "token-mean",
+    aggregation: Aggregation = "token-mean",
     denominator: float | Tensor | None = None,
     max_tokens: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """aggregate(policy_loss + kl_coef * kl_penalty): (scalar, statistics as scalars without
-    gradient).
+    """aggregate(policy_loss + kl_coef kl_penalty). Source: DeepSeekMath (2402.03300), eq. 3; the
+    settings of each paper are in `PRESETS`.
 
-    RadVLM-GRPO (2512.10691) sets clip 0.2 / 0.28, dual_clip 3, k3 with kl_coef 0.01, token-mean.
-    All log-probs are [R, T]. `kl_ratio` multiplies each token's KL by that token's own ratio,
-    exp(logp - logp_old), as DeepSeek-V3.2 writes it (2512.02556). It is the token's also at
-    ratio_level "sequence", where the policy term has the answer's; TRL and Liger take the answer's
-    for both. `rollout_logprob`, the sampler's own where it differs from the scorer that gave
-    old_logprob, weighs the policy term by sg(min(exp(old - rollout), rollout_cap)), as V-trace does
-    (1802.01561). Statistics: those of `policy_loss`; "kl", nats per token, with ref_logprob (also
-    where kl_coef is 0); "rollout_weight", the mean of those weights, with rollout_logprob.
+    At the first update after sampling, rho is 1 and the advantages of a group add up to 0, so the
+    loss is 0 or nearly. Its gradient is not.
+
+    Args:
+        logprob, old_logprob, advantage, mask: as for `policy_loss`.
+        ref_logprob: [R, T] in nats, of the reference; where it is given, the KL is logged, also
+            with kl_coef 0.
+        kl_coef: weight of the KL.
+        kl_estimator: as for `kl_penalty`.
+        clip_low, clip_high, dual_clip, ratio_level, surrogate, cispo_cap: as for `policy_loss`.
+        kl_ratio: multiply each token's KL by that token's ratio exp(logp - logp_old)
+            (DeepSeek-V3.2, 2512.02556). It is the token's also at ratio_level "sequence"; TRL and
+            Liger take the answer's there.
+        rollout_logprob: [R, T] in nats, the sampler's own, where it differs from the scorer that
+            gave old_logprob. The policy term is weighed by sg(min(exp(old - rollout),
+            rollout_cap)), as in V-trace (1802.01561).
+        rollout_cap: the largest such weight.
+        aggregation, denominator, max_tokens: as for `aggregate`.
+
+    Returns: the loss, a scalar, and statistics, scalars without gradient: those of `policy_loss`;
+        "kl" in nats per token, with ref_logprob; "rollout_weight", the mean of those weights, with
+        rollout_logprob.
+
+    Raises: ValueError for other shapes, values or choices, TypeError for what is no tensor.
     """
     if kl_coef and ref_logprob is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprob")
-    more = {"ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob}
-    _same_shape(
-        logprob=logprob,
-        old_logprob=old_logprob,
-        mask=mask,
-        **{k: x for k, x in more.items() if x is not None},
-    )
-    mask = mask.bool()
+    optional = {"ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob}
+    _same_shape(optional, logprob=logprob, old_logprob=old_logprob, mask=mask)
+    mask = _as_bool("mask", mask)
     logp, old = _unmasked(logprob, mask), _unmasked(old_logprob.detach(), mask)
     loss, stats = policy_loss(
         logp,
@@ -363,9 +465,27 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def _same_shape(**tensors: Tensor) -> None:
-    if len({t.shape for t in tensors.values()}) > 1:
-        raise ValueError(
-            "these must have one shape: "
-            + ", ".join(f"{k} {tuple(t.shape)}" for k, t in tensors.items())
-        )
+def _tensors(**values: Tensor) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def _as_bool(name: str, mask: Tensor) -> Tensor:
+    """Only a mask that is not bool already is looked at: on a GPU, looking waits for it."""
+    _tensors(**{name: mask})
+    if mask.dtype == torch.bool:
+        return mask
+    other = mask[(mask != 0) & (mask != 1)]
+    if len(other):
+        raise ValueError(f"{name} must hold 0 and 1 alone, got {other[0].item():g}")
+    return mask.bool()
+
+
+def _same_shape(optional: dict[str, Tensor | None] | None = None, **tensors: Tensor) -> None:
+    """`optional` ones may be None."""
+    given = tensors | {k: x for k, x in (optional or {}).items() if x is not None}
+    _tensors(**given)
+    if len({x.shape for x in given.values()}) > 1:
+        shapes = ", ".join(f"{k} {tuple(x.shape)}" for k, x in given.items())
+        raise ValueError(f"these must have one shape, [R, T]: {shapes}")

@@ -3,13 +3,14 @@ prints.
 
 A reference to a line is a link and what stands there, with the function that it is in:
 [`train_grpo.py`, `main`](../train_grpo.py) `policy.encode(samples)`.
-`python tests/test_docs.py --fix` writes the table of KL estimators anew.
+`python tests/test_docs.py --fix` writes the table of KL estimators and docs/api.md anew.
 """
 
 import ast
 import doctest
 import re
 import sys
+import textwrap
 from dataclasses import fields
 from pathlib import Path
 
@@ -40,6 +41,61 @@ def fix():
     from tests.test_kl import table
 
     PAGE.write_text(TABLE.sub(lambda _: table(), PAGE.read_text()))
+    API.write_text(api_page())
+
+
+API = ROOT / "docs/api.md"
+MODULES = ("loss", "logprob", "grpo", "generate", "encode")
+
+
+def api_page():
+    """docs/api.md: the public functions and classes of the algorithm's files, as they say it."""
+    page = [
+        "# The functions",
+        "Made from the docstrings by `python tests/test_docs.py --fix`; a test compares. What they"
+        " compute, line by line: [algorithm.md](algorithm.md).",
+    ]
+    for name in MODULES:
+        source = (ROOT / f"minigrpo/{name}.py").read_text()
+        tree = ast.parse(source)
+        page.append(f"## [`minigrpo.{name}`](../minigrpo/{name}.py)")
+        page.append(as_markdown(ast.get_docstring(tree).split("\n\n")[0]))
+        for node in tree.body:
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name[0] == "_":
+                continue
+            page.append(f"### `{node.name}`")
+            page.append(f"```python\n{signature(node, source.splitlines())}\n```")
+            page.append(as_markdown(ast.get_docstring(node) or ""))
+            for method in node.body if isinstance(node, ast.ClassDef) else ():
+                text = isinstance(method, ast.FunctionDef) and ast.get_docstring(method)
+                if text and method.name[0] != "_":
+                    head = signature(method, source.splitlines())
+                    page.append(f"```python\n{head}\n```\n\n{as_markdown(text)}")
+    return "\n\n".join(filter(None, page)) + "\n"
+
+
+def signature(node, lines):
+    """`def f(a: int) -> str`, or a class with its fields, each with its comment."""
+    if isinstance(node, ast.FunctionDef):
+        head = "\n".join(lines[node.lineno - 1 : node.body[0].lineno - 1])
+        return textwrap.dedent(head).removesuffix(":")
+    fields = [lines[n.lineno - 1] for n in node.body if isinstance(n, ast.AnnAssign)]
+    return "\n".join([f"class {node.name}" + ":" * bool(fields), *fields])
+
+
+def as_markdown(text):
+    """A docstring, whose arguments become a list."""
+    before, args, after = text.partition("Args:\n")
+    if args:
+        args, _, after = after.partition("\n\n")
+        items = re.sub(r"^ {4}(\w[\w, ]*): ", r"- `\1`: ", re.sub(r"\n {8}", " ", args), flags=re.M)
+        before = f"{before}**Args**\n\n{items}\n\n"
+    after = re.sub(r"^(Returns|Raises): ", r"**\1** ", re.sub(r"\n +", " ", after), flags=re.M)
+    return (before + after).strip()
+
+
+def test_the_api_page_is_what_the_docstrings_say():
+    assert API.read_text() == api_page(), "python tests/test_docs.py --fix"
 
 
 @pytest.mark.parametrize("named, function, path, quote", REFERENCE.findall(PAGE.read_text()))

@@ -817,6 +817,40 @@ def test_bad_arguments_are_named(call, message):
         call(torch.zeros(2, 4))
 
 
+MASKED = {
+    "overlong_filter": lambda x, mask: overlong_filter(mask, torch.ones(2)),
+    "group_advantages": lambda x, mask: group_advantages(x, valid=mask),
+    "policy_loss": lambda x, mask: policy_loss(x, x, torch.zeros(2), mask),
+    "denominator_of": lambda x, mask: denominator_of(mask),
+    "aggregate": lambda x, mask: aggregate(x, mask),
+    "grpo_loss": lambda x, mask: grpo_loss(x, x, torch.zeros(2), mask),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_is_a_tensor_of_0_and_1(name):
+    """Bug: 0.5 counted as 1, and a list was an AttributeError of torch."""
+    x, call = torch.zeros(2, 4), MASKED[name]
+    what = "valid" if name == "group_advantages" else "mask"
+    for mask in (torch.tensor([[1, 1, 0.5, 0]] * 2), torch.tensor([[1, 0, 2, 0]] * 2)):
+        with pytest.raises(ValueError, match=f"{what} must hold 0 and 1 alone, got (0.5|2)"):
+            call(x, mask)
+    for mask in ([[1, 1, 0, 0]] * 2, None) if what == "mask" else ([[1, 1, 0, 0]] * 2,):
+        with pytest.raises(TypeError, match=f"{what} must be a tensor, got (list|NoneType)"):
+            call(x, mask)
+    for mask in (torch.ones(2, 4), torch.ones(2, 4, dtype=torch.long)):
+        torch.testing.assert_close(call(x, mask), call(x, mask.bool()))
+    with pytest.raises(TypeError, match="(logprob|rewards|per_token) must be a tensor, got list"):
+        grpo_loss([[0.0]], x, torch.zeros(2), x) if what == "mask" else group_advantages([[0.0]])
+
+
+def test_a_bool_mask_is_not_looked_at(monkeypatch):
+    """On a GPU, looking would wait for it at every call."""
+    monkeypatch.setattr(torch.Tensor, "__ne__", None)
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    grpo_loss(torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(2), mask)
+
+
 def test_loss_needs_torch_alone():
     code = (
         "import sys, minigrpo.loss; print([m for m in ('transformers', 'scipy', 'PIL',"

@@ -184,7 +184,7 @@ def test_differences():
 
 
 def test_endless_texts_are_cut(shown):
-    """Bug: comparing two texts of a megabyte takes hours, and 20,000 boxes were as many elements."""
+    """Bug: comparing two texts of a megabyte took hours, and 20,000 boxes were as many elements."""
     began = time.process_time()
     for texts in (["a b " * 200_000] * 2, ["x" * 1_000_000, "y" * 1_000_000]):
         for pieces in differences(*texts):

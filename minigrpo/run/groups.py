@@ -26,7 +26,8 @@ class Groups:
     valid: Tensor  # [B, G] bool, False where the answer could not be scored
     parts: dict[str, list[float]]  # R values of each part of the reward, NaN where it gave nothing
     prompt_tokens: list[int]  # B
-    prompts: Prompts | None = None  # encoded
+    # Encoded; groups that were gathered from ranks get theirs later.
+    prompts: Prompts = None  # type: ignore[assignment]
     spans: list[range] | None = None  # of each update; None: as many groups in each
 
     def updates(self, count: int) -> list[range]:
