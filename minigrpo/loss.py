@@ -135,14 +135,15 @@ def group_advantages(
     """
     _one_of("scale", scale, SCALES)
     _tensors(rewards=rewards)
-    valid = (
-        torch.ones_like(rewards, dtype=torch.bool) if valid is None else _as_bool("valid", valid)
-    )
-    if rewards.dim() != 2 or not rewards.shape[1] or valid.shape != rewards.shape:
+    if valid is not None:
+        valid = _as_bool("valid", valid)
+    shape = None if valid is None else tuple(valid.shape)
+    if rewards.dim() != 2 or not rewards.shape[1] or shape not in (None, tuple(rewards.shape)):
         raise ValueError(
             "group_advantages needs rewards [B, G] and valid of the same shape, got"
-            f" {tuple(rewards.shape)} and {tuple(valid.shape)}"
+            f" {tuple(rewards.shape)} and {shape}"
         )
+    valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
     r = _unmasked(rewards, valid)
     n = valid.sum(1, keepdim=True)  # (B, 1)
     # The mean of equal floats may miss them by an ulp, which a tiny std would blow up to any size.

@@ -471,7 +471,7 @@ FAULTS = {
         lambda f: (f / "tokenizer.json").write_text(
             (f / "tokenizer.json").read_text().replace("<|im_end|>", "<|the_end|>")
         ),
-        "more tokens than|not a token of",
+        "eos_token '<.im_end.>' is no token of the tokenizer",
     ),
     "image of another id": (
         edit("config.json", image_token_id=5),

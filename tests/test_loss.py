@@ -360,7 +360,7 @@ def test_aggregations_by_hand():
             loss, mask, aggregation=aggregation, denominator=torch.tensor(4)
         ).item() == pytest.approx(total / 4)
         assert denominator_of(mask, aggregation=aggregation, max_tokens=10).item() == count
-    assert denominator_of(mask.to("meta"), aggregation="constant", max_tokens=2).is_meta, (
+    assert denominator_of(mask.bool().to("meta"), aggregation="constant", max_tokens=2).is_meta, (
         "beside its mask, so that NCCL can sum it"
     )
     assert denominator_of(mask).item() == 3 and denominator_of(mask.float()).item() == 3
@@ -707,7 +707,7 @@ def test_batch_std_of_one_rank_is_that_of_its_rewards(tmp_path):
         (lambda x: policy_loss(x[0], x[0], x[0], x[0]), r"got \(4,\) and \(4,\)"),
         (
             lambda x: policy_loss(x, x.T, x[:, 0], x),
-            r"one shape: logprob \(2, 4\), old_logprob \(4, 2\), mask \(2, 4\)",
+            r"one shape, \[R, T\]: logprob \(2, 4\), old_logprob \(4, 2\), mask \(2, 4\)",
         ),
         (
             lambda x: policy_loss(x, x, x[:, 0], x[:, :1]),

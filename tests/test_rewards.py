@@ -482,7 +482,7 @@ def test_a_reward_that_leaves_the_working_directory(monkeypatch, tmp_path, leave
     monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(reward=reward))
     with pytest.warns(
         UserWarning,
-        match="reward 'mine:reward' changed the working directory to .*: it is put back",
+        match="reward 'mine:reward' changed the working directory from .* to .*: it is put back",
     ):
         reward_fn("mine:reward")(["a"], [report()])
     assert os.getcwd() == here

@@ -26,7 +26,7 @@ from minigrpo.visible import visible
 
 SIDE, QUALITY = 448, 80  # of the films; about 30 kB each
 BUDGET = 18_000_000  # bytes of films: the file stays below 20 MB
-MAX_CHARACTERS, MAX_WORDS, MAX_BOXES = 50_000, 2_000, 200  # of a text, shown on a card
+MAX_CHARACTERS, MAX_WORDS, MAX_BOXES = 50_000, 500, 200  # of a text, shown on a card
 LEFT_OUT = "… (the rest is left out; predictions.jsonl has it)"
 WORD = re.compile(r"\[[^\[\]]*\]\S*|\S+")  # a box is one word
 FILTERS = ("task", "kind", "label", "source")
@@ -185,7 +185,7 @@ def differences(reference: str, prediction: str) -> tuple[list[dict], list[dict]
     texts = reference, prediction
     words = [WORD.findall(text[:MAX_CHARACTERS]) for text in texts]
     cut = [len(x) > MAX_CHARACTERS or len(side) > MAX_WORDS for x, side in zip(texts, words)]
-    words = [side[:MAX_WORDS] for side in words]  # comparing takes the product of both
+    words = [side[:MAX_WORDS] for side in words]  # comparing takes up to the cube of their number
     changed = [[True] * len(side) for side in words]
     spans = [sentence_spans(side) for side in words]
     for key in spans[0].keys() & spans[1].keys():
