@@ -123,8 +123,8 @@ def answers_of(args: EvaluateArguments, samples: list[Sample]) -> Callable[[], t
     )
 
     def sampled() -> tuple[list[str], list[bool], dict]:
-        made = greedy_answers(policy, samples, args.batch_size, args.max_new_tokens)
-        return *made, {"template_opens_think": policy.template_opens_think}
+        sampled_answers = greedy_answers(policy, samples, args.batch_size, args.max_new_tokens)
+        return *sampled_answers, {"template_opens_think": policy.template_opens_think}
 
     return sampled
 

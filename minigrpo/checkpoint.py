@@ -314,19 +314,19 @@ def images_of(folder: Path, files: dict) -> tuple[Qwen2VLImageProcessorPil, str,
 def generation_of(c: Checkpoint, files: dict) -> GenerationConfig:
     """The end tokens are a list, and the one that SFT teaches is among them. Settings of sampling
     that transformers would refuse to save are left out: nothing here uses them."""
-    found = files.get("generation_config.json", {})
+    settings = files.get("generation_config.json", {})
     with reading(c.folder / "generation_config.json"):
-        ends = found.get("eos_token_id")
+        ends = settings.get("eos_token_id")
         ends = [c.tokenizer.eos_token_id] if ends is None else ends
         ends = list(ends) if isinstance(ends, list) else [ends]
         ids = {
-            key: found[key]
+            key: settings[key]
             for key in ("bos_token_id", "pad_token_id")
-            if type(found.get(key)) is int
+            if type(settings.get(key)) is int
         }
         ids["eos_token_id"] = ends + [c.token(END)] * (c.token(END) not in ends)
         try:
-            whole = GenerationConfig(**ids, **chosen(found, SAMPLING))
+            whole = GenerationConfig(**ids, **chosen(settings, SAMPLING))
             whole.validate(strict=True)
             return whole
         except ValueError:

@@ -396,7 +396,7 @@ def check_weights(c: Checkpoint, held: dict[str, tuple[tuple[int, ...], Path]]) 
     ):
         number = re.compile(rf"{re.escape(place)}\.(\d+)\.")
         layers = [
-            len({found[1] for found in map(number.match, names) if found})
+            len({match[1] for match in map(number.match, names) if match})
             for names in (asked, held)
         ]
         if layers[0] != layers[1]:

@@ -128,7 +128,7 @@ def replies(
         )
     teach = checkpoint_teacher(args.model, templates, args.max_new_tokens, args.device)
     batches = [slice(k, k + args.workers) for k in range(0, len(chosen), args.workers)]
-    found = ask_all(
+    answered = ask_all(
         teach,
         [chosen[b] for b in batches],
         [key_of(*keys[b]) for b in batches],
@@ -137,7 +137,7 @@ def replies(
         "traces",
         are_replies,
     )
-    return [reply for batch in found for reply in batch]
+    return [reply for batch in answered for reply in batch]
 
 
 def are_replies(answer: object) -> bool:
@@ -223,14 +223,14 @@ def main() -> None:
                 args.allow_sending_reports,
             )
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
-        found = replies(args, endpoint, samples, chosen, templates)
+        answers = replies(args, endpoint, samples, chosen, templates)
         records = lines_of(args.file, args.output_file)
     except (ValueError, OSError) as error:
         fail(error)
 
     counts: Counter[str] = Counter()
     traces = {}
-    for sample, reply in zip(chosen, found):
+    for sample, reply in zip(chosen, answers):
         trace, reason = check_reply(*reply, sample, templates) if reply else ("", "no answer")
         counts[reason] += 1
         if trace:

@@ -490,19 +490,19 @@ def markdown(results: dict) -> str:
 
     lines = []
     for task, names in SHOWN.items():
-        found = results[task]
+        metrics = results[task]
         lines += [
-            f"**{task}** ({found['sft']['n']} test samples, greedy, 95% bootstrap intervals)",
+            f"**{task}** ({metrics['sft']['n']} test samples, greedy, 95% bootstrap intervals)",
             "",
             "| metric | constant answer | SFT | SFT + GRPO | gain of GRPO (paired) |",
             "|---|---|---|---|---|",
         ]
         lines += [
-            f"| {name} | {' | '.join(cell(found[m][name]) for m in ('constant', 'sft', 'grpo'))} | "
-            f"{cell(found['grpo-sft'][name], '+')} |"
+            f"| {name} | {' | '.join(cell(metrics[m][name]) for m in ('constant', 'sft', 'grpo'))}"
+            f" | {cell(metrics['grpo-sft'][name], '+')} |"
             for name in names
         ]
-        sampled = found["sampled_reward"]
+        sampled = metrics["sampled_reward"]
         lines += [
             "",
             (

@@ -119,12 +119,12 @@ def fingerprint(model: torch.nn.Module) -> str:
     """A hash of names, shapes and about a thousand values of every base weight: the same with and
     without adapters.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         if ".lora_" not in name:
             values = weight.detach().flatten()[:: max(1, weight.numel() // 1024)]
-            found.update(
+            digest.update(
                 f"{name.replace('.base_layer.', '.')} {tuple(weight.shape)}".encode()
                 + values.float().cpu().numpy().tobytes()
             )
-    return found.hexdigest()
+    return digest.hexdigest()

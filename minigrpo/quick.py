@@ -384,9 +384,9 @@ def measure(
 
 def markdown(results: dict) -> str:
     def cells(name: str, sign: str = "") -> str:
-        found = [results[how][name] for how in ("sampled", "greedy")]
+        figures = [results[how][name] for how in ("sampled", "greedy")]
         return " | ".join(
-            f"{f['mean']:{sign}.3f} [{f['low']:{sign}.3f}, {f['high']:{sign}.3f}]" for f in found
+            f"{f['mean']:{sign}.3f} [{f['low']:{sign}.3f}, {f['high']:{sign}.3f}]" for f in figures
         )
 
     seconds = results["seconds"]

@@ -118,7 +118,7 @@ def read_items(path: Path, kinds: dict[str, str]) -> dict[str, Items]:
     """{task: {id: metric -> value}} of an evaluation; reports with the F1 of their entities, boxes
     with map50 by kind of question.
     """
-    found: dict[str, Items] = {}
+    items: dict[str, Items] = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
         item = {
@@ -132,8 +132,8 @@ def read_items(path: Path, kinds: dict[str, str]) -> dict[str, Items]:
             }
         else:
             item[f"map50 {kinds[row['id']]}"] = item["map50"]
-        found.setdefault(row["task"], {})[row["id"]] = item
-    return found
+        items.setdefault(row["task"], {})[row["id"]] = item
+    return items
 
 
 def pooled(seeds: list[Items]) -> Items:
@@ -161,8 +161,8 @@ def means(items: Items, task: str) -> dict[str, float]:
 
 def gain(a: dict[str, float], b: dict[str, float]) -> dict:
     """{"mean", "low", "high", "p", "n"} of a minus b over the same samples, paired."""
-    found = paired([a[i] for i in a], [b[i] for i in a])
-    return {"mean": found.pop("difference")} | found
+    difference = paired([a[i] for i in a], [b[i] for i in a])
+    return {"mean": difference.pop("difference")} | difference
 
 
 def thinking_over_direct(before: dict, after: dict) -> dict:

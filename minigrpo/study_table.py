@@ -103,18 +103,18 @@ def their_gain(arm: str, task: str) -> str:
     return f"{(sum(TABLE_2[after]) - sum(TABLE_2[before])) / len(TABLE_2[after]):+.1f} mAP@0.5"
 
 
-def contrast(found: dict) -> list[str]:
+def contrast(cells: dict) -> list[str]:
     rows = [
         [*name.split("-"), cell(both["sft"], "+"), cell(both["rl"], "+")]
-        for name, both in found.items()
+        for name, both in cells.items()
     ]
     return grid(["start", "task", "thinking - direct, SFT", "thinking - direct, SFT + RL"], rows)
 
 
-def general(found: dict) -> list[str]:
+def general(cells: dict) -> list[str]:
     return grid(
         ["mode", "task", "gain of general - gain of domain"],
-        [[*name.split("-"), cell(value, "+")] for name, value in found.items()],
+        [[*name.split("-"), cell(value, "+")] for name, value in cells.items()],
     )
 
 
@@ -122,13 +122,13 @@ def table_1(runs: dict) -> list[str]:
     rows = []
     for arm in ARMS:
         for stage, theirs in zip(("sft", "rl"), THEIRS[arm]):
-            found = runs[f"{arm}-report"][stage]
+            cells = runs[f"{arm}-report"][stage]
             paper = TABLE_1.get(theirs)
             rows.append(
                 [
                     f"{arm}, {'SFT + RL' if stage == 'rl' else 'SFT'}",
                     *(
-                        f"{100 * found[m]['mean']:.1f}"
+                        f"{100 * cells[m]['mean']:.1f}"
                         for m in (
                             "gleu",
                             "rouge_l",
@@ -137,9 +137,9 @@ def table_1(runs: dict) -> list[str]:
                             "entities_complete",
                         )
                     ),
-                    f"{found['cider']['mean']:.2f}",
-                    f"{found['length']['mean']:.1f}",
-                    *thinking(found),
+                    f"{cells['cider']['mean']:.2f}",
+                    f"{cells['length']['mean']:.1f}",
+                    *thinking(cells),
                     theirs or "-",
                     *(
                         (
@@ -172,29 +172,29 @@ def table_1(runs: dict) -> list[str]:
     return grid(heads, rows)
 
 
-def thinking(found: dict) -> tuple[str, str, str]:
+def thinking(cells: dict) -> tuple[str, str, str]:
     """Words of thinking, share of closed blocks, share cut off, as percent."""
-    words = f"{found['thinking_length']['mean']:.1f}" if "thinking_length" in found else "-"
-    closed = f"{100 * found['think_format']['mean']:.0f}" if "think_format" in found else "-"
-    return words, closed, f"{100 * found['cut_off']['mean']:.0f}"
+    words = f"{cells['thinking_length']['mean']:.1f}" if "thinking_length" in cells else "-"
+    closed = f"{100 * cells['think_format']['mean']:.0f}" if "think_format" in cells else "-"
+    return words, closed, f"{100 * cells['cut_off']['mean']:.0f}"
 
 
 def table_2(runs: dict) -> list[str]:
     kinds, rows = ("anatomy", "abnormality", "phrase", "all findings"), []
     for arm in ARMS:
         for stage, theirs in zip(("sft", "rl"), THEIRS[arm]):
-            found = runs[f"{arm}-grounding"][stage]
+            cells = runs[f"{arm}-grounding"][stage]
             ours = [
-                f"{100 * found[f'map50 {kind}']['mean']:.1f}" if f"map50 {kind}" in found else "-"
+                f"{100 * cells[f'map50 {kind}']['mean']:.1f}" if f"map50 {kind}" in cells else "-"
                 for kind in kinds
             ]
             rows.append(
                 [
                     f"{arm}, {'SFT + RL' if stage == 'rl' else 'SFT'}",
                     *ours,
-                    f"{100 * found['map50']['mean']:.1f}",
-                    f"{found['boxes']['mean']:.2f}",
-                    *thinking(found),
+                    f"{100 * cells['map50']['mean']:.1f}",
+                    f"{cells['boxes']['mean']:.2f}",
+                    *thinking(cells),
                     theirs or "-",
                     *([f"{value:.1f}" for value in TABLE_2[theirs]] if theirs else ["-"] * 4),
                 ]
@@ -220,14 +220,14 @@ def table_2(runs: dict) -> list[str]:
 
 def table_3(ablation: dict) -> list[str]:
     rows = []
-    for reward, found in ablation.items():
+    for reward, cells in ablation.items():
         theirs = TABLE_3.get(THEIR_REWARD.get(reward))
         rows.append(
             [
                 reward,
-                *(cell(found[m]) for m in ("gleu", "rouge_l", "entities_complete")),
-                cell(found["gain"], "+") if "gain" in found else "",
-                f"{found['characters']['mean']:.0f}",
+                *(cell(cells[m]) for m in ("gleu", "rouge_l", "entities_complete")),
+                cell(cells["gain"], "+") if "gain" in cells else "",
+                f"{cells['characters']['mean']:.0f}",
                 *([figure(theirs[k], REWARDS[k]) for k in (0, 2, 4, 5)] if theirs else ["-"] * 4),
             ]
         )
@@ -251,16 +251,16 @@ def table_3(ablation: dict) -> list[str]:
 def examples(runs: dict) -> list[str]:
     lines = []
     for name, run in runs.items():
-        found = {
+        answers = {
             key: " ".join(text.split()).replace("<", "&lt;") for key, text in run["example"].items()
         }
         lines += [
             "",
-            f"**{name}**: {found['question']}",
+            f"**{name}**: {answers['question']}",
             "",
-            f"- reference: {found['reference']}",
-            f"- SFT: {found['sft']}",
-            f"- SFT + RL: {found['rl']}",
+            f"- reference: {answers['reference']}",
+            f"- SFT: {answers['sft']}",
+            f"- SFT + RL: {answers['rl']}",
         ]
     return lines
 

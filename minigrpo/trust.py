@@ -129,16 +129,16 @@ def parse(path: Path, text: str) -> dict:
         raise ValueError(f"{name} is not a number of JSON")
 
     try:
-        found = json.loads(text, object_pairs_hook=each_key_once, parse_constant=refuse)
-        if not isinstance(found, dict):
+        content = json.loads(text, object_pairs_hook=each_key_once, parse_constant=refuse)
+        if not isinstance(content, dict):
             raise ValueError("it is not an object")
-        for _ in entries(found):
+        for _ in entries(content):
             pass
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not JSON that can be used ({error}), perhaps cut off: {FETCH}"
         ) from None
-    return found
+    return content
 
 
 def entries(value, depth: int = 0) -> Iterator[tuple]:

@@ -13,7 +13,7 @@ OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud80
 
 def visible(text: str) -> str:
     r"""ESC becomes \x1b, four characters, and so on; all else stays as it is."""
-    return OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
+    return OBEYED.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def printable(text: str) -> str:

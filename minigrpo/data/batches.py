@@ -36,10 +36,10 @@ def prefetch(make: Callable[[int], T], steps: range) -> Iterator[tuple[int, T]]:
         torch.set_num_threads(threads)  # of threads to come, which the line before has set, too
         coming = pool.submit(make, steps.start) if steps else None
         for step in steps:
-            found = coming.result()
+            batch = coming.result()
             if step + 1 in steps:
                 coming = pool.submit(make, step + 1)
-            yield step, found
+            yield step, batch
 
 
 def group_by_image(samples: list[Sample]) -> list[list[Sample]]:

@@ -110,10 +110,10 @@ def look_at_all(files: list[File], workers: int) -> dict[str, Film]:
     """Each distinct image of all files, decoded once; decoding and hashing release the GIL."""
     paths = list(dict.fromkeys(path for file in files for path in file.users))
     with ThreadPoolExecutor(workers) as pool:
-        found = tqdm(
+        results = tqdm(
             pool.map(look, paths, chunksize=16), total=len(paths), desc="films", unit="film"
         )
-        films = dict(zip(paths, found))
+        films = dict(zip(paths, results))
     for file in files:
         file.errors += [
             (line, films[path].error)
@@ -169,7 +169,7 @@ def find_leaks(files: list[File], films: dict[str, Film]) -> None:
     """Errors for ids, patients and films that stand on two sides; named once each, in the later
     file."""
     side = {file.path: side_of(file.path, [other.path for other in files]) for file in files}
-    seen: dict[tuple, tuple[File, int]] = {}
+    first_use: dict[tuple, tuple[File, int]] = {}
     for file in files:
         mine: dict[tuple, int] = {}
         for sample in file.samples:
@@ -180,7 +180,7 @@ def find_leaks(files: list[File], films: dict[str, Film]) -> None:
                 if path in films and films[path].digest:
                     mine.setdefault(("film", films[path].digest), sample.line)
         for thing, line in mine.items():
-            other, first = seen.setdefault(thing, (file, line))
+            other, first = first_use.setdefault(thing, (file, line))
             if side[other.path] != side[file.path]:
                 kind, name = thing
                 name = "its pixels" if kind == "film" else repr(name)

@@ -52,12 +52,12 @@ def read(root: Path, split: str, ledger: Ledger) -> list[Draft]:
 
 def patient_of(path: str) -> str:
     """ "train/patient00001/study1/view1_frontal.jpg" -> "patient00001"."""
-    found = [part for part in PurePosixPath(path).parts if part.startswith("patient")]
-    if not found:
+    patients = [part for part in PurePosixPath(path).parts if part.startswith("patient")]
+    if not patients:
         raise ValueError(
             f"{CSV}: path_to_image {path!r} names no patientNNNNN folder: is it the released file?"
         )
-    return found[0]
+    return patients[0]
 
 
 def film_path(root: Path, path: PurePosixPath) -> Path:

@@ -41,9 +41,9 @@ class Ledger:
         lost = [row for row, fate in self.fate.items() if fate is None]
         if lost:
             raise ValueError(f"{len(lost)} rows were neither kept nor dropped, such as {lost[0]!r}")
-        found = Counter(self.fate.values())
-        kept = found.pop(KEPT, 0)
-        return {KEPT: kept} | dict(found.most_common())
+        fates = Counter(self.fate.values())
+        kept = fates.pop(KEPT, 0)
+        return {KEPT: kept} | dict(fates.most_common())
 
     def table(self) -> str:
         """What `counts` says, a line each, and the notes."""

@@ -100,13 +100,13 @@ def positive_labels(root: Path) -> dict[tuple[str, str], list[str]]:
     """(subject, study) -> the labels that CheXpert's labeller found present (1.0); uncertain (-1)
     is not present.
     """
-    found = {}
+    labels_of = {}
     for _, row in read_csv(
         find_file(root, "mimic-cxr-2.0.0-chexpert.csv"), ("subject_id", "study_id", "No Finding")
     ):
         key = row.pop("subject_id"), row.pop("study_id")
-        found[key] = [readable(name) for name, value in row.items() if number(value) == 1.0]
-    return found
+        labels_of[key] = [readable(name) for name, value in row.items() if number(value) == 1.0]
+    return labels_of
 
 
 def labels_sample(sample_id: str, labels: list[str], **more) -> dict:

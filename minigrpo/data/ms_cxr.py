@@ -65,13 +65,13 @@ def read(root: Path, split: str, ledger: Ledger, mimic_root: Path | None = None)
                 (key, row, box)
             )
     drafts, count = [], defaultdict(int)
-    for (dicom, phrase), found in groups.items():
-        row = found[0][1]
+    for (dicom, phrase), group in groups.items():
+        row = group[0][1]
         sample = grounding_sample(
             f"mscxr-{dicom}-{count[dicom]}",
             "phrase",
             readable(row["category_name"]),
-            [box for *_, box in found],
+            [box for *_, box in group],
             phrase,
             source="ms_cxr",
             patient=patient_id(official[dicom][0]),
@@ -79,7 +79,7 @@ def read(root: Path, split: str, ledger: Ledger, mimic_root: Path | None = None)
         count[dicom] += 1
         drafts.append(
             Draft(
-                [key for key, *_ in found],
+                [key for key, *_ in group],
                 (mimic / row["path"]).with_suffix(".jpg"),
                 f"mscxr-{dicom}",
                 sample,

@@ -39,11 +39,11 @@ def official_lists(root: Path, films: set[str]) -> dict[str, str]:
     """Film -> train or test by the official lists; empty unless they put some of `films` into
     each.
     """
-    found = {}
+    lists = {}
     for name, split in (("train_val_list.txt", "train"), ("test_list.txt", "test")):
         if (root / name).is_file():
-            found |= dict.fromkeys(films & set((root / name).read_text().split()), split)
-    return found if set(found.values()) == {"train", "test"} else {}
+            lists |= dict.fromkeys(films & set((root / name).read_text().split()), split)
+    return lists if set(lists.values()) == {"train", "test"} else {}
 
 
 def read(root: Path, split: str, ledger: Ledger) -> list[Draft]:
@@ -72,18 +72,18 @@ def read(root: Path, split: str, ledger: Ledger) -> list[Draft]:
         else:
             groups[row["Image Index"], readable(row["Finding Label"])].append((key, box))
     films, drafts = index_films(root), []
-    for (film, label), found in groups.items():
+    for (film, label), group in groups.items():
         stem = Path(film).stem
         sample = grounding_sample(
             f"nih-{stem}-{label}",
             "abnormality",
             label,
-            [box for _, box in found],
+            [box for _, box in group],
             source="nih",
             patient=f"nih-{patient_of(film)}",
         )
         drafts.append(
-            Draft([key for key, _ in found], films.get(film, root / film), f"nih-{stem}", sample)
+            Draft([key for key, _ in group], films.get(film, root / film), f"nih-{stem}", sample)
         )
     return drafts
 

@@ -57,9 +57,9 @@ def read(root: Path, split: str, ledger: Ledger) -> list[Draft]:
                 ledger.notes["boxes left out of a kept sentence"] += len(boxes) - len(good)
                 groups[film, phrase].append((key, good))
     films, drafts, count = index_films(root), [], defaultdict(int)
-    for (film, phrase), found in groups.items():
+    for (film, phrase), group in groups.items():
         stem = Path(film).stem
-        boxes = list({tuple(box): box for _, good in found for box in good}.values())
+        boxes = list({tuple(box): box for _, good in group for box in good}.values())
         sample = grounding_sample(
             f"padchest-{stem}-{count[film]}",
             "phrase",
@@ -72,7 +72,7 @@ def read(root: Path, split: str, ledger: Ledger) -> list[Draft]:
         count[film] += 1
         drafts.append(
             Draft(
-                [key for key, _ in found], films.get(film, root / film), f"padchest-{stem}", sample
+                [key for key, _ in group], films.get(film, root / film), f"padchest-{stem}", sample
             )
         )
     return drafts

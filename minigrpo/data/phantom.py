@@ -1109,10 +1109,10 @@ def write_phantom(output_dir: str | Path, arguments: Arguments, workers: int | N
     if done.exists() and json.loads(done.read_text()) == asdict(arguments):
         return False
     if (folder / "train.jsonl").exists():
-        made = done.read_text().strip() if done.exists() else "a run that did not finish"
+        before = done.read_text().strip() if done.exists() else "a run that did not finish"
         raise SystemExit(
-            f"{folder} already holds films made by {made}, not by {json.dumps(asdict(arguments))}: "
-            f"remove {folder} or choose another --output_dir."
+            f"{folder} already holds films made by {before}, not by"
+            f" {json.dumps(asdict(arguments))}: remove {folder} or choose another --output_dir."
         )
     (folder / "films").mkdir(parents=True, exist_ok=True)
     jobs = [(split, k) for split in SPLITS for k in range(getattr(arguments, split))]

@@ -89,14 +89,14 @@ def read_rows(
     """`read_csv`, each row entered in the ledger; a second copy of the same row is dropped
     there.
     """
-    rows, seen = [], set()
+    rows, contents = [], set()
     for key, row in read_csv(path, columns):
         ledger.enter(key)
         content = tuple(row.values())
-        if content in seen:
+        if content in contents:
             ledger.drop([key], "the same row again")
         else:
-            seen.add(content)
+            contents.add(content)
             rows.append((key, row))
     return rows
 

@@ -136,24 +136,24 @@ def scan_jsonl(
     users: dict[str, int] = {}  # the first line that shows each image that is there
     missing: set[str] = set()  # images
     for line, record in _records(file, errors):
-        found = list(record_errors(record))
+        faults = list(record_errors(record))
         first = first_line.setdefault(record["id"], line) if is_text(record.get("id")) else line
         if first != line:
-            found.append(f"id {record['id']!r} stands on line {first} already: rename one")
+            faults.append(f"id {record['id']!r} stands on line {first} already: rename one")
         images = [os.path.abspath(file.parent / name) for name in image_names(record)]
         for name, image in zip(image_names(record), images):
             if image not in users and os.path.isfile(image):
                 users[image] = line
             elif image not in users and image not in missing:
                 missing.add(image)
-                found.append(
+                faults.append(
                     f"image {image} does not exist: check the path (relative to {file.parent})"
                     + ", with / and not \\" * ("\\" in name)
                     + ", and write ~ out, which means another folder for everyone"
                     * name.startswith("~")
                 )
-        errors += [(line, text) for text in found]
-        if not found:
+        errors += [(line, text) for text in faults]
+        if not faults:
             known = {
                 name: record[name]
                 for name in Sample.__dataclass_fields__
@@ -193,8 +193,8 @@ def read_jsonl(
     if verify_images:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the GIL
             images = list(users)[part[0] :: part[1]]
-            found = zip((users[image] for image in images), pool.map(_decode_error, images))
-            _raise(file, [(line, text) for line, text in found if text])
+            faults = zip((users[image] for image in images), pool.map(_decode_error, images))
+            _raise(file, [(line, text) for line, text in faults if text])
     kept = [sample for sample in samples if task in ("all", sample.task)]
     if not kept:
         raise DataError(

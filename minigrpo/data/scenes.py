@@ -262,12 +262,12 @@ def write_scenes(
     counts, lines = {"train": train, "test": test}, {split: [] for split in SPLITS}
     with multiprocessing.Pool(workers or os.cpu_count()) as pool:
         jobs = [(split, k) for split in SPLITS for k in range(counts[split])]
-        found = tqdm(
+        scenes = tqdm(
             pool.imap(partial(write_scene, seed=seed, size=size, folder=folder), jobs, chunksize=8),
             total=len(jobs),
             desc="scenes",
         )
-        for (split, _), samples in zip(jobs, found, strict=True):
+        for (split, _), samples in zip(jobs, scenes, strict=True):
             lines[split] += samples
         lines["train"] += pool.imap(partial(read_report, seed=seed), range(reading), chunksize=8)
     sync_all(folder / "scenes")

@@ -45,18 +45,18 @@ def _box_error(box: Any) -> str | None:
 
 def broken_text(text: str) -> str | None:
     """The first half of a character in it, shown as its escape."""
-    found = _HALF.search(text)
-    return ascii(found[0]) if found else None
+    match = _HALF.search(text)
+    return ascii(match[0]) if match else None
 
 
 def _text_error(name: str, text: Any) -> str | None:
     if not isinstance(text, str):
         return None
-    if found := _MEDIA.search(text):
-        return f'"{name}" holds {found[0]}: remove it, since "image" says where images are'
-    if found := _MARKS.search(text):
+    if match := _MEDIA.search(text):
+        return f'"{name}" holds {match[0]}: remove it, since "image" says where images are'
+    if match := _MARKS.search(text):
         return (
-            f'"{name}" holds {found[0]}, a mark of the chat that belongs to the program: remove it'
+            f'"{name}" holds {match[0]}, a mark of the chat that belongs to the program: remove it'
             ' ("image" says where images are)'
         )
     if broken := broken_text(text):
@@ -68,13 +68,13 @@ def _text_error(name: str, text: Any) -> str | None:
 
 
 def _tag_error(name: str, text: Any) -> str | None:
-    found = _TAGS.search(text) if isinstance(text, str) else None
-    if not found:
+    match = _TAGS.search(text) if isinstance(text, str) else None
+    if not match:
         return None
     if name == "thinking":
-        return f'"thinking" holds {found[0]}: leave the tags out, the program writes them'
+        return f'"thinking" holds {match[0]}: leave the tags out, the program writes them'
     return (
-        f'"{name}" holds {found[0]}: write the trace into "thinking" and the answer alone into '
+        f'"{name}" holds {match[0]}: write the trace into "thinking" and the answer alone into '
         '"answer", both without tags'
     )
 

@@ -91,12 +91,12 @@ class Section:
 
 def sections(report: str) -> list[Section]:
     """All sections of a report in order; what stands before the first heading is none."""
-    found = list(HEADING.finditer(report))
-    names = [SECTION_OF[" ".join(match[match.lastindex].upper().split())] for match in found]
-    ends = [match.start() for match in found[1:]] + [len(report)]
+    headings = list(HEADING.finditer(report))
+    names = [SECTION_OF[" ".join(match[match.lastindex].upper().split())] for match in headings]
+    ends = [match.start() for match in headings[1:]] + [len(report)]
     return [
         Section(name, report[match.end() : end].strip(), after)
-        for match, name, end, after in zip(found, names, ends, [*names[1:], None])
+        for match, name, end, after in zip(headings, names, ends, [*names[1:], None])
     ]
 
 

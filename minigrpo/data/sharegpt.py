@@ -184,20 +184,20 @@ def main() -> None:
         if not source.is_file():
             raise ValueError(f"{source}: no such file")
         if source.suffix == ".json":
-            found = list(
+            lines = list(
                 read_sharegpt(source, args.image_root or source.parent, target.parent, args.task)
             )
-            write_jsonl(target, found)
+            write_jsonl(target, lines)
         else:
-            found = [
+            lines = [
                 to_sharegpt(sample, target.parent)
                 for sample in read_jsonl(source, verify_images=False)
             ]
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_aside(target, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+            write_aside(target, json.dumps(lines, ensure_ascii=False, indent=1) + "\n")
     except (ValueError, OSError) as error:
         fail(error)
-    print(f"{target}: {len(found):,} samples")
+    print(f"{target}: {len(lines):,} samples")
 
 
 if __name__ == "__main__":

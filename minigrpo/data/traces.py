@@ -32,16 +32,16 @@ REASONS = (
 def read_templates(path: Path = TEMPLATES) -> dict:
     """The templates of a file, those of `leaks` compiled."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file of templates") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
-    missing = [name for name in NEEDED if not isinstance(found, dict) or name not in found]
+    missing = [name for name in NEEDED if not isinstance(content, dict) or name not in content]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: see {TEMPLATES.name} for the form")
     try:
-        return found | {"leaks": [re.compile(leak, re.IGNORECASE) for leak in found["leaks"]]}
+        return content | {"leaks": [re.compile(leak, re.IGNORECASE) for leak in content["leaks"]]}
     except re.error as error:
         raise ValueError(f"{path}: a pattern of leaks is none ({error})") from None
 
@@ -99,9 +99,9 @@ def drawn_trace(sample: Sample, drawn: list[dict], templates: dict) -> str:
         return f"{words['count'].get(len(spots), len(spots))} to find. " + ". ".join(spots) + "."
     steps = []
     for step in templates["search"]:
-        found = [finding_words(f, drawn, words) for f in drawn if f["label"] in step["labels"]]
-        if found or sample.task != "grounding":  # asked for boxes, one passes over what is clear
-            steps.append(f"{step['system']}: {', '.join(found) or step['clear']}.")
+        phrases = [finding_words(f, drawn, words) for f in drawn if f["label"] in step["labels"]]
+        if phrases or sample.task != "grounding":  # asked for boxes, one passes over what is clear
+            steps.append(f"{step['system']}: {', '.join(phrases) or step['clear']}.")
     return " ".join(steps)
 
 

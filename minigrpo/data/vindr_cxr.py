@@ -58,7 +58,7 @@ def read(root: Path, split: str, ledger: Ledger, detection: bool = False) -> lis
         readers[row["image_id"]].add(row.get("rad_id", ""))
     sizes: dict[Path, tuple[int, int] | None] = {}
     # image -> class -> rows
-    found: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    boxes_of: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for key, row, name in rows:
         image, label = row["image_id"], readable(row["class_name"])
         if splits[image] != split:
@@ -77,10 +77,10 @@ def read(root: Path, split: str, ledger: Ledger, detection: bool = False) -> lis
         if isinstance(box, str):
             ledger.drop([key], box)
         else:
-            found[image][label].append((key, box, film))
+            boxes_of[image][label].append((key, box, film))
     return [
         draft
-        for image, classes in found.items()
+        for image, classes in boxes_of.items()
         for draft in film_drafts(image, classes, len(readers[image]) > 1, detection)
     ]
 

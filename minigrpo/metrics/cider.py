@@ -27,8 +27,8 @@ def cider_d(predictions: list[str], references: list[str]) -> list[float]:
     bigrams. tf-idf of the prediction is clipped at the reference's. A resample of items keeps the
     df of the whole set.
     """
-    wanted = [[ngrams(words(text), n) for n in range(1, 5)] for text in references]
-    frequency = Counter(gram for orders in wanted for grams in orders for gram in grams)
+    reference_ngrams = [[ngrams(words(text), n) for n in range(1, 5)] for text in references]
+    frequency = Counter(gram for orders in reference_ngrams for grams in orders for gram in grams)
     log_n = math.log(max(1, len(references)))
 
     def weighted(grams: Counter) -> dict[tuple, float]:
@@ -38,7 +38,7 @@ def cider_d(predictions: list[str], references: list[str]) -> list[float]:
         }
 
     scores = []
-    for prediction, orders in zip(predictions, wanted, strict=True):
+    for prediction, orders in zip(predictions, reference_ngrams, strict=True):
         predicted = [ngrams(words(prediction), n) for n in range(1, 5)]
         penalty = math.exp(-((predicted[1].total() - orders[1].total()) ** 2) / (2 * SIGMA**2))
         total = 0.0

@@ -41,14 +41,14 @@ class Clinical:
         # as the reward has them
         low_hyps, low_refs = ([authors_text(text) for text in texts] for texts in (hyps, refs))
         floor: dict[str, Any] = {}
-        found: dict[str, list] = {}
+        scores: dict[str, list] = {}
         if self.bertscore:
             floor["bertscore"] = -REPORTED["baseline"] / (1 - REPORTED["baseline"])
-            found["bertscore"] = self.bertscore.score(hyps, refs) if hyps else []
+            scores["bertscore"] = self.bertscore.score(hyps, refs) if hyps else []
         if self.radgraph:
             graphs = radgraph_scores(self.radgraph, hyps + low_hyps, refs + low_refs)
             for level in ("simple", "partial", "complete"):
-                floor[f"radgraph_{level}"], found[f"radgraph_{level}"] = (
+                floor[f"radgraph_{level}"], scores[f"radgraph_{level}"] = (
                     0.0,
                     [g[level] for g in graphs[: len(hyps)]],
                 )
@@ -63,12 +63,12 @@ class Clinical:
             )
             values = [np.nan if None in part else radcliq_v1(*part) for part in parts]
             floor["radcliq"] = -RADCLIQ_FLOOR  # the reward is minus the metric
-            found["radcliq"] = [
+            scores["radcliq"] = [
                 -RADCLIQ_FLOOR if len(text.strip()) <= SHORTEST or value > -RADCLIQ_FLOOR else value
                 for text, value in zip(hyps, values)
             ]
         items = [dict(floor) for _ in predictions]
-        for name, values in found.items():
+        for name, values in scores.items():
             for i, value in zip(filled, values, strict=True):
                 if value is not None and np.isfinite(value):
                     items[i][name] = float(value)
@@ -149,13 +149,15 @@ def chexbert_statistics(chexbert, predictions: list[str], references: list[str])
     condition. Positive and uncertain count as present. A prediction without text mentions
     nothing.
     """
-    wanted = present(chexbert.labels(references))
-    found = np.zeros_like(wanted)
+    expected = present(chexbert.labels(references))
+    predicted = np.zeros_like(expected)
     filled = [i for i, text in enumerate(predictions) if text]
     if filled:
-        found[filled] = present(chexbert.labels([predictions[i] for i in filled]))
+        predicted[filled] = present(chexbert.labels([predictions[i] for i in filled]))
     return (
-        np.concatenate([found & wanted, found & ~wanted, ~found & wanted], 1).astype(int).tolist()
+        np.concatenate([predicted & expected, predicted & ~expected, ~predicted & expected], 1)
+        .astype(int)
+        .tolist()
     )
 
 

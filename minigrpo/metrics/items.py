@@ -94,6 +94,6 @@ def score_items(
         for i, value in zip(rows, cider_d(texts, references)):
             items[i]["cider"] = value
         if clinical and task == "report":
-            for i, found in zip(rows, clinical.score(texts, references)):
-                items[i] |= found
+            for i, scores in zip(rows, clinical.score(texts, references)):
+                items[i] |= scores
     return items

@@ -83,16 +83,16 @@ def breakdown(samples: list[Sample], items: list[dict]) -> dict:
             for sample, item in zip(samples, items, strict=True):
                 if item["task"] == task and getattr(sample, field) is not None:
                     groups.setdefault(getattr(sample, field), []).append(item)
-            found = {
+            by_field = {
                 value: summarise(groups[value])
                 for value in sorted(groups)
                 if len(groups[value]) >= FEWEST
             }
-            results[task] |= {field: found} if found else {}
+            results[task] |= {field: by_field} if by_field else {}
         rows = [item["chexbert"] for item in items if item["task"] == task and "chexbert" in item]
         if rows:
             results[task]["finding"] = condition_intervals(rows)
-    return {task: found for task, found in results.items() if found}
+    return {task: by_field for task, by_field in results.items() if by_field}
 
 
 def condition_intervals(rows: list[list[int]]) -> dict:

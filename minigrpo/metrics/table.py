@@ -26,10 +26,10 @@ def markdown_table(metrics: dict, *, published: bool = False) -> str:
         lines[0] += f" Gain: paired difference to `{names['baseline']}`."
     for task, figures in metrics["tasks"].items():
         lines += task_lines(task, figures, metrics.get("difference", {}).get(task))
-        for field, found in metrics.get("breakdown", {}).get(task, {}).items():
+        for field, groups in metrics.get("breakdown", {}).get(task, {}).items():
             # else it says the same again
-            if len(found) > 1 or figures["n"] not in (group["n"] for group in found.values()):
-                lines += breakdown_lines(task, field, found)
+            if len(groups) > 1 or figures["n"] not in (group["n"] for group in groups.values()):
+                lines += breakdown_lines(task, field, groups)
     lines += [
         line
         for text in metrics.get("not_computed", [])
@@ -58,14 +58,14 @@ def task_lines(task: str, figures: dict, gains: dict | None) -> list[str]:
         if name == "n":
             continue
         gain = (gains or {}).get(name)
-        found = (
+        metrics_of_task = (
             [cell(gain | {"mean": gain["difference"]}, "+"), f"{gain['p']:.3f}"]
             if gain
             else ["", ""]
         )
         # not asked of the others, or a scorer failed
         some = f" ({value['n']} samples)" if value["n"] != figures["n"] else ""
-        rows.append([name, cell(value) + some, *(found if gains else [])])
+        rows.append([name, cell(value) + some, *(metrics_of_task if gains else [])])
     return [
         "",
         f"**{task}**, {figures['n']} samples",
@@ -73,22 +73,22 @@ def task_lines(task: str, figures: dict, gains: dict | None) -> list[str]:
     ]
 
 
-def breakdown_lines(task: str, field: str, found: dict) -> list[str]:
+def breakdown_lines(task: str, field: str, groups: dict) -> list[str]:
     names = [
         name
         for name in ("chexbert_f1", *HEADLINE.get(task, ("gleu", "rouge_l")))
-        if any(name in f for f in found.values())
+        if any(name in f for f in groups.values())
     ]
-    largest = sorted(found, key=lambda value: -found[value]["n"])[:MOST]
+    largest = sorted(groups, key=lambda value: -groups[value]["n"])[:MOST]
     rows = [
         [
             value,
-            found[value]["n"],
-            *(cell(found[value][m]) if m in found[value] else "" for m in names),
+            groups[value]["n"],
+            *(cell(groups[value][m]) if m in groups[value] else "" for m in names),
         ]
         for value in largest
     ]
-    more = ["", f"... and {len(found) - MOST} more in metrics.json"] if len(found) > MOST else []
+    more = ["", f"... and {len(groups) - MOST} more in metrics.json"] if len(groups) > MOST else []
     return ["", f"{task} by {field}", *grid([field, "n", *names], rows), *more]
 
 
@@ -97,7 +97,7 @@ def paper_lines(metrics: dict) -> list[str]:
     were evaluated.
     """
     lines, report = [], metrics["tasks"].get("report", {})
-    found = metrics.get("breakdown", {}).get("grounding", {})
+    groups = metrics.get("breakdown", {}).get("grounding", {})
     for title, heads, published, task in (
         ("Table 1, reports", REPORTS, TABLE_1, "report"),
         ("Table 2, grounding, mAP@0.5", GROUNDING, TABLE_2, "grounding"),
@@ -106,7 +106,7 @@ def paper_lines(metrics: dict) -> list[str]:
         if task in metrics["tasks"]:
             ours = [
                 (
-                    paper_set(found, name).get("map50")
+                    paper_set(groups, name).get("map50")
                     if task == "grounding"
                     else report.get(OURS.get(name))
                 )
@@ -137,7 +137,7 @@ def paper_lines(metrics: dict) -> list[str]:
     return ["", note, *lines] if lines else []
 
 
-def paper_set(found: dict, name: str) -> dict:
+def paper_set(groups: dict, name: str) -> dict:
     """Our figures for one of Table 2's columns: a kind of question, or a source named like the data
     set.
     """
@@ -149,7 +149,7 @@ def paper_set(found: dict, name: str) -> dict:
         (
             figures
             for field in ("kind", "source")
-            for value, figures in found.get(field, {}).items()
+            for value, figures in groups.get(field, {}).items()
             if plain(value).startswith(plain(name))
         ),
         {},

@@ -13,9 +13,9 @@ def rouge(prediction: str, reference: str) -> dict[str, float]:
     common subsequence, on stemmed, lower-cased words. Range 0..1, floor 0. Source: Lin 2004; this
     is rouge-score's own figure.
     """
-    found = _ROUGE.score(reference, prediction)
+    scores = _ROUGE.score(reference, prediction)
     return {
-        name: float(found[key].fmeasure)
+        name: float(scores[key].fmeasure)
         for name, key in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL"))
     }
 
@@ -31,10 +31,10 @@ def bleu_statistics(prediction: str, reference: str) -> list[int]:
 
     Whitespace tokens. nltk's convention: a text too short for an n-gram counts one unmatched.
     """
-    predicted, wanted = prediction.split(), reference.split()
-    matches = [(ngrams(predicted, n) & ngrams(wanted, n)).total() for n in range(1, 5)]
+    predicted, expected = prediction.split(), reference.split()
+    matches = [(ngrams(predicted, n) & ngrams(expected, n)).total() for n in range(1, 5)]
     totals = [max(len(predicted) - n + 1, 1) for n in range(1, 5)]
-    return [*matches, *totals, len(predicted), len(wanted)]
+    return [*matches, *totals, len(predicted), len(expected)]
 
 
 def bleu4(statistics: np.ndarray) -> np.ndarray:
@@ -46,7 +46,7 @@ def bleu4(statistics: np.ndarray) -> np.ndarray:
     common 4-gram is not 0; with no common word at all it is 0.
     """
     sums = np.asarray(statistics, dtype=float)
-    matches, totals, words, wanted = sums[..., :4], sums[..., 4:8], sums[..., 8], sums[..., 9]
+    matches, totals, words, expected = sums[..., :4], sums[..., 4:8], sums[..., 8], sums[..., 9]
     precision = np.exp(np.log(np.where(matches > 0, matches, 0.1) / totals).mean(-1))
-    brevity = np.exp(np.minimum(0.0, 1 - wanted / np.maximum(words, 1)))
+    brevity = np.exp(np.minimum(0.0, 1 - expected / np.maximum(words, 1)))
     return np.where(matches[..., 0] > 0, precision * brevity, 0.0)

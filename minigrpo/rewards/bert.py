@@ -13,7 +13,7 @@ def encode(model: Callable, ids: list[list[int]], pad: int, device: torch.device
     """Hidden states [T_n, d] of each row of token ids, in order. `model(ids, mask)` takes [N, T]
     and gives [N, T, d].
     """
-    found: dict[int, Tensor] = {}
+    vectors: dict[int, Tensor] = {}
     order = sorted(range(len(ids)), key=lambda n: len(ids[n]), reverse=True)
     while order:
         longest = len(ids[order[0]])
@@ -26,5 +26,5 @@ def encode(model: Callable, ids: list[list[int]], pad: int, device: torch.device
         for r, n in enumerate(rows):
             tokens[r, : len(ids[n])], mask[r, : len(ids[n])] = torch.tensor(ids[n]), 1
         hidden = model(tokens.to(device), mask.to(device))
-        found |= {n: hidden[r, : len(ids[n])] for r, n in enumerate(rows)}
-    return [found[n] for n in range(len(ids))]
+        vectors |= {n: hidden[r, : len(ids[n])] for r, n in enumerate(rows)}
+    return [vectors[n] for n in range(len(ids))]

@@ -52,10 +52,10 @@ class Cached:
         known |= self._read([text for text in distinct if text not in known])
         missing = [text for text in distinct if text not in known]
         if missing:
-            fresh = dict(zip(missing, self.score(missing), strict=True))
+            new_scores = dict(zip(missing, self.score(missing), strict=True))
             self.scored += len(missing)
-            self._write(fresh)
-            known |= fresh
+            self._write(new_scores)
+            known |= new_scores
         for text in distinct:
             self.memory[text] = known[text]
             self.memory.move_to_end(text)
@@ -67,18 +67,18 @@ class Cached:
         return hashlib.sha256(f"{self.model}\0{text}".encode(errors="surrogatepass")).digest()
 
     def _read(self, texts: list[str]) -> dict[str, Any]:
-        found = {}
+        scores = {}
         for text in texts if self.disk else ():
             try:
                 row = self.disk.execute(
                     "SELECT value FROM scores WHERE key = ?", (self._key(text),)
                 ).fetchone()
                 if row:
-                    found[text] = self.unpack(row[0])
+                    scores[text] = self.unpack(row[0])
             # a damaged row is a missing one: it is scored and written anew
             except (sqlite3.Error, ValueError) as error:
                 _warn(error)
-        return found
+        return scores
 
     def _write(self, values: dict[str, Any]) -> None:
         if self.disk:

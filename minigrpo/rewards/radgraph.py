@@ -113,15 +113,15 @@ class RadGraph:
         entities.
         """
         words = {text: self._words(text) for text in dict.fromkeys(texts)}
-        rows = {text: self._row(found) for text, found in words.items() if found}
-        found = {text: {"text": "", "entities": {}} for text in words if text not in rows}
+        rows = {text: self._row(annotations) for text, annotations in words.items() if annotations}
+        annotations = {text: {"text": "", "entities": {}} for text in words if text not in rows}
         for batch in _batches(rows, self.longest):
             for text, entities in zip(
                 batch,
                 self._forward([rows[text] for text in batch], [words[text] for text in batch]),
             ):
-                found[text] = {"text": " ".join(words[text]), "entities": entities}
-        return [found[text] for text in texts]
+                annotations[text] = {"text": " ".join(words[text]), "entities": entities}
+        return [annotations[text] for text in texts]
 
     def _words(self, text: str) -> list[str]:
         from radgraph.utils import preprocess_reports
@@ -261,16 +261,16 @@ class RadGraph:
             scores = scores + (score[part[:, 0]] + score[part[:, 1]])[:, None]
             # -1: no relation
             best.append(torch.cat([torch.zeros_like(scores[:, :1]), scores], -1).argmax(-1) - 1)
-        best, found, end = torch.cat(best).cpu(), [], 0
+        best, relations, end = torch.cat(best).cpu(), [], 0
         for k in sizes:
             table, end = best[end : end + k * k].view(k, k), end + k * k
-            found.append(
+            relations.append(
                 [
                     (i, j, relation.vocab.get_token_from_index(int(table[i, j]), space))
                     for i, j in (table >= 0).nonzero().tolist()
                 ]
             )
-        return found
+        return relations
 
 
 def _source_and_config(source: str) -> tuple[str, PretrainedConfig]:

@@ -42,11 +42,11 @@ def read_archive(folder: Path) -> Archive:
     """The unpacked archive in `folder`. ValueError names what does not belong into one."""
     path = folder / "config.json"
     try:
-        found = json.loads(_text(path, MOST_CONFIG))
+        config = json.loads(_text(path, MOST_CONFIG))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): {MEND}") from None
-    _check(found, CONFIG, path, "")
-    reader, model = found["dataset_reader"], found["model"]
+    _check(config, CONFIG, path, "")
+    reader, model = config["dataset_reader"], config["model"]
     bert, same = reader["token_indexers"]["bert"], model["embedder"]["token_embedders"]["bert"]
     agree = all(bert[name] == same[name] for name in ("model_name", "max_length"))
     if not agree or reader["max_span_width"] != model["max_span_width"]:
@@ -55,7 +55,7 @@ def read_archive(folder: Path) -> Archive:
             f"and max_span_width: {MEND}"
         )
     settings = {name: model[name] for name in BUILT if name in model}
-    words = found.get("vocabulary") or {}
+    words = config.get("vocabulary") or {}
     return Archive(
         bert["model_name"],
         bert["max_length"],

@@ -27,8 +27,10 @@ def import_radgraph():
             f"radgraph cannot be imported ({error}): {how_to_install('radgraph')}"
         ) from error
     if not getattr(cached_transformers, "mended", False):
-        made = cached_transformers.get_tokenizer
-        cached_transformers.get_tokenizer = lambda name, **kwargs: mend(made(name, **kwargs))
+        get_tokenizer = cached_transformers.get_tokenizer
+        cached_transformers.get_tokenizer = lambda name, **kwargs: mend(
+            get_tokenizer(name, **kwargs)
+        )
         cached_transformers.mended = True
     return radgraph
 

@@ -16,11 +16,11 @@ def gleu(prediction: str, reference: str) -> float:
     text, which is min(precision, recall). Range 0..1; floor 0, for an empty text too. Source: Wu et
     al. 2016 (arXiv 1609.08144), 5.2.
     """
-    predicted, wanted = prediction.split(), reference.split()
-    if not predicted or not wanted:
+    predicted, expected = prediction.split(), reference.split()
+    if not predicted or not expected:
         return 0.0
-    matches = sum((ngrams(predicted, n) & ngrams(wanted, n)).total() for n in range(1, 5))
-    longer = max(len(predicted), len(wanted))
+    matches = sum((ngrams(predicted, n) & ngrams(expected, n)).total() for n in range(1, 5))
+    longer = max(len(predicted), len(expected))
     return matches / sum(max(longer - n + 1, 0) for n in range(1, 5))
 
 

@@ -131,8 +131,8 @@ def check_encoder(folder: Path) -> None:
         for name in JSON
         if (text := read_text(folder / name)) is not None
     }
-    for name, found in settings.items():
-        for key, value in entries(found):
+    for name, setting in settings.items():
+        for key, value in entries(setting):
             check_entry(folder / name, key, value)
     config = settings.get("config.json", {})
     if config.get("model_type") not in ENCODERS:

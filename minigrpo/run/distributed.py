@@ -126,9 +126,9 @@ def gathered(mine: Any) -> list:
     """One object of each rank, in their order."""
     if ranks() == 1:
         return [mine]
-    found: list[Any] = [None] * ranks()
-    dist.all_gather_object(found, mine)
-    return found
+    of_ranks: list[Any] = [None] * ranks()
+    dist.all_gather_object(of_ranks, mine)
+    return of_ranks
 
 
 def total(x: Tensor) -> Tensor:
@@ -147,12 +147,12 @@ def in_order(places: list[int], x: Tensor) -> Tensor:
     """Rows x of `places` -> the rows of all ranks, in order of their places, on the CPU."""
     if ranks() == 1:
         return x
-    found = {
+    by_place = {
         place: row
         for theirs, rows in gathered((places, x.cpu()))
         for place, row in zip(theirs, rows)
     }
-    return torch.stack([found[place] for place in sorted(found)])
+    return torch.stack([by_place[place] for place in sorted(by_place)])
 
 
 # ---- gradients and weights -----------------------------------------------------------------------
@@ -189,11 +189,11 @@ def owners(parameters: Iterable[torch.nn.Parameter]) -> list[int]:
     on each rank.
     """
     parameters, loads = list(parameters), [0] * ranks()
-    found = [0] * len(parameters)
+    owner = [0] * len(parameters)
     for i in sorted(range(len(parameters)), key=lambda i: -parameters[i].numel()):
-        found[i] = loads.index(min(loads))
-        loads[found[i]] += parameters[i].numel()
-    return found
+        owner[i] = loads.index(min(loads))
+        loads[owner[i]] += parameters[i].numel()
+    return owner
 
 
 def parameters_of_this_rank(parameters: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:

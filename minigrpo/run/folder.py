@@ -121,8 +121,8 @@ def last_checkpoint(args) -> Path | None:
             probe.close()
         if (folder / "final").exists():
             _end_finished(folder, args)
-    found = checkpoints(folder)
-    for checkpoint in reversed(found):
+    saved = checkpoints(folder)
+    for checkpoint in reversed(saved):
         wrong = damage(checkpoint) if first() else None  # reading all bytes once is enough
         wrong = gathered(wrong)[0]
         if wrong is None:
@@ -131,7 +131,7 @@ def last_checkpoint(args) -> Path | None:
             say(f"resuming from {checkpoint}")
             return checkpoint
         say(f"{checkpoint} cannot be used: {wrong}")
-    if found:
+    if saved:
         raise ValueError(
             f"no checkpoint in {folder / 'checkpoints'} can be used. Put a whole one "
             "back, or begin anew in another --output_dir"
@@ -180,8 +180,8 @@ def is_numbered(path: Path) -> bool:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
-    found = (folder / "checkpoints").glob("step-*")
-    return sorted((path for path in found if is_numbered(path) and path.is_dir()), key=step_of)
+    paths = (folder / "checkpoints").glob("step-*")
+    return sorted((path for path in paths if is_numbered(path) and path.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -219,5 +219,5 @@ def run_errors(folder: Path, memory: str):
 
 def newest(folder: Path) -> str:
     """Where --resume would go on, in words."""
-    found = checkpoints(folder)
-    return str(found[-1]) if found else "step 0: no checkpoint was saved yet"
+    saved = checkpoints(folder)
+    return str(saved[-1]) if saved else "step 0: no checkpoint was saved yet"

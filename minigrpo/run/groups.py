@@ -114,7 +114,7 @@ class Groups:
             for b, sample in [*enumerate(self.samples)][among.start : among.stop]
         ]
 
-    def replace(self, which: list[int], fresh: "Groups") -> "Groups":
+    def replace(self, which: list[int], others: "Groups") -> "Groups":
         """These groups with the fresh ones at `which`, in order; answers are padded to the longer
         of both.
         """
@@ -122,7 +122,7 @@ class Groups:
         groups, rows = torch.tensor(which), [g * size + i for g in which for i in range(size)]
         old, new, at = (
             self.rollout,
-            fresh.rollout,
+            others.rollout,
             torch.tensor(rows, device=self.rollout.mask.device),
         )
         width = max(old.tokens.shape[1], new.tokens.shape[1])
@@ -132,10 +132,10 @@ class Groups:
             return a.index_copy(0, at, b)
 
         parts = {}
-        for name in self.parts | fresh.parts:
+        for name in self.parts | others.parts:
             missing = [float("nan")] * len(old.texts)
             parts[name] = _put(
-                self.parts.get(name, missing), fresh.parts.get(name, missing[: len(rows)]), rows
+                self.parts.get(name, missing), others.parts.get(name, missing[: len(rows)]), rows
             )
         rollout = Rollout(
             put(old.tokens, new.tokens),
@@ -147,12 +147,12 @@ class Groups:
             old.bytes_read + new.bytes_read,
         )
         return Groups(
-            _put(self.samples, fresh.samples, which),
+            _put(self.samples, others.samples, which),
             rollout,
-            self.rewards.index_copy(0, groups, fresh.rewards),
-            self.valid.index_copy(0, groups, fresh.valid),
+            self.rewards.index_copy(0, groups, others.rewards),
+            self.valid.index_copy(0, groups, others.valid),
             parts,
-            _put(self.prompt_tokens, fresh.prompt_tokens, which),
+            _put(self.prompt_tokens, others.prompt_tokens, which),
         )
 
 

@@ -130,9 +130,9 @@ def in_time(
     answers by itself, for as long again in all: a group may take its share of what is left. Those
     that take longer could not be scored. A call that hangs is left behind in its thread, which gets
     no lists that anybody else reads."""
-    found = _within(seconds, reward, list(answers), list(samples))
-    if found is not None:
-        return found
+    scores = _within(seconds, reward, list(answers), list(samples))
+    if scores is not None:
+        return scores
     warn(
         f"rank {rank()}: the reward took longer than --reward_timeout {seconds:g} s; asking for "
         "each group alone"

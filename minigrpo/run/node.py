@@ -77,12 +77,12 @@ class ArmouredNode(grpo.Node):
                 self.number,
             )
 
-        wanted, groups = list(range(count)), None
+        places_left, groups = list(range(count)), None
         for refill in range(1 + args.dynamic_sampling):
             seed = args.seed + 1_000_000 * refill  # (seed, step) alone decide: a run can resume
             batch = batch_at(samples, self.number, count, seed)
-            mine = places_of_this_rank(len(wanted))
-            fresh = of_all_ranks(
+            mine = places_of_this_rank(len(places_left))
+            new_groups = of_all_ranks(
                 mine,
                 grpo.collect(
                     policy,
@@ -94,10 +94,10 @@ class ArmouredNode(grpo.Node):
                     mine,
                 ),
             )
-            groups = groups.replace(wanted, fresh) if refill else fresh
-            self.replaced += len(wanted) if refill else 0
-            wanted = groups.without_spread()
-            if not wanted:
+            groups = groups.replace(places_left, new_groups) if refill else new_groups
+            self.replaced += len(places_left) if refill else 0
+            places_left = groups.without_spread()
+            if not places_left:
                 break
         # From here on a rank has the groups of each update that balance the tokens, in order.
         self.groups, prompts = groups, groups.prompts

@@ -115,24 +115,24 @@ def imagined_policy(args, fake: FakeTensorMode) -> Policy:
     if args.lora_rank:
         with torch.device("meta"):
             add_adapters(policy, args)
-    made: dict[int, torch.Tensor] = {}  # a tied head is one tensor
+    tensors: dict[int, torch.Tensor] = {}  # a tied head is one tensor
     with fake:
         for store in [
             store for module in model.modules() for store in (module._parameters, module._buffers)
         ]:
             for name, x in store.items():
-                if x is not None and id(x) not in made:
+                if x is not None and id(x) not in tensors:
                     # config.json may name bf16, which is how the hub stores them; we load them as
                     # fp32
                     empty = torch.empty_like(
                         x, device="cpu", dtype=torch.float32 if x.is_floating_point() else x.dtype
                     )
-                    made[id(x)] = (
+                    tensors[id(x)] = (
                         torch.nn.Parameter(empty, x.requires_grad)
                         if isinstance(x, torch.nn.Parameter)
                         else empty
                     )
-                store[name] = made[id(x)] if x is not None else None
+                store[name] = tensors[id(x)] if x is not None else None
     policy.head = model.lm_head.weight
     return policy
 

@@ -128,14 +128,14 @@ def draw_runs(runs: dict[str, list[dict]], path: Path) -> None:
     for axis, (title, figures) in zip(axes.flat, panels.items()):
         for place, rows in enumerate(runs.values()):
             for number, figure in enumerate(figures):
-                found = [(row["step"], row[figure]) for row in rows if figure in row]
-                if found:
+                points = [(row["step"], row[figure]) for row in rows if figure in row]
+                if points:
                     color, style = (
                         (colors[place], STYLES[number]) if len(runs) > 1 else (COLORS[number], "-")
                     )
                     draw_line(
                         axis,
-                        *zip(*found),
+                        *zip(*points),
                         color=color,
                         style=style,
                         points=figure.startswith("eval_"),
@@ -260,8 +260,8 @@ def draw_samples(
                     split_thinking(answers[i], template_opens_think)[1], box_scale
                 ),
             }
-            for kind, found in boxes.items():
-                draw_boxes(page, film, found[:MAX_BOXES], **LOOKS[kind])
+            for kind, of_kind in boxes.items():
+                draw_boxes(page, film, of_kind[:MAX_BOXES], **LOOKS[kind])
             if (number := max(map(len, boxes.values()))) > MAX_BOXES:
                 note = f"{MAX_BOXES} of {number:,} boxes"
                 page.text(film[0] + 0.05, film[3] - 0.06, note, fontsize=POINTS - 1, color=NOW)

@@ -104,7 +104,7 @@ def card(
 ) -> dict:
     """What the template shows of one answer."""
     thinking, text, ok = split_thinking(answer, template_opens_think)
-    wanted, found = differences(sample.answer, text)
+    reference, prediction = differences(sample.answer, text)
     width, height = (film["width"], film["height"]) if film else (SIDE, SIDE)
     boxes = [("true", box) for box in sample.boxes]
     boxes += (
@@ -119,8 +119,8 @@ def card(
         "label": sample.label,
         "source": sample.source,
         "question": sample.question,
-        "reference": wanted,
-        "prediction": found,
+        "reference": reference,
+        "prediction": prediction,
         "thinking": thinking[:MAX_CHARACTERS],
         "broken": not ok,
         "film": film,

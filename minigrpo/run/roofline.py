@@ -66,7 +66,7 @@ def update_operations(policy: Policy, prompts: Prompts, mask: torch.Tensor) -> f
 
     def times(module: torch.nn.Module, reached: bool) -> float:
         sizes = [(p.numel(), p.requires_grad) for p in module.parameters() if p.dim() > 1]
-        trained = sum(size for size, wanted in sizes if wanted)
+        trained = sum(size for size, trains in sizes if trains)
         return 2 + trained / sum(size for size, _ in sizes) if trained or reached else 1.0
 
     group, answers = len(mask) // len(prompts.ids), mask.sum(1).tolist()

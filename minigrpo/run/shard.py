@@ -81,11 +81,11 @@ def clip_gradients(parameters: list[torch.nn.Parameter], largest: float) -> Tens
     """`clip_grad_norm_` over whole and sharded parameters: the norm of all gradients together, the
     same on every rank.
     """
-    found = [p.grad for p in parameters if p.grad is not None]
-    slices = [grad.to_local() for grad in found if is_sharded(grad)]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    slices = [grad.to_local() for grad in gradients if is_sharded(grad)]
     if not slices:
         return torch.nn.utils.clip_grad_norm_(parameters, largest)
-    others = unsharded(found)  # equal on all ranks, after sum_gradients
+    others = unsharded(gradients)  # equal on all ranks, after sum_gradients
     norm = torch.hypot(get_total_norm(others), total(get_total_norm(slices) ** 2).sqrt())
     torch._foreach_mul_(others + slices, (largest / (norm + 1e-6)).clamp(max=1.0))
     return norm
@@ -111,12 +111,12 @@ def full_weights(policy: Policy) -> dict[str, Tensor] | None:
     """
     if not policy.sharded:
         return None
-    found = {}
+    weights = {}
     for name, x in policy.model.state_dict().items():
         x = full(x)  # on all ranks
         if first():
-            found[name] = x
-    return found
+            weights[name] = x
+    return weights
 
 
 def slice_like(p: torch.nn.Parameter, x: Tensor) -> Tensor:

@@ -90,17 +90,17 @@ def differences(before: list[dict], now: dict) -> list[str]:
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {
+    installed: dict[str, str | None] = {
         "minigrpo": minigrpo.__version__,
         "commit": commit(),
         "python": platform.python_version(),
     }
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def commit() -> str | None:
@@ -122,26 +122,26 @@ def commit() -> str | None:
 def content(args, samples: Sequence[Sample]) -> dict[str, str]:
     """What is in the files that a run learns from, in words that differ where it does: of data
     files, films (names and sizes), --model, and a module of the user's own reward."""
-    found = {}
+    checksums = {}
     for name in ("train_data", "eval_data"):
         if path := getattr(args, name):
-            found[f"--{name}"] = of_file(Path(path))
+            checksums[f"--{name}"] = of_file(Path(path))
     films = {
         (os.path.relpath(image, os.path.dirname(sample.file)), os.path.getsize(image))
         for sample in samples
         for image in sample.images
     }
-    found["the films"] = (
+    checksums["the films"] = (
         f"{len(films):,} files, {sum(size for _, size in films):,} bytes, " + _hash(sorted(films))
     )
     if Path(args.model).is_dir():
-        found["--model"] = of_folder(Path(args.model))
+        checksums["--model"] = of_folder(Path(args.model))
     if path := getattr(args, "reward_weights", None):
-        found["--reward_weights"] = of_folder(Path(path), "*", "*/model.safetensors")
+        checksums["--reward_weights"] = of_folder(Path(path), "*", "*/model.safetensors")
     for name in re.findall(r"([\w.]+):\w+", getattr(args, "reward", "")):
         if file := getattr(sys.modules.get(name), "__file__", None):
-            found[name] = of_file(Path(file))
-    return found
+            checksums[name] = of_file(Path(file))
+    return checksums
 
 
 def of_file(path: Path) -> str:
@@ -166,12 +166,12 @@ def of_folder(folder: Path, *patterns: str) -> str:
 
 def sampled(path: Path, size: int) -> str:
     """A hash of 64 pieces of the file, evenly spread: training changes nearly all numbers."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         for place in range(64):
             file.seek((size - PIECE) * place // 63)
-            found.update(file.read(PIECE))
-    return found.hexdigest()
+            digest.update(file.read(PIECE))
+    return digest.hexdigest()
 
 
 def _hash(things: list) -> str:

@@ -35,12 +35,12 @@ def optimizer_state(policy: Policy, optimizers) -> dict[str, torch.Tensor]:
     keeper = cycle(range(ranks()))
     state = {}
     for p, figures in [item for optimizer in optimizers for item in optimizer.state.items()]:
-        found = {
+        state_of_rank = {
             f"{name_of[id(p)]}:{figure}": full(value).contiguous()  # on all ranks
             for figure, value in figures.items()
         }
         if not is_sharded(p) or next(keeper) == rank():
-            state |= found
+            state |= state_of_rank
     return state
 
 
@@ -55,11 +55,11 @@ def load_optimizers(checkpoint: Path, policy: Policy, *optimizers: torch.optim.O
         state, number = {}, 0
         for group in optimizer.param_groups:
             for p in group["params"]:
-                found = by_name.get(name_of[id(p)], [])
-                if found:
+                entries = by_name.get(name_of[id(p)], [])
+                if entries:
                     state[number] = {
                         key.rsplit(":", 1)[1]: slice_like(p, _tensor(place[key], key))
-                        for key in found
+                        for key in entries
                     }
                 number += 1
         groups = optimizer.state_dict()["param_groups"]

@@ -35,8 +35,10 @@ def greedy_answers(
             temperature=0,
         )
         mine |= zip(chosen, zip(rollout.texts, (~rollout.finished).tolist()))
-    found = {place: each for theirs in gathered(mine) for place, each in theirs.items()}
-    return [found[i][0] for i in range(len(samples))], [found[i][1] for i in range(len(samples))]
+    by_place = {place: each for theirs in gathered(mine) for place, each in theirs.items()}
+    return [by_place[i][0] for i in range(len(samples))], [
+        by_place[i][1] for i in range(len(samples))
+    ]
 
 
 def mean_reward(policy: Policy, samples: list[Sample], reward, args) -> float | None:
