@@ -8,6 +8,7 @@ from ..data.thinking import asks_to_think
 from ..rewards import gleu, soft_f1
 from .cider import cider_d
 from .clinical import CHEXBERT, Clinical
+from .drawn import DRAWN, drawn_scores
 from .grounding import (
     ap,
     ap50,
@@ -25,6 +26,7 @@ CORPUS = {
     "matched_iou": {"matched_iou": matched_iou},
     "detections": {"ap50": ap50, "ap": ap},
     "chexbert": CHEXBERT,
+    "drawn": DRAWN,
 }
 
 
@@ -62,6 +64,7 @@ def score_item(
         "bleu4": bleu_statistics(text, sample.answer),
         "characters": len(text),
         "unparseable": float(not text),
+        **(drawn_scores(text, sample) if sample.task == "report" else {}),
     }
 
 

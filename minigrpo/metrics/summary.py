@@ -7,6 +7,7 @@ import numpy as np
 from ..data.sample import Sample
 from .bootstrap import interval, paired
 from .clinical import Clinical, condition_f1, conditions
+from .drawn import DRAWN, by_finding
 from .items import CORPUS, score_items
 
 FEWEST = 10  # items of a finding or source that get a row of their own
@@ -70,10 +71,11 @@ def summarise(items: list[dict]) -> dict:
 
 def breakdown(samples: list[Sample], items: list[dict]) -> dict:
     """{task: {"kind" | "label" | "source": {value: `summarise`}, "finding": {condition: {"n",
-    "chexbert_f1"}}}}.
+    "chexbert_f1"}}, "drawn_finding": {label: {"n", "finding_sensitivity", "finding_ppv"}}}}.
 
     Values with fewer than ten items are left out; "finding" holds CheXbert's conditions of reports,
-    its n the references in which the condition is present.
+    its n the references in which the condition is present; "drawn_finding" the findings of drawn
+    films.
     """
     results: dict = {}
     for task in dict.fromkeys(item["task"] for item in items):
@@ -92,6 +94,9 @@ def breakdown(samples: list[Sample], items: list[dict]) -> dict:
         rows = [item["chexbert"] for item in items if item["task"] == task and "chexbert" in item]
         if rows:
             results[task]["finding"] = condition_intervals(rows)
+        rows = [item["drawn"] for item in items if item["task"] == task and "drawn" in item]
+        if rows:
+            results[task]["drawn_finding"] = drawn_intervals(rows)
     return {task: by_field for task, by_field in results.items() if by_field}
 
 
@@ -107,6 +112,17 @@ def condition_intervals(rows: list[list[int]]) -> dict:
             ),
         }
         for c, name in enumerate(names)
+    }
+
+
+def drawn_intervals(rows: list[list[int]]) -> dict:
+    """{label: {"n", "finding_sensitivity": interval, "finding_ppv": interval}} of
+    `finding_statistics` rows; n counts the findings of that label that were drawn.
+    """
+    return {
+        label: {"n": int(counts[:, 0::3].sum() + counts[:, 1::3].sum())}
+        | {name: interval(counts.tolist(), score) for name, score in DRAWN.items()}
+        for label, counts in by_finding(rows).items()
     }
 
 

@@ -7,8 +7,9 @@ from .published import GROUNDING, OURS, REPORTS, REWARDS, TABLE_1, TABLE_2, TABL
 
 HEADLINE = {
     "grounding": ("soft_f1", "map50", "ap50", "matched_iou"),
-    "report": ("gleu", "rouge_l", "cider", "radgraph_partial", "radcliq"),
+    "report": ("gleu", "rouge_l", "cider", "entity_f1", "radgraph_partial", "radcliq"),
 }
+FINDINGS = ("chexbert_f1", "finding_sensitivity", "finding_ppv")  # of single findings
 MOST = 40  # rows of one breakdown; metrics.json has them all
 
 
@@ -76,7 +77,7 @@ def task_lines(task: str, figures: dict, gains: dict | None) -> list[str]:
 def breakdown_lines(task: str, field: str, groups: dict) -> list[str]:
     names = [
         name
-        for name in ("chexbert_f1", *HEADLINE.get(task, ("gleu", "rouge_l")))
+        for name in (*FINDINGS, *HEADLINE.get(task, ("gleu", "rouge_l")))
         if any(name in f for f in groups.values())
     ]
     largest = sorted(groups, key=lambda value: -groups[value]["n"])[:MOST]
@@ -89,7 +90,7 @@ def breakdown_lines(task: str, field: str, groups: dict) -> list[str]:
         for value in largest
     ]
     more = ["", f"... and {len(groups) - MOST} more in metrics.json"] if len(groups) > MOST else []
-    return ["", f"{task} by {field}", *grid([field, "n", *names], rows), *more]
+    return ["", f"{task} by {field.replace('_', ' ')}", *grid([field, "n", *names], rows), *more]
 
 
 def paper_lines(metrics: dict) -> list[str]:
