@@ -34,14 +34,28 @@ import torch
 
 from minigrpo import programs
 from minigrpo.commands import COMMANDS
+from minigrpo.metrics import interval, paired
+from minigrpo.probe import figures_of
 from minigrpo.run.args import input_errors, parse_args, run_errors
 from minigrpo.run.files import CHECKSUMS, checksum, make_folder, part_of, write_aside
 from minigrpo.stages import DONE, LOCK, SPENT, Run, hold, is_done, read_spent, run_all
 
-TASKS = {"report": "gleu", "grounding": "soft_f1"}
+# The reward of each task. Reports of drawn films have a clinical one that needs no weights.
+REWARDS = {"report": "minigrpo.rewards.phantom_entities:complete", "grounding": "soft_f1"}
+REAL_REWARDS = REWARDS | {"report": "gleu"}
+TASKS = tuple(REWARDS)
 SHOWN = {
-    "report": ["gleu", "rouge_l", "bleu4", "length"],
-    "grounding": ["soft_f1", "map50", "boxes"],
+    "report": [
+        "entity_f1",
+        "entity_f1_partial",
+        "finding_sensitivity",
+        "finding_ppv",
+        "findings_missed",
+        "findings_invented",
+        "gleu",
+        "length",
+    ],
+    "grounding": ["map50", "soft_f1", "boxes"],
 }
 BEGUN = "demo.json"  # what a demo was begun with: the mark of its folder
 RESULTS = ("results.json", "results.md")
@@ -62,6 +76,7 @@ class Size:
     batch: int = 10  # films a step of SFT
     prompts: int = 16  # a step of GRPO
     longest: int = 192  # answer in tokens
+    probed: int = 200  # questions of each task, sampled before and after GRPO
     save: int = 50  # steps between checkpoints
     measured: dict[str, float] = field(default_factory=dict)  # seconds of each stage
 
@@ -72,16 +87,19 @@ PHANTOM = Size(
     test=300,
     sft_steps=820,
     sft_rate=4e-3,
-    grpo_steps={"report": 85, "grounding": 125},
+    grpo_steps={"report": 110, "grounding": 125},
     measured={
         "films": 48,
         "sft": 257,
         "evaluate constant": 13,
         "evaluate sft": 15,
+        "probe sft": 20,
         "grpo grounding": 209,
         "evaluate grounding": 9,
-        "grpo report": 182,
+        "probe grounding": 10,
+        "grpo report": 200,
         "evaluate report": 9,
+        "probe report": 10,
     },
 )
 REAL = Size(sft_steps=150, sft_rate=2e-3, grpo_steps={"report": 20, "grounding": 20})
@@ -96,6 +114,7 @@ SMOKE = Size(
     prompts=4,
     longest=24,
     save=2,
+    probed=4,
 )
 
 
@@ -145,10 +164,13 @@ FOLDERS = {
     "sft": "sft",
     "evaluate constant": "constant/test",
     "evaluate sft": "sft/test",
+    "probe sft": "sft/probe",
     "grpo grounding": "grounding",
     "grpo report": "report",
     "evaluate grounding": "grounding/test",
     "evaluate report": "report/test",
+    "probe grounding": "grounding/probe",
+    "probe report": "report/probe",
 }
 
 
@@ -229,6 +251,30 @@ def plan(size: Size, args: DemoArguments) -> list[Run]:
             [*evaluate, "--model", "{sft}/final", "--baseline", "{evaluate constant}"],
         )
     )
+    rewards = REWARDS if args.data is None else REAL_REWARDS
+
+    def probe(run: str, model: str, tasks: tuple[str, ...]) -> Run:
+        """Sampled answers to the same questions with the same seed, before GRPO and after."""
+        return Run(
+            run,
+            [
+                "-m",
+                "minigrpo.probe",
+                "--model",
+                f"{{{model}}}/final",
+                "--data",
+                test,
+                "--reward",
+                ",".join(f"{task}={rewards[task]}" for task in tasks),
+                "--samples",
+                size.probed,
+                "--max_new_tokens",
+                size.longest,
+                "--output_file",
+                "{out}/probe.json",
+            ],
+        )
+
     # the longer one first: the evaluations run beside it
     for task in sorted(TASKS, key=lambda task: -size.grpo_steps[task]):
         runs.append(
@@ -242,6 +288,8 @@ def plan(size: Size, args: DemoArguments) -> list[Run]:
                     train,
                     "--task",
                     task,
+                    "--reward",
+                    f"{task}={rewards[task]}",
                     "--max_steps",
                     size.grpo_steps[task],
                     "--output_dir",
@@ -263,6 +311,7 @@ def plan(size: Size, args: DemoArguments) -> list[Run]:
                 ],
             )
         )
+    runs.append(probe("probe sft", "sft", TASKS))
     for task in TASKS:
         runs.append(
             Run(
@@ -278,6 +327,7 @@ def plan(size: Size, args: DemoArguments) -> list[Run]:
                 ],
             )
         )
+        runs.append(probe(f"probe {task}", f"grpo {task}", (task,)))
     return runs
 
 
@@ -471,17 +521,44 @@ def collect(out: Path) -> dict:
                 metric: {"mean": gain.pop("difference"), **gain}
                 for metric, gain in read[run]["difference"][task].items()
             }
+        probes = [
+            [
+                figures_of(item)
+                for item in json.loads((out / run / "probe/probe.json").read_text())["items"]
+                if item["task"] == task
+            ]
+            for run in ("sft", task)
+        ]
+        results[task]["sampled"] = sampled_figures(*probes)
         rewards = [
             json.loads(line)["reward"]
             for line in (out / task / "metrics.jsonl").read_text().splitlines()
         ]
-        # sampled at temperature 1, first and last tenth of the run
+        # of the answers that were trained on: other questions in each step
         tenth = max(1, len(rewards) // 10)
-        results[task]["sampled_reward"] = {
-            "first": sum(rewards[:tenth]) / tenth,
-            "last": sum(rewards[-tenth:]) / tenth,
+        results[task]["progress"] = {
+            "first_tenth": sum(rewards[:tenth]) / tenth,
+            "last_tenth": sum(rewards[-tenth:]) / tenth,
         }
     return results
+
+
+def sampled_figures(before: list[dict], after: list[dict]) -> dict:
+    """The rewards of G sampled answers to each of the same test questions: "before", "after" and
+    "gain" (paired) of their mean, and of "best" and "no_spread" before GRPO.
+    """
+
+    def column(rows: list[dict], name: str) -> list[float]:
+        return [row[name] for row in rows]
+
+    gain = paired(column(after, "sampled"), column(before, "sampled"))
+    return {
+        "before": interval(column(before, "sampled")),
+        "after": interval(column(after, "sampled")),
+        "gain": {"mean": gain.pop("difference"), **gain},
+        "best": interval(column(before, "best")),
+        "no_spread": interval(column(before, "no_spread")),
+    }
 
 
 def markdown(results: dict) -> str:
@@ -501,13 +578,19 @@ def markdown(results: dict) -> str:
             f"| {name} | {' | '.join(cell(metrics[m][name]) for m in ('constant', 'sft', 'grpo'))}"
             f" | {cell(metrics['grpo-sft'][name], '+')} |"
             for name in names
+            if name in metrics["sft"]  # real films lack the drawing's truth
         ]
-        sampled = metrics["sampled_reward"]
+        sampled, progress = metrics["sampled"], metrics["progress"]
         lines += [
             "",
             (
-                f"Reward of sampled answers (T = 1): {sampled['first']:.3f} at the start of GRPO,"
-                f" {sampled['last']:.3f} at its end."
+                f"Reward of 8 sampled answers (T = 1) to each of {sampled['before']['n']} test"
+                f" questions: {sampled['before']['mean']:.3f} before GRPO,"
+                f" {sampled['after']['mean']:.3f} after it, gain {cell(sampled['gain'], '+')}; the"
+                f" best of the 8 before GRPO {sampled['best']['mean']:.3f}, groups without spread"
+                f" {sampled['no_spread']['mean']:.0%}. Along the training:"
+                f" {progress['first_tenth']:.3f} in the first tenth of the steps,"
+                f" {progress['last_tenth']:.3f} in the last."
             ),
             "",
         ]

@@ -909,6 +909,76 @@ class EvaluateArguments:
 
 
 @dataclass
+class ProbeArguments:
+    model: str = field(metadata={"help": "checkpoint folder or hub name"})
+    data: str = field(metadata={"help": "JSONL file of questions"})
+    reward: str = field(
+        default="report=gleu,grounding=soft_f1",
+        metadata={"help": "the reward to train with, written as for GRPO (docs/rewards.md)"},
+    )
+    task: str = field(
+        default="all",
+        metadata={"help": "ask the questions of this task only", "choices": [*TASKS, "all"]},
+    )
+    samples: int = field(
+        default=200, metadata={"help": "questions of each task, evenly spaced; 0: all"}
+    )
+    group_size: int = field(default=8, metadata={"help": "answers sampled to each question, G"})
+    temperature: float = field(default=1.0, metadata={"help": "of sampling"})
+    max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
+    output_file: str | None = field(
+        default=None,
+        metadata={"help": "JSON file to write: the figures, and the rewards of each question"},
+    )
+    rollout_rows: int = field(default=256, metadata={"help": "answers decoded at once"})
+    reward_weights: str | None = field(
+        default=None, metadata={"help": "folder with the files of the clinical rewards"}
+    )
+    box_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL"
+        },
+    )
+    think: bool = field(
+        default=False,
+        metadata={"help": "put /think behind every question: thinking before the answer"},
+    )
+    max_pixels: int = field(
+        default=0,
+        metadata={
+            "help": "images of more pixels are shrunk to so many; 0: what --model was trained with"
+        },
+    )
+    device: str = field(
+        default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"}
+    )
+    bf16: bool = field(default=False, metadata={"help": "compute in bfloat16"})
+    seed: int = field(default=0, metadata={"help": "the same seed samples the same answers"})
+
+    def check(self) -> None:
+        for name in ("max_new_tokens", "rollout_rows"):
+            at_least_one(self, name)
+        check_pixels(self.max_pixels)
+        check_box_scale(self.box_scale)
+        if abs(self.seed) > LARGEST_SEED:
+            raise ValueError(f"--seed {self.seed} is too large: at most 2**40 either way")
+        if self.group_size < 2:
+            raise ValueError("--group_size must be at least 2: one answer is no group")
+        if self.samples < 0:
+            raise ValueError(f"--samples must not be negative, got {self.samples}; 0: all")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"--temperature must be above 0, got {self.temperature}: the greedy answer is"
+                " measured beside the sampled ones"
+            )
+
+    def check_with_torch(self) -> None:
+        """The device, which must be there."""
+        self.device = checked_device(self.device)
+
+
+@dataclass
 class AskArguments:
     model: str = field(metadata={"help": "checkpoint folder or hub name"})
     image: str = field(metadata={"help": "image file"})
