@@ -19,7 +19,7 @@ from PIL import Image
 import evaluate
 import train_grpo
 import train_sft
-from minigrpo import ask, cold_start, elsewhere, tiny
+from minigrpo import ask, cold_start, elsewhere, probe, tiny
 from minigrpo.data import check, clean, join, openi, scenes, sharegpt
 from minigrpo.data import phantom as phantom_films
 from minigrpo.data.convert import adapter_main
@@ -1233,6 +1233,7 @@ PROGRAMS = {
     "sft --lora_rank": (train_sft, ["--train_data", "train", "--lora_rank", 2]),
     "grpo --lora_rank": (train_grpo, ["--train_data", "train", "--lora_rank", 2]),
     "evaluate": (evaluate, ["--data", "test"]),
+    "probe": (probe, ["--data", "test"]),
     "ask": (ask, ["--image", "film"]),
     "check": (check, ["test"]),
     "cold_start": (cold_start, ["test", "--teacher", "checkpoint"]),
@@ -1250,7 +1251,7 @@ def test_every_program_checks_its_checkpoint(fails, phantom, speechless, tmp_pat
     words = [places.get(word, word) for word in words]
     if module is cold_start:
         words += ["--output_file", tmp_path / "out"]
-    elif module not in (ask, check):
+    elif module not in (ask, check, probe):
         words += ["--output_dir", tmp_path / "out"]
     said = fails(module.main, *words, "--model", speechless)
     assert (
@@ -1259,7 +1260,9 @@ def test_every_program_checks_its_checkpoint(fails, phantom, speechless, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("program", ["sft", "grpo", "evaluate", "ask", "check", "cold_start"])
+@pytest.mark.parametrize(
+    "program", ["sft", "grpo", "evaluate", "probe", "ask", "check", "cold_start"]
+)
 def test_a_name_that_is_too_long_for_a_file(fails, phantom, tmp_path, program, monkeypatch):
     """Bug: OSError: [Errno 36], with a traceback, wherever a path was looked at."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -1270,7 +1273,7 @@ def test_a_name_that_is_too_long_for_a_file(fails, phantom, tmp_path, program, m
         "film": next(phantom.rglob("*.png")),
     }
     words = [places.get(word, word) for word in words]
-    words += {cold_start: ["--output_file", tmp_path / "out"], ask: [], check: []}.get(
+    words += {cold_start: ["--output_file", tmp_path / "out"], ask: [], check: [], probe: []}.get(
         module, ["--output_dir", tmp_path / "out"]
     )
     said = fails(module.main, *words, "--model", "x" * 300)

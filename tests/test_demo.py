@@ -17,7 +17,18 @@ from safetensors.torch import load_file
 
 from evaluate import EvaluateArguments
 from minigrpo import demo, stages
-from minigrpo.demo import FOLDERS, PHANTOM, REAL, SMOKE, DemoArguments, begin, empty, estimate, plan
+from minigrpo.demo import (
+    FOLDERS,
+    PHANTOM,
+    REAL,
+    SMOKE,
+    DemoArguments,
+    begin,
+    empty,
+    estimate,
+    plan,
+    sampled_figures,
+)
 from minigrpo.run import files
 from minigrpo.run.args import parse_args
 from minigrpo.stages import Run, Screen, hold, last_bar, run_all, startable
@@ -48,6 +59,34 @@ def test_every_stage_parses_and_comes_after_those_that_it_needs(size, args):
     assert not size.measured or set(size.measured) == set(names), (
         "python -m minigrpo.demo says how long every stage takes"
     )
+
+
+def test_real_films_have_no_drawing_to_be_judged_by():
+    """Their reports are trained with GLEU, and probed with it."""
+    for args, reward in (
+        (DemoArguments(), "phantom_entities:complete"),
+        (DemoArguments(data="mine"), "gleu"),
+    ):
+        commands = {run.name: run.command for run in plan(PHANTOM if not args.data else REAL, args)}
+        for name in ("grpo report", "probe report", "probe sft"):
+            spec = commands[name][commands[name].index("--reward") + 1]
+            assert reward in spec.partition("report=")[2], name
+        # the same questions before and after, with the same seed, sampled as in training
+        before, after = commands["probe sft"], commands["probe report"]
+        assert before[before.index("--samples") :][:4] == after[after.index("--samples") :][:4]
+
+
+def test_sampled_figures_pair_the_same_questions():
+    def row(sampled, best, no_spread=0.0):
+        return {"sampled": sampled, "best": best, "no_spread": no_spread}
+
+    before, after = [row(0.2, 0.6), row(0.8, 0.9, 1.0)], [row(0.3, 0.7), row(0.9, 0.9)]
+    figures = sampled_figures(before, after)
+    assert figures["before"]["mean"] == pytest.approx(0.5)
+    assert figures["after"]["mean"] == pytest.approx(0.6)
+    gain = figures["gain"]
+    assert gain["mean"] == pytest.approx(gain["low"]) == pytest.approx(gain["high"])
+    assert figures["best"]["mean"] == pytest.approx(0.75) and figures["no_spread"]["mean"] == 0.5
 
 
 def test_who_runs_beside_whom():

@@ -23,6 +23,7 @@ FILE = {
     "sft": "--model tiny --train_data nowhere --output_dir o",
     "grpo": "--model m --train_data nowhere --output_dir o",
     "evaluate": "--model m --data nowhere --output_dir o",
+    "probe": "--model m --data nowhere",
     "ask": "--model m --image nowhere",
     "tiny": "--train_data nowhere --output_dir o",
     "elsewhere": "--data nowhere --output o",
@@ -32,6 +33,7 @@ FOLDER = {
     "sft": "--model ./nowhere --train_data README.md --output_dir o",
     "grpo": "--model ./nowhere --train_data README.md --output_dir o",
     "evaluate": "--model ./nowhere --data README.md --output_dir o",
+    "probe": "--model ./nowhere --data README.md",
 }
 
 
