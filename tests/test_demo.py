@@ -109,14 +109,12 @@ def test_who_runs_beside_whom():
         "the constant answers wait: beside SFT they would take its second thread"
     )
     assert at(["sft"], ["films"]) == []
-    assert at([], ["films", "sft"]) == ["evaluate constant", "grpo grounding"]
-    assert at(["grpo grounding"], ["films", "sft", "evaluate constant"]) == ["evaluate sft"]
-    assert at(["grpo grounding"], ["films", "sft", "evaluate constant", "evaluate sft"]) == [
-        "grpo report"
-    ]
-    assert at([], ["films", "sft", "evaluate constant", "evaluate sft"], jobs=1) == [
+    assert at([], ["films", "sft"]) == ["evaluate constant", "grpo report"]
+    assert at(["grpo report"], ["films", "sft", "evaluate constant"]) == ["evaluate sft"]
+    assert at(["grpo report"], ["films", "sft", "evaluate constant", "evaluate sft"]) == [
         "grpo grounding"
     ]
+    assert at([], ["films", "sft", "evaluate constant", "evaluate sft"], jobs=1) == ["grpo report"]
 
 
 def test_a_run_that_wants_to_be_alone_is_not_put_off_for_ever():
