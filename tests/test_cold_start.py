@@ -11,7 +11,7 @@ from PIL import Image
 from minigrpo import cold_start
 from minigrpo.data import Sample, read_jsonl, with_traces
 from minigrpo.data.phantom import KINDS
-from minigrpo.data.traces import REASONS, check_reply, read_templates
+from minigrpo.data.traces import REASONS, check_reply, drawn_trace, read_templates
 from tests.test_clean import said, serve  # noqa: F401  a fixture
 
 TEMPLATES = read_templates()
@@ -100,6 +100,13 @@ def test_every_phantom_finding_belongs_to_one_system():
 def run(monkeypatch, *command):
     monkeypatch.setattr(sys, "argv", ["cold_start", *map(str, command)])
     cold_start.main()
+
+
+def test_a_trace_of_nothing_to_find():
+    absent = Sample(
+        "a", "x.png", "grounding", "Is there any nodule?", "There is no nodule.", label="nodule"
+    )
+    assert drawn_trace(absent, [], TEMPLATES) == "nothing to find."
 
 
 def test_the_drawing_is_read_as_it_was_drawn(phantom, tmp_path, monkeypatch, capsys):

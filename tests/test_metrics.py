@@ -232,6 +232,26 @@ def test_evaluate_answers():
         evaluate_answers(samples, ["a"])
 
 
+def test_false_alarms_where_there_is_nothing_to_find():
+    """Such samples count among false alarms and in COCO's AP, and in no metric of overlap."""
+    samples = [grounding(0, HEART), grounding(1), grounding(2), grounding(3)]
+    box = "[0.3, 0.4, 0.7, 0.8]"
+    found = evaluate_answers(samples, [box, "There is none.", box, ""])["grounding"]
+    assert {name: (found[name]["mean"], found[name]["n"]) for name in found if name != "n"} == {
+        "length": (pytest.approx((4 + 3 + 4) / 4), 4),
+        "boxes": (0.5, 4),
+        "soft_f1": (1, 1),
+        "map50": (1, 1),
+        "matched_iou": (1, 1),
+        "ap50": (pytest.approx(0.5), 4),
+        "ap": (pytest.approx(0.5), 4),
+        "false_alarm": (pytest.approx(1 / 3), 3),
+        "unparseable": (0.25, 4),
+    }
+    train = [grounding("t", HEART, label="nodule"), grounding("u", label="nodule")]
+    assert constant_boxes(train, [grounding("v", label="nodule")]) == ["[0.30, 0.40, 0.70, 0.80]"]
+
+
 @pytest.mark.parametrize(
     "answer, good",
     [
@@ -340,7 +360,7 @@ def test_constant_boxes_per_label_kind_and_overall():
     # one or both lungs and the heart compete for the kind's constant
     assert min(scores[:3]) > 0.9 and scores[3] > 0.3
     assert answers == constant_boxes(train, test)
-    with pytest.raises(ValueError, match="no grounding samples: give it a file"):
+    with pytest.raises(ValueError, match="no grounding samples with boxes: give it a file"):
         constant_boxes([report("r", "x")], test)
     with pytest.raises(ValueError, match="not grounding: leave them out"):
         constant_boxes(train, [report("r", "x")])

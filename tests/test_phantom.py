@@ -298,6 +298,27 @@ def test_films_need_no_seed(tmp_path, monkeypatch):
     ) > 1
 
 
+def test_presence_asks_after_what_may_not_be_there(folder, films, samples, tmp_path):
+    """Half of these questions have an answer without a box; the other lines stay what they were."""
+    asked = []
+    for k, (film, before) in enumerate(zip(films, samples, strict=True)):
+        rng = np.random.default_rng(k)
+        written = film_samples(film, f"p{k}", f"films/p{k}.png", rng, presence=1)
+        assert written[:-1] == before
+        x = written[-1]
+        assert x["boxes"] == sorted(f.box for f in film.findings if f.label == x["label"])
+        assert bool(x["boxes"]) == bool(parse_boxes(x["answer"])) and x["label"] in x["question"]
+        assert bool(x["boxes"]) != bool(NEGATED.search(x["answer"]))
+        asked.append(bool(x["boxes"]))
+    assert 0.3 < np.mean(asked) < 0.6
+    write_phantom(tmp_path / "asked", Arguments(6, 3, seed=5, size=SIZE, presence=1))
+    absent = [s for s in read_jsonl(tmp_path / "asked/train.jsonl", task="grounding")]
+    assert len(absent) == 6 + sum(x["task"] == "grounding" for x in lines(folder / "train.jsonl"))
+    # made by a version that could not ask
+    (folder / "phantom.json").write_text(json.dumps({"train": 6, "test": 3, "seed": 5, "size": 96}))
+    assert not write_phantom(folder, Arguments(train=6, test=3, seed=5, size=SIZE))
+
+
 def test_another_runs_folder_is_refused(folder, tmp_path):
     with pytest.raises(SystemExit, match=f"{folder}.*choose another --output_dir"):
         write_phantom(folder, Arguments(train=6, test=3, seed=6, size=SIZE))
@@ -314,6 +335,8 @@ def test_templates():
         (templates.REPORT_QUESTIONS, 15, []),
         (templates.REGION_QUESTIONS, 20, ["label"]),
         (templates.REGION_ANSWERS, 20, ["boxes", "label"]),
+        (templates.PRESENCE_QUESTIONS, 4, ["label"]),
+        (templates.ABSENT_ANSWERS, 3, ["label"]),
         (templates.PHRASE_QUESTIONS, 8, ["label"]),
         (templates.PHRASE_ANSWERS, 8, ["boxes"]),
     ):

@@ -117,6 +117,23 @@ def test_soft_f1_loophole_that_dice_closes():
     assert dice(junk, [HEART, other]) < dice(honest, [HEART, other])
 
 
+def test_silence_is_right_where_there_is_nothing_to_find():
+    box, absent = "At [0.3, 0.4, 0.7, 0.8].", "There is no nodule."
+    empty, found = grounding(), grounding(HEART)
+    assert reward_fn("dice_or_none")([absent, box, "", " "], [empty] * 4).values == [1, 0, 0, 0]
+    # a broken think block is an empty answer, and so no silence
+    assert reward_fn("dice_or_none")([f"<think>{absent}"], [empty]).values == [0]
+    answers = [absent, box, box + " [0, 0, 1, 1]"]
+    assert (
+        reward_fn("dice_or_none")(answers, [found] * 3).values
+        == reward_fn("dice")(answers, [found] * 3).values
+        == [0, 1, 2 / 3]
+    )
+    for name in ("soft_f1", "dice"):  # the paper's gives nothing to either
+        assert reward_fn(name)([absent, box], [empty] * 2).values == [0, 0]
+    assert reward_fn("format")([absent, box, ""], [empty] * 3).values == [1, 0, 0]
+
+
 words = st.lists(
     st.sampled_from(["no", "pleural", "effusion", "is", "seen.", "The"]), max_size=14
 ).map(" ".join)
@@ -567,7 +584,7 @@ def test_step_of_4096_answers_takes_under_two_seconds():
     assert light_step(4096)["seconds_step"] < 2
 
 
-@pytest.mark.parametrize("name", ["gleu", "length", "soft_f1", "dice", "format"])
+@pytest.mark.parametrize("name", ["gleu", "length", "soft_f1", "dice", "dice_or_none", "format"])
 @given(
     st.text(max_size=60)
     | st.lists(
@@ -576,7 +593,7 @@ def test_step_of_4096_answers_takes_under_two_seconds():
 )
 @settings(max_examples=60, deadline=None)
 def test_any_text_gets_a_finite_reward_in_range(name, answer):
-    sample = grounding(HEART) if name in ("soft_f1", "dice") else report()
+    sample = grounding(HEART) if name in ("soft_f1", "dice", "dice_or_none") else report()
     scores = reward_fn(name)([answer], [sample])
     assert scores.valid == [True] and 0 <= scores.values[0] <= 1
 

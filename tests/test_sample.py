@@ -145,7 +145,9 @@ def without(record: dict, name: str) -> dict:
         (BOX | {"boxes": [[0, 0, 10**400, 1]]}, "leaves 0..1", "divide x by the image's width"),
         (BOX | {"boxes": [[0.5, 0, 0.4, 1]]}, "has no area", "x1 < x2"),
         (BOX | {"boxes": [[0, 0.5, 1, 0.5]]}, "has no area", "y1 < y2"),
-        (BOX | {"boxes": []}, "grounding without boxes", 'add "boxes"'),
+        (without(BOX, "boxes"), "grounding without boxes", 'add "boxes"'),
+        (BOX | {"boxes": None}, "grounding without boxes", "nothing to find"),
+        (BOX | {"boxes": []}, '"boxes" is empty, but the answer holds a box', "nothing to find"),
         (
             BOX | {"answer": "It is in the middle."},
             "the answer holds no box",

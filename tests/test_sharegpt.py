@@ -146,6 +146,15 @@ def test_a_bad_item_is_named(read, item, wrong):
     assert "llava.json: item 2" in message and wrong in message
 
 
+def test_a_question_with_nothing_to_find_goes_both_ways(read):
+    [sample] = read({
+        "id": "x", "task": "grounding", "boxes": [],
+        "conversations": said("Is there any nodule?", "There is no nodule."),
+    })  # fmt: skip
+    assert (sample.task, sample.boxes, sample.answer) == ("grounding", [], "There is no nodule.")
+    assert to_sharegpt(sample, [])["boxes"] == []
+
+
 def test_the_command_both_ways(phantom, tmp_path):
     run = partial(python, "-m", "minigrpo.data.sharegpt")
     run(phantom / "train.jsonl", "--output_file", tmp_path / "llava.json")

@@ -1000,10 +1000,11 @@ def report(findings: list[Finding], rng) -> list[Statement]:
     return statements + [Statement(text, []) for text in rng.permutation(remarks).tolist()]
 
 
-def film_samples(film: Film, patient: str, image: str, rng) -> list[dict]:
+def film_samples(film: Film, patient: str, image: str, rng, presence: float = 0.0) -> list[dict]:
     """The samples about a film, as lines of the JSONL file: its report, the boxes of all findings,
     and for a film without findings and every second other the boxes of one part of the anatomy, of
-    one abnormality or of one phrase of the report.
+    one abnormality or of one phrase of the report. `presence` is the chance of one more question,
+    after a kind of finding that is on the film as often as not.
     """
     statements = report(film.findings, rng)
     findings = [
@@ -1075,21 +1076,28 @@ def film_samples(film: Film, patient: str, image: str, rng) -> list[dict]:
             s.text.rstrip("."),
             templates.phrase_turn,
         )
+    if presence and rng.random() < presence:
+        there = [kind for kind in KINDS if any(f.label == kind for f in film.findings)]
+        absent = [kind for kind in KINDS if kind not in there]
+        label = rng.choice(there if there and rng.random() < 0.5 else absent).item()
+        boxes = [f.box for f in film.findings if f.label == label]
+        ground("abnormality", label, boxes, label, templates.presence_turn)
     common = {"image": image, "source": "phantom", "patient": patient}
     return [
         {"id": f"{patient}-{k or 'report'}"} | common | sample for k, sample in enumerate(samples)
     ]
 
 
-def write_film(job: tuple[str, int], *, seed: int, size: int, folder: Path) -> list[dict]:
+def write_film(
+    job: tuple[str, int], *, seed: int, size: int, presence: float, folder: Path
+) -> list[dict]:
     split, index = job
     number, patient = SPLITS.index(split), f"phantom-{split}-{index:05d}"
     film = draw_film(seed, number, index, size)
     with aside(folder / "films" / f"{patient}.png", durable=False) as part:
         Image.fromarray(film.pixels).save(part, "PNG", compress_level=3)
-    return film_samples(
-        film, patient, f"films/{patient}.png", np.random.default_rng([seed, number, index, 1])
-    )
+    rng = np.random.default_rng([seed, number, index, 1])
+    return film_samples(film, patient, f"films/{patient}.png", rng, presence)
 
 
 @dataclass
@@ -1098,6 +1106,7 @@ class Arguments:
     test: int
     seed: int
     size: int
+    presence: float = 0.0  # share of films with a question after a finding that may be absent
 
 
 def write_phantom(output_dir: str | Path, arguments: Arguments, workers: int | None = None) -> bool:
@@ -1106,7 +1115,8 @@ def write_phantom(output_dir: str | Path, arguments: Arguments, workers: int | N
     """
     folder = Path(output_dir)
     done = folder / "phantom.json"
-    if done.exists() and json.loads(done.read_text()) == asdict(arguments):
+    # a folder of an earlier version says nothing of what it could not do
+    if done.exists() and {"presence": 0.0} | json.loads(done.read_text()) == asdict(arguments):
         return False
     if (folder / "train.jsonl").exists():
         before = done.read_text().strip() if done.exists() else "a run that did not finish"
@@ -1116,7 +1126,13 @@ def write_phantom(output_dir: str | Path, arguments: Arguments, workers: int | N
         )
     (folder / "films").mkdir(parents=True, exist_ok=True)
     jobs = [(split, k) for split in SPLITS for k in range(getattr(arguments, split))]
-    write = partial(write_film, seed=arguments.seed, size=arguments.size, folder=folder)
+    write = partial(
+        write_film,
+        seed=arguments.seed,
+        size=arguments.size,
+        presence=arguments.presence,
+        folder=folder,
+    )
     lines: dict[str, list[str]] = {split: [] for split in SPLITS}
     with multiprocessing.Pool(workers or os.cpu_count()) as pool:
         results = tqdm(
@@ -1139,11 +1155,19 @@ def main() -> None:
     parser.add_argument("--test", type=int, required=True, help="test films, of other patients")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same films")
     parser.add_argument("--size", type=int, default=320, help="pixels a side")
+    parser.add_argument(
+        "--presence",
+        type=float,
+        default=0.0,
+        help="share of films with one more question, after a finding that is there as often as not",
+    )
     options = vars(parser.parse_args())
     output_dir = options.pop("output_dir")
     for name, least in (("train", 0), ("test", 0), ("seed", 0), ("size", 32)):
         if options[name] < least:
             parser.error(f"--{name} must be at least {least}, got {options[name]}")
+    if not 0 <= options["presence"] <= 1:
+        parser.error(f"--presence is a share of films, 0 to 1, got {options['presence']}")
     if any(place.exists() and not place.is_dir() for place in (output_dir, *output_dir.parents)):
         parser.error(f"--output_dir {output_dir} is, or lies under, a file: give another")
     try:

@@ -36,7 +36,8 @@ class Sample:
     question: str
     answer: str
     turns: list[list[str]] | None = None  # conversation: [[question, answer], ...]
-    boxes: list[list[float]] = field(default_factory=list)  # [[x1, y1, x2, y2], ...] in 0..1
+    # [[x1, y1, x2, y2], ...] in 0..1; grounding without any: there is nothing to find
+    boxes: list[list[float]] = field(default_factory=list)
     kind: str | None = None  # grounding: one of KINDS
     label: str | None = None
     thinking: str | None = None  # a trace to imitate, without its tags

@@ -138,10 +138,24 @@ def record_errors(record: dict) -> Iterator[str]:
         return
     wrong = list(filter(None, map(_box_error, boxes or [])))
     yield from wrong
-    if task == "grounding" and not boxes:
-        yield 'grounding without boxes: add "boxes": [[x1, y1, x2, y2]], or remove the line'
-    if task == "grounding" and isinstance(record.get("answer"), str):
-        if not parse_boxes(record["answer"]):
-            yield 'grounding, but the answer holds no box: write its boxes as "[x1, y1, x2, y2]"'
-        elif boxes and not wrong:
-            yield from filter(None, [contradiction(record["answer"], boxes)])
+    if task == "grounding" and not wrong:
+        yield from filter(None, [_grounding_error(record.get("answer"), boxes)])
+
+
+def _grounding_error(answer: Any, boxes: list | None) -> str | None:
+    if boxes is None:
+        return (
+            'grounding without boxes: add "boxes": [[x1, y1, x2, y2]], or "boxes": [] where there'
+            " is nothing to find, or remove the line"
+        )
+    if not isinstance(answer, str):
+        return None
+    said = parse_boxes(answer)
+    if not boxes:
+        return said and (
+            '"boxes" is empty, but the answer holds a box: put it into "boxes" too, or answer that'
+            " there is nothing to find"
+        )
+    if not said:
+        return 'grounding, but the answer holds no box: write its boxes as "[x1, y1, x2, y2]"'
+    return contradiction(answer, boxes)

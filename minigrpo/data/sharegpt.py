@@ -42,7 +42,7 @@ def to_sharegpt(sample: Sample, folder: Path) -> dict:
         {"image": images if isinstance(sample.image, list) else images[0]} if images else {}
     )
     item |= {"conversations": talk, "task": sample.task} | (
-        {"boxes": sample.boxes} if sample.boxes else {}
+        {"boxes": sample.boxes} if sample.boxes or sample.task == "grounding" else {}
     )
     return item | {
         name: getattr(sample, name) for name in EXTRA if getattr(sample, name) is not None
@@ -89,9 +89,9 @@ def turns_of(item: dict) -> list[list[str]]:
 def from_sharegpt(item: dict, images: list[str], task: str) -> dict:
     """One JSONL line; `images` are the item's paths as they shall be written."""
     turns = turns_of(item)
-    boxes = item.get("boxes") or (
-        [list(box) for box in parse_boxes(turns[0][1])] if len(turns) == 1 else []
-    )
+    boxes = item.get("boxes")
+    if boxes is None:
+        boxes = [list(box) for box in parse_boxes(turns[0][1])] if len(turns) == 1 else []
     found = item.get("task") or (
         "conversation" if len(turns) > 1 else "grounding" if boxes else task
     )
@@ -104,7 +104,7 @@ def from_sharegpt(item: dict, images: list[str], task: str) -> dict:
         "answer": turns[0][1],
     }
     line |= ({"turns": turns} if found == "conversation" else {}) | (
-        {"boxes": boxes} if boxes else {}
+        {"boxes": boxes} if boxes or "boxes" in item else {}
     )
     return line | {name: item[name] for name in EXTRA if item.get(name) is not None}
 

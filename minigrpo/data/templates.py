@@ -86,6 +86,15 @@ REGION_ANSWERS = (
     "At {boxes} lies the {label}.",
 )
 
+# Of a finding that may not be there.
+PRESENCE_QUESTIONS = (
+    "Is there any {label}? If so, where?",
+    "Do you see any {label}? Box it if you do.",
+    "Look for any {label} and give its box.",
+    "Does this film show any {label}? Where?",
+)
+ABSENT_ANSWERS = ("There is no {label}.", "No {label} is seen.", "I see no {label}.")
+
 PHRASE_QUESTIONS = (
     'Where is this seen: "{label}"?',
     'Locate the phrase "{label}".',
@@ -141,6 +150,13 @@ def region_turn(label: str, boxes: str, rng: np.random.Generator) -> tuple[str, 
     wrote.
     """
     question, answer = draw_template(REGION_QUESTIONS, rng), draw_template(REGION_ANSWERS, rng)
+    return question.format(label=label), answer.format(label=label, boxes=boxes)
+
+
+def presence_turn(label: str, boxes: str, rng: np.random.Generator) -> tuple[str, str]:
+    """(question, answer) for a finding that may be absent: `boxes` is "" where it is."""
+    question = draw_template(PRESENCE_QUESTIONS, rng)
+    answer = draw_template(REGION_ANSWERS if boxes else ABSENT_ANSWERS, rng)
     return question.format(label=label), answer.format(label=label, boxes=boxes)
 
 

@@ -96,7 +96,8 @@ def drawn_trace(sample: Sample, drawn: list[dict], templates: dict) -> str:
             words["box"].format(label=sample.label, size=size_of(box, words), where=where(box))
             for box in sample.boxes
         ]
-        return f"{words['count'].get(len(spots), len(spots))} to find. " + ". ".join(spots) + "."
+        number = words["count"].get(len(spots), len(spots))
+        return ". ".join([f"{number} to find", *spots]) + "."
     steps = []
     for step in templates["search"]:
         phrases = [finding_words(f, drawn, words) for f in drawn if f["label"] in step["labels"]]

@@ -45,15 +45,17 @@ def _keys(sample: Sample) -> list[tuple[str, str]]:
 def constant_boxes(train: list[Sample], test: list[Sample]) -> list[str]:
     """For each test sample the best constant answer of its label in train; of its kind where train
     has no such label (most phrases), of all grounding where it has no such kind. Boxes are written
-    in 0..1. Only the grounding samples of train count; test holds nothing else.
+    in 0..1. Only the grounding samples of train that have boxes count; test holds nothing but
+    grounding.
     """
     groups: dict[tuple[str, str], list[Sample]] = {}
     for sample in train:
-        for key in _keys(sample) if sample.task == "grounding" else ():
+        for key in _keys(sample) if sample.task == "grounding" and sample.boxes else ():
             groups.setdefault(key, []).append(sample)
     if not groups:
         raise ValueError(
-            "constant_boxes: train has no grounding samples: give it a file that has some"
+            "constant_boxes: train has no grounding samples with boxes: give it a file that has"
+            " some"
         )
     if any(sample.task != "grounding" for sample in test):
         raise ValueError("constant_boxes: test has samples that are not grounding: leave them out")

@@ -50,12 +50,13 @@ def score_item(
         }
     if sample.task == "grounding":
         boxes = parse_boxes(text, box_scale)
+        item |= {"boxes": len(boxes), "detections": detection_statistics(boxes, sample.boxes)}
+        if not sample.boxes:  # there is nothing to find
+            return item | {"false_alarm": float(bool(boxes)), "unparseable": float(not text)}
         return item | {
             "soft_f1": soft_f1(boxes, sample.boxes),
             "map50": average_precision(boxes, sample.boxes),
-            "detections": detection_statistics(boxes, sample.boxes),
             "matched_iou": match_statistics(boxes, sample.boxes),
-            "boxes": len(boxes),
             "unparseable": float(not boxes),
         }
     return item | {

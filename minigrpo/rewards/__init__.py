@@ -29,7 +29,7 @@ from ..data.boxes import split_thinking
 from ..data.sample import Sample
 from ..visible import text_of
 from .clinical import CLINICAL, Scorers
-from .grounding import dice, soft_f1
+from .grounding import dice, dice_or_none, soft_f1
 from .radcliq import radcliq_v1
 from .spec import REWARDS, Term, parse_spec
 from .text import gleu, length
@@ -40,6 +40,7 @@ __all__ = [
     "Reward",
     "Scores",
     "dice",
+    "dice_or_none",
     "gleu",
     "length",
     "radcliq_v1",

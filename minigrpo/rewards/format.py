@@ -8,7 +8,7 @@ from ..data.thinking import asks_to_think
 def well_formed(answer: str, sample: Sample, template_opens_think: bool, box_scale: float) -> bool:
     """One closed think block where the question asks for it (` /think` at its end, or a template
     that opens the block), none or one elsewhere; a text after it; and for grounding at least one
-    box inside the image.
+    box inside the image, or no box where there is nothing to find.
     """
     _, text, ok = split_thinking(answer, template_opens_think)
     if (template_opens_think or asks_to_think(sample.question)) and CLOSE not in answer:
@@ -18,7 +18,7 @@ def well_formed(answer: str, sample: Sample, template_opens_think: bool, box_sca
             0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
             for x1, y1, x2, y2 in parse_boxes(text, box_scale)
         ]
-        return ok and any(inside)
+        return ok and (any(inside) if sample.boxes else bool(text) and not inside)
     return ok and bool(text)
 
 

@@ -68,6 +68,17 @@ def dice(predicted_boxes: Boxes, reference_boxes: Boxes) -> float:
     return float(2 * total / (len(predicted_boxes) + len(reference_boxes)))
 
 
+def dice_or_none(answer: str, reference_boxes: Boxes, box_scale: float = 1.0) -> float:
+    """`dice` of the boxes in `answer`; where there is nothing to find, 1 for a text without a box
+    and 0 for a box or no text. Range 0..1; floor 0, for an empty answer too. Source: ours, so that
+    "there is none" can be the right answer: `soft_f1` and `dice` give 0 to whatever is said there.
+    """
+    boxes = parse_boxes(answer, box_scale)
+    if not len(reference_boxes):
+        return float(bool(answer.strip()) and not boxes)
+    return dice(boxes, reference_boxes)
+
+
 def soft_f1_reward(answers: list[str], samples: list[Sample], box_scale: float) -> list[float]:
     """`soft_f1` of the boxes in each answer. Range 0..1, floor 0."""
     return [
@@ -78,3 +89,8 @@ def soft_f1_reward(answers: list[str], samples: list[Sample], box_scale: float) 
 def dice_reward(answers: list[str], samples: list[Sample], box_scale: float) -> list[float]:
     """`dice` of the boxes in each answer. Range 0..1, floor 0."""
     return [dice(parse_boxes(a, box_scale), s.boxes) for a, s in zip(answers, samples, strict=True)]
+
+
+def dice_or_none_reward(answers: list[str], samples: list[Sample], box_scale: float) -> list[float]:
+    """`dice_or_none` of each answer. Range 0..1, floor 0."""
+    return [dice_or_none(a, s.boxes, box_scale) for a, s in zip(answers, samples, strict=True)]

@@ -12,7 +12,7 @@ from ..packages import MissingPackage
 from ..visible import text_of
 from .clinical import CLINICAL
 from .format import format_reward
-from .grounding import dice_reward, soft_f1_reward
+from .grounding import dice_or_none_reward, dice_reward, soft_f1_reward
 from .text import gleu_reward, length_reward
 
 Term = tuple[float, str, Callable]  # weight, name, function
@@ -22,6 +22,7 @@ REWARDS: dict[str, tuple[Callable, set[str]]] = {  # name: (function, the tasks 
     "gleu": (gleu_reward, TEXT_TASKS),
     "soft_f1": (soft_f1_reward, {"grounding"}),
     "dice": (dice_reward, {"grounding"}),
+    "dice_or_none": (dice_or_none_reward, {"grounding"}),
     **{name: (function, {"report"}) for name, (function, _) in CLINICAL.items()},
     "format": (format_reward, set(TASKS)),
     "length": (length_reward, TEXT_TASKS),
