@@ -5,9 +5,11 @@ The weights stay in a plain `Qwen3VLForConditionalGeneration`; the pass through 
 written out here, because the point of the whole project is in the attention: a group's answers read
 the keys and values of one pass over their prompt.
 
-`prefill` encodes the image, so an image is encoded once a pass: three times in a step of GRPO, for
-the rollout, for the log-probs of the reference, and in the update, which has gradients and is one
-pass for all answers of the group (activation checkpointing computes it twice there).
+`prefill` encodes the image, so an image is encoded once a pass: three times in a default step of
+GRPO, for the rollout, for the log-probs of the reference, and in the update, which has gradients
+and is one pass for all answers of the group. It is twice without a KL (`--kl_coef 0`), once more
+with `--rollout_cap`, which scores the policy, too, and once more where activation checkpointing
+computes the update's pass again.
 
 Shapes: B prompts, G answers each, R = B G rows, P prompt tokens (padded on the right), T answer
 tokens, d width, H query heads, K key heads, D head width.
