@@ -297,7 +297,7 @@ def test_bad_sft_settings(fails, phantom, tmp_path, extra):
         tmp_path / "run",
         *extra,
     )
-    assert f"{extra[0]} must lie in 0..1" in said
+    assert f"{extra[0]} must be between 0 and 1" in said
 
 
 @pytest.mark.parametrize(
@@ -802,7 +802,7 @@ def test_the_constant_answer_is_not_chosen_on_the_test_data(fails, phantom, tmp_
         "--train_data",
         phantom / "test.jsonl",
     ]
-    assert "would be chosen on it" in fails(evaluate.main, "--model", "constant", *words)
+    assert "would be chosen on the samples" in fails(evaluate.main, "--model", "constant", *words)
     assert "leave it out with other models" in fails(evaluate.main, "--model", "m", *words)
 
 
@@ -938,7 +938,7 @@ def test_validation_that_never_comes_is_said(kind):
     args = of(20)
     args.check()
     assert any(
-        "--eval_steps 50 is above --max_steps 20: --eval_data is never looked at" in note
+        "--eval_steps 50 is above --max_steps 20: --eval_data is never used" in note
         for note in args.inert()
     )
     assert of(50).inert() == []

@@ -286,7 +286,7 @@ def test_program_says_which_weights_are_missing(phantom, tmp_path):
     )
     assert not (tmp_path / "out").exists()
     said = python(*grpo(phantom, "tiny", tmp_path / "out", "--max_unscored", 2), code=1)
-    assert "--max_unscored must lie in 0..1, got 2.0" in said
+    assert "--max_unscored must be between 0 and 1, got 2.0" in said
 
 
 def test_program_trains_on_radcliq(phantom, trained, folder, tmp_path, monkeypatch):

@@ -320,7 +320,7 @@ def stop(train, *arguments, **more):
         (["--lora_rank", -4], "--lora_rank must be 0 (off) or more, got -4"),
         (["--lora_alpha", 0], "--lora_alpha above 0"),
         (["--freeze", "language"], "leave out --freeze"),
-        (["--model", "tiny"], "train it whole first"),
+        (["--model", "tiny"], "train the whole model first"),
     ],
 )
 def test_arguments_that_cannot_work(train, tmp_path, arguments, message):

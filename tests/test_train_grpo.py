@@ -153,9 +153,9 @@ def test_contradictions_stop_before_training(settings, message):
         (dict(surrogate="cispo"), "--dual_clip are not used"),
         (dict(cispo_cap=3.0), "--cispo_cap 3.0 is not used"),
         (dict(dual_clip=0), "nothing bounds the ratio"),
-        (dict(ratio_level="sequence"), "GSPO has 3e-4"),
+        (dict(ratio_level="sequence"), "GSPO uses 3e-4"),
         (dict(warmup=0.001), "the first step is at the peak already"),
-        (dict(warmup=1, lr_schedule="cosine"), "the learning rate never falls"),
+        (dict(warmup=1, lr_schedule="cosine"), "the learning rate never decays"),
         (dict(max_steps=2, lr_schedule="linear"), "--lr_schedule linear: no step is left"),
     ],
 )

@@ -1,7 +1,7 @@
-"""The arguments of the programs, and what is wrong with them that shows without a model.
+"""The arguments of the programs, and the checks on them that need no model.
 
-Imports no torch: a misspelt argument is answered in a moment. What takes torch to know stands in
-`check_with_torch`.
+Imports no torch, so that a misspelt argument is reported at once. The checks that need torch are
+in `check_with_torch`.
 """
 
 import math
@@ -66,8 +66,8 @@ class RunArguments:
     model: str = field(
         metadata={
             "help": (
-                "checkpoint folder or hub name of a dense Qwen3-VL; for train_sft.py also `tiny`: a"
-                " small random one"
+                "checkpoint folder or hub name of a dense Qwen3-VL; train_sft.py also takes `tiny`,"
+                " a small random one"
             )
         }
     )
@@ -75,7 +75,7 @@ class RunArguments:
     output_dir: str = field(
         metadata={
             "help": (
-                "run folder to make: args.json, starts.jsonl, metrics.jsonl, curves.png,"
+                "new run folder: args.json, starts.jsonl, metrics.jsonl, curves.png,"
                 " checkpoints/, final/"
             )
         }
@@ -88,38 +88,38 @@ class RunArguments:
         default=300, metadata={"help": "optimisation steps (for GRPO: rollout batches)"}
     )
     save_steps: int = field(
-        default=50, metadata={"help": "save a checkpoint to resume from every so many steps"}
+        default=50, metadata={"help": "save a checkpoint, to resume from, every N steps"}
     )
     keep_checkpoints: int = field(
-        default=2, metadata={"help": "how many of the newest checkpoints stay"}
+        default=2, metadata={"help": "how many of the newest checkpoints to keep"}
     )
     eval_data: str | None = field(
         default=None,
         metadata={
             "help": (
-                "JSONL file of validation samples; the weights that do best on them are kept in"
+                "JSONL file of validation samples; the weights that score best on it are kept in"
                 " best/"
             )
         },
     )
     eval_steps: int = field(
-        default=50, metadata={"help": "validate every so many steps, if there is --eval_data"}
+        default=50, metadata={"help": "validate every N steps, if --eval_data is given"}
     )
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decoupled weight decay"})
     grad_clip: float = field(
-        default=1.0, metadata={"help": "gradients of a larger norm are scaled down to it"}
+        default=1.0, metadata={"help": "gradients with a larger norm are scaled down to this one"}
     )
     max_grad_norm: float = field(
         default=1e4,
         metadata={
             "help": (
-                "an update whose gradient norm is above this, or not a number, is skipped and its"
-                " batch kept in skipped/"
+                "updates whose gradient norm is above this, or NaN, are skipped and their batches"
+                " kept in skipped/"
             )
         },
     )
     max_skipped: int = field(
-        default=10, metadata={"help": "stop the run when so many updates were skipped"}
+        default=10, metadata={"help": "stop the run once this many updates have been skipped"}
     )
     track: list[str] = field(
         default_factory=list,
@@ -133,15 +133,14 @@ class RunArguments:
         default=False, metadata={"help": "continue the run in output_dir from its last checkpoint"}
     )
     device: str = field(
-        default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"}
+        default="auto", metadata={"help": "cpu, cuda, or auto: cuda if there is a GPU"}
     )
     max_pixels: int = field(
         default=0,
         metadata={
             "help": (
-                "images of more pixels are shrunk to so many, in training and, since the checkpoint"
-                " keeps the number, wherever it is used later; 1,024 are a token (the paper:"
-                " 262144); 0: what --model was made for"
+                "larger images are shrunk to this many pixels, later too, as the checkpoint stores"
+                " the number; 1,024 pixels are a token (the paper: 262144); 0: the limit of --model"
             )
         },
     )
@@ -149,8 +148,8 @@ class RunArguments:
         default_factory=list,
         metadata={
             "help": (
-                "what to keep as it is: the vision tower, the projector behind it, the language"
-                " model; cheaper, and less to unlearn"
+                "parts not to train: the vision tower, the projector after it, the language model;"
+                " cheaper, and less is forgotten"
             ),
             "choices": list(PARTS),
         },
@@ -160,13 +159,13 @@ class RunArguments:
         metadata={
             "help": (
                 "train adapters of this rank instead of the weights (LoRA, 2106.09685; needs peft);"
-                " 0: off. GRPO's reference is then the model with its adapters off. They want a"
-                " learning rate about ten times as high"
+                " 0: off. GRPO's reference is then the model with its adapters off. Adapters need"
+                " a learning rate about ten times as high"
             )
         },
     )
     lora_alpha: float = field(
-        default=32.0, metadata={"help": "adapters count lora_alpha / lora_rank times"}
+        default=32.0, metadata={"help": "adapters are scaled by lora_alpha / lora_rank"}
     )
     lora_targets: list[str] = field(
         default_factory=lambda: list(LINEAR),
@@ -182,8 +181,8 @@ class RunArguments:
         default=False,
         metadata={
             "help": (
-                "keep the input of each layer alone for the backward pass, which computes the rest"
-                " anew: less memory, more time"
+                "keep only the input of each layer, and recompute the rest in the backward pass:"
+                " less memory, more time"
             )
         },
     )
@@ -191,8 +190,8 @@ class RunArguments:
         default=False,
         metadata={
             "help": (
-                "under torchrun, cut up the decoder layers over the ranks (FSDP2): for full"
-                " fine-tuning of 8B on cards of 80 GB; slower"
+                "under torchrun, shard the decoder layers across the ranks (FSDP2): for full"
+                " fine-tuning of 8B on 80 GB cards; slower"
             )
         },
     )
@@ -203,21 +202,21 @@ class RunArguments:
             "const": 0.0,
             "metavar": "GB",
             "help": (
-                "load nothing, and print what the run will take of the memory at hand, or of so"
-                " many GB, and the settings that fit"
+                "load nothing: print how much memory the run will need, and settings that fit into"
+                " the memory at hand, or into GB"
             ),
         },
     )
 
     def check(self) -> None:
-        """Settings that can't work are an error now, not after hours."""
+        """Settings that can't work are an error at once, not after hours."""
         for name, value in vars(self).items():
             if value != value:  # NaN passes every test for being too small or too large
                 raise ValueError(f"--{name} is nan: give it a number")
         if abs(self.seed) > LARGEST_SEED:
             raise ValueError(
-                f"--seed {self.seed} is too large: the seeds of epochs and steps are made of it;"
-                f" {LARGEST_SEED} at most"
+                f"--seed {self.seed} is too large: the seeds of epochs and steps are derived from"
+                f" it; at most {LARGEST_SEED}"
             )
         for name in ("max_steps", "save_steps", "keep_checkpoints", "eval_steps", "max_skipped"):
             at_least_one(self, name)
@@ -226,29 +225,28 @@ class RunArguments:
                 raise ValueError(f"--{name} must be a number above 0, got {getattr(self, name)}")
         if not 0 <= self.warmup <= 1:
             raise ValueError(
-                f"--warmup must lie in 0..1, got {self.warmup}: it is a share of the steps"
+                f"--warmup must be between 0 and 1, got {self.warmup}: it is a share of the steps"
             )
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"--weight_decay must be 0 or more, got {self.weight_decay}")
         if self.max_grad_norm <= 0:
             raise ValueError(
-                f"--max_grad_norm must be above 0, got {self.max_grad_norm}: larger gradients are"
-                " skipped"
+                f"--max_grad_norm must be above 0, got {self.max_grad_norm}: updates with a larger"
+                " norm are skipped"
             )
         for name in self.track:
             need(f"--track {name}", name)
         if self.eval_data and os.path.realpath(self.eval_data) == os.path.realpath(self.train_data):
             raise ValueError(
-                f"--eval_data {self.eval_data} is the training data: best/ would hold what knows it"
-                " by heart. Keep some patients apart"
+                f"--eval_data {self.eval_data} is the training data: best/ would keep the weights"
+                " that have memorised it. Hold some patients out"
             )
         check_pixels(self.max_pixels)
         if self.plan is not None and (self.model == "tiny" or not 0 <= self.plan < math.inf):
             raise ValueError(
-                "--plan is for a checkpoint, and takes the GB of a device or nothing: a tiny model"
-                " fits anywhere"
+                "--plan needs a checkpoint as --model: a tiny model fits anywhere"
                 if self.model == "tiny"
-                else f"--plan takes the GB of a device, got {self.plan}"
+                else f"--plan takes the memory of a device in GB, got {self.plan}"
             )
         if self.lora_rank < 0:
             raise ValueError(f"--lora_rank must be 0 (off) or more, got {self.lora_rank}")
@@ -256,8 +254,8 @@ class RunArguments:
             raise ValueError(f"--freeze {' '.join(self.freeze)}: nothing is left to train")
         if self.shard and (self.lora_rank or "language" in self.freeze):
             raise ValueError(
-                f"--shard with {'--lora_rank' if self.lora_rank else '--freeze language'}: it cuts"
-                " up layers that are trained, and here theirs are frozen; leave out --shard"
+                f"--shard with {'--lora_rank' if self.lora_rank else '--freeze language'}: it is"
+                " for layers that are trained, and here they are frozen; leave out --shard"
             )
         if self.lora_rank:
             need("--lora_rank", "peft")
@@ -269,21 +267,21 @@ class RunArguments:
             if "language" in self.freeze:
                 raise ValueError(
                     "--freeze language with --lora_rank: the adapters are in the language model,"
-                    " and all else is frozen already; leave out --freeze"
+                    " and everything else is frozen already; leave out --freeze"
                 )
         elif self.lora_alpha != RunArguments.lora_alpha or self.lora_targets != list(LINEAR):
             raise ValueError(
-                "--lora_alpha and --lora_targets are of adapters: add --lora_rank, or leave them"
-                " out to train the weights"
+                "--lora_alpha and --lora_targets are only for adapters: add --lora_rank, or leave"
+                " them out to train the weights"
             )
 
     def check_with_torch(self) -> None:
-        """The device, which must be there."""
+        """Resolve --device, which must exist."""
         self.device = checked_device(self.device)
 
     def inert(self) -> list[str]:
-        """Settings that have no effect beside the others, said once in the log, so that nobody
-        tunes them.
+        """Settings that have no effect, given the others; logged once, so that nobody tunes
+        them.
         """
         from minigrpo.run.distributed import ranks  # imports torch
 
@@ -292,12 +290,12 @@ class RunArguments:
                 self.eval_data and self.eval_steps > self.max_steps,
                 (
                     f"--eval_steps {self.eval_steps} is above --max_steps {self.max_steps}: "
-                    "--eval_data is never looked at, and nothing is kept in best/"
+                    "--eval_data is never used, and nothing is kept in best/"
                 ),
             ),
             (
                 self.shard and ranks() == 1,
-                "--shard: there is one process, which holds all; torchrun starts more",
+                "--shard: one process holds all layers; start several with torchrun",
             ),
         ]
         return [note for holds, note in notes if holds]
@@ -309,18 +307,18 @@ class SftArguments(RunArguments):
         default=8, metadata={"help": "images per optimisation step, each with all its questions"}
     )
     questions_per_image: int = field(
-        default=8, metadata={"help": "most questions about one image in a pass; they share it"}
+        default=8, metadata={"help": "at most this many questions about one image share a pass"}
     )
     micro_batch: int = field(
         default=8,
-        metadata={"help": "images per forward and backward pass: as many as memory takes"},
+        metadata={"help": "images per forward and backward pass: as many as fit in memory"},
     )
     task_weights: str = field(
         default="",
         metadata={
             "help": (
-                "how much each token of a task's answers counts, such as report=2; other tasks"
-                " count 1. The paper repeats its smaller sets, which costs time"
+                "weight of each token in the answers of a task, such as report=2; 1 for the other"
+                " tasks. The paper repeats its smaller data sets instead, which costs time"
             )
         },
     )
@@ -328,7 +326,7 @@ class SftArguments(RunArguments):
         default=1e-5,
         metadata={
             "help": (
-                "peak; it falls along half a cosine to a tenth; 1e-5 in the paper, about 1e-3 for"
+                "peak; it decays to a tenth along half a cosine; 1e-5 in the paper, about 1e-3 for"
                 " --model tiny"
             )
         },
@@ -340,14 +338,15 @@ class SftArguments(RunArguments):
         default="adamw",
         metadata={
             "help": (
-                "muon (matrices; AdamW for the rest) learns from random weights in half the steps:"
+                "muon (for matrices; AdamW for the rest) needs half the steps from random weights:"
                 " for --model tiny"
             ),
             "choices": ["adamw", "muon"],
         },
     )
     beta2: float = field(
-        default=0.999, metadata={"help": "AdamW's memory of squared gradients; 0.98 for short runs"}
+        default=0.999,
+        metadata={"help": "AdamW's decay rate of squared gradients; 0.98 for short runs"},
     )
 
     def check(self) -> None:
@@ -355,17 +354,17 @@ class SftArguments(RunArguments):
         for name in ("batch_size", "questions_per_image", "micro_batch"):
             at_least_one(self, name)
         if not 0 <= self.beta2 < 1:
-            raise ValueError(f"--beta2 must lie in 0..1, 1 left out, got {self.beta2}")
+            raise ValueError(f"--beta2 must be at least 0 and below 1, got {self.beta2}")
         parse_weights(self.task_weights)
         if self.shard and self.optimizer == "muon":
             raise ValueError(
-                "--shard with --optimizer muon: Muon needs whole matrices, and a rank has slices;"
-                " use --optimizer adamw"
+                "--shard with --optimizer muon: Muon needs whole matrices, and each rank has only"
+                " slices; use --optimizer adamw"
             )
         if self.lora_rank and self.model == "tiny":
             raise ValueError(
-                "--lora_rank with --model tiny: adapters beside random weights learn nothing; train"
-                " it whole first"
+                "--lora_rank with --model tiny: adapters on random weights learn nothing; train the"
+                " whole model first"
             )
 
 
@@ -381,8 +380,8 @@ def parse_weights(text: str) -> dict[str, float]:
             or not float(weight)
         ):
             raise ValueError(
-                f"--task_weights {text!r}: {piece!r} is not task=weight with a weight above 0 and a"
-                f" task, named once, of {', '.join(TASKS)}"
+                f"--task_weights {text!r}: {piece!r} is not task=weight; the weight must be above"
+                f" 0, and the task one of {', '.join(TASKS)}, named once"
             )
         weights[task] = float(weight)
     return weights
@@ -394,9 +393,9 @@ class GrpoArguments(RunArguments):
         default="report=gleu,grounding=soft_f1",
         metadata={
             "help": (
-                "a reward, a mix (0.9*soft_f1+0.1*dice), either by task"
+                "a reward, a mix (0.9*soft_f1+0.1*dice), one for each task"
                 " (report=gleu,grounding=soft_f1), or your own as my_module:my_reward;"
-                " docs/rewards.md lists all"
+                " docs/rewards.md lists them all"
             )
         },
     )
@@ -412,7 +411,7 @@ class GrpoArguments(RunArguments):
     reward_device: str | None = field(
         default=None,
         metadata={
-            "help": "where the clinical rewards run: cpu, cuda:1, ...; without it beside the policy"
+            "help": "where the clinical rewards run: cpu, cuda:1, ...; default: as the policy"
         },
     )
     max_unscored: float = field(
@@ -426,7 +425,7 @@ class GrpoArguments(RunArguments):
     )
     think: bool = field(
         default=False,
-        metadata={"help": "put /think behind every question: thinking before the answer"},
+        metadata={"help": "append /think to every question, to ask for thinking before the answer"},
     )
     box_scale: float = field(
         default=1.0,
@@ -437,7 +436,7 @@ class GrpoArguments(RunArguments):
     prompts_per_step: int = field(
         default=8, metadata={"help": "questions per rollout batch (512 in the paper)"}
     )
-    group_size: int = field(default=8, metadata={"help": "answers sampled to each question, G"})
+    group_size: int = field(default=8, metadata={"help": "answers sampled for each question, G"})
     updates_per_rollout: int = field(
         default=4,
         metadata={"help": "optimiser steps on each rollout batch, each on its own prompts"},
@@ -447,7 +446,8 @@ class GrpoArguments(RunArguments):
         metadata={
             "help": (
                 "tokens of prompts and answers in one forward and backward pass, padding included;"
-                " a group stays whole. Smaller takes less memory, and changes nothing but rounding"
+                " groups are not split. A smaller number takes less memory and changes only"
+                " rounding"
             )
         },
     )
@@ -455,20 +455,21 @@ class GrpoArguments(RunArguments):
         default=1024,
         metadata={
             "help": (
-                "answers decoded at once; where a group has ended, a waiting prompt takes its place"
+                "answers decoded at once; when a group has finished, the next prompt takes its"
+                " place"
             )
         },
     )
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
     temperature: float = field(
-        default=1.0, metadata={"help": "of sampling, and so of the log-probs that are trained"}
+        default=1.0, metadata={"help": "of sampling, and also of the log-probs that are trained"}
     )
     dynamic_sampling: int = field(
         default=0,
         metadata={
             "help": (
-                "groups whose rewards are all equal teach nothing: ask other questions in their"
-                " place, at most so many times a step (DAPO)"
+                "groups whose rewards are all equal teach nothing: replace them with other"
+                " questions, at most N times a step (DAPO); 0: never"
             )
         },
     )
@@ -476,7 +477,7 @@ class GrpoArguments(RunArguments):
         default=0,
         metadata={
             "help": (
-                "the last so many tokens before --max_new_tokens cost reward, linearly up to 1"
+                "the last N tokens before --max_new_tokens cost reward, linearly up to 1"
                 " (DAPO eq. 13); 0: no cost"
             )
         },
@@ -485,8 +486,8 @@ class GrpoArguments(RunArguments):
         default=False,
         metadata={
             "help": (
-                "keep answers that were cut off out of the loss (DAPO): what they were about to say"
-                " was not judged"
+                "leave answers that were cut off out of the loss (DAPO), as the reward did not see"
+                " how they end"
             )
         },
     )
@@ -505,8 +506,8 @@ class GrpoArguments(RunArguments):
         default=False,
         metadata={
             "help": (
-                "compare each answer with the mean of the others, which is n / (n - 1) times the"
-                " advantage (RLOO); with --advantage_scale none an unbiased policy gradient"
+                "compare each answer with the mean of the others, which multiplies the advantage"
+                " by n / (n - 1) (RLOO); with --advantage_scale none an unbiased policy gradient"
             )
         },
     )
@@ -514,9 +515,9 @@ class GrpoArguments(RunArguments):
         default="token",
         metadata={
             "help": (
-                "one ratio a token, or the geometric mean over the answer (sequence: GSPO, which"
-                " clips at --clip_low 3e-4 --clip_high 4e-4, for a mean over hundreds of tokens"
-                " hardly moves, and uses --aggregation sequence-mean)"
+                "one ratio per token, or their geometric mean over the answer (sequence: GSPO; a"
+                " mean over hundreds of tokens hardly moves, so it uses --clip_low 3e-4 --clip_high"
+                " 4e-4, with --aggregation sequence-mean)"
             ),
             "choices": list(RATIO_LEVELS),
         },
@@ -536,8 +537,7 @@ class GrpoArguments(RunArguments):
         default=0.28, metadata={"help": "the ratio may rise to 1 + clip_high (DAPO's clip-higher)"}
     )
     dual_clip: float = field(
-        default=3.0,
-        metadata={"help": "bound of the ratio where the advantage is negative; 0: none"},
+        default=3.0, metadata={"help": "largest ratio where the advantage is negative; 0: no bound"}
     )
     cispo_cap: float = field(
         default=5.0,
@@ -558,7 +558,7 @@ class GrpoArguments(RunArguments):
         default=0.01,
         metadata={
             "help": (
-                "weight of the KL to the frozen reference; 0: no reference is kept and no KL logged"
+                "weight of the KL to the frozen reference; 0: no reference is loaded, no KL logged"
             )
         },
     )
@@ -569,7 +569,7 @@ class GrpoArguments(RunArguments):
         default=False,
         metadata={
             "help": (
-                "multiply the estimate by the ratio, which makes the gradient that of KL(policy ||"
+                "multiply the estimate by the ratio, so that its gradient is that of KL(policy ||"
                 " reference) (DeepSeek-V3.2)"
             )
         },
@@ -578,9 +578,9 @@ class GrpoArguments(RunArguments):
         default="token-mean",
         metadata={
             "help": (
-                "mean over the update's tokens (DAPO, the paper), over answers of their own means"
-                " (DeepSeekMath: tokens of long answers count less), or the sum over answers x"
-                " --max_new_tokens, a constant (Dr. GRPO)"
+                "mean over all tokens of the update (DAPO, the paper), mean over answers of their"
+                " means (DeepSeekMath: tokens of long answers count less), or the sum divided by a"
+                " constant, answers x --max_new_tokens (Dr. GRPO)"
             ),
             "choices": list(AGGREGATIONS),
         },
@@ -589,9 +589,9 @@ class GrpoArguments(RunArguments):
         default=600.0,
         metadata={
             "help": (
-                "seconds that the reward may take for a step's answers. Where it takes longer, each"
-                " group is asked alone, for as long again in all, and groups without an answer are"
-                " masked"
+                "seconds that the reward may take for a step's answers. If it takes longer, each"
+                " group is scored by itself, with as long again for all, and groups without a score"
+                " are masked"
             )
         },
     )
@@ -606,9 +606,9 @@ class GrpoArguments(RunArguments):
         default="constant",
         metadata={
             "help": (
-                "the learning rate after the warm-up: at its peak throughout (the paper), or"
-                " falling to a tenth along a line or half a cosine; of --max_steps, all updates of"
-                " a step alike"
+                "the learning rate after the warm-up: constant (the paper), or decaying to a tenth"
+                " over --max_steps along a line or half a cosine; the same for all updates of a"
+                " step"
             ),
             "choices": list(SCHEDULES),
         },
@@ -617,8 +617,8 @@ class GrpoArguments(RunArguments):
         default=False,
         metadata={
             "help": (
-                "measure at the start what the machine can do, and log which share of it each phase"
-                " reaches"
+                "measure the speed of the machine at the start, and log the share of it that each"
+                " phase reaches"
             )
         },
     )
@@ -637,20 +637,20 @@ class GrpoArguments(RunArguments):
         if self.prompts_per_step % self.updates_per_rollout:
             raise ValueError(
                 f"--prompts_per_step {self.prompts_per_step} must be a multiple of"
-                f" --updates_per_rollout {self.updates_per_rollout}, so that every update has as"
-                " many prompts"
+                f" --updates_per_rollout {self.updates_per_rollout}, so that every update has the"
+                " same number of prompts"
             )
         if self.reward_timeout <= 0:
             raise ValueError(f"--reward_timeout must be above 0 seconds, got {self.reward_timeout}")
         if self.group_size < 2:
             raise ValueError(
-                "--group_size must be at least 2: an answer alone has no group to be better than"
+                "--group_size must be at least 2: a single answer has nothing to be compared with"
             )
         check_box_scale(self.box_scale)
         if not 0 < self.temperature < math.inf:
             raise ValueError(
-                f"--temperature must be above 0, got {self.temperature}: greedy answers of a group"
-                " are all equal"
+                f"--temperature must be above 0, got {self.temperature}: greedy answers to a"
+                " question are all equal"
             )
         for name in (
             "dynamic_sampling",
@@ -673,14 +673,14 @@ class GrpoArguments(RunArguments):
             )
         if not 0 <= self.max_unscored <= 1:
             raise ValueError(
-                f"--max_unscored must lie in 0..1, got {self.max_unscored}: it is a share of the"
-                " answers"
+                f"--max_unscored must be between 0 and 1, got {self.max_unscored}: it is a share of"
+                " the answers"
             )
         if self.cispo_cap == 0:
             raise ValueError("--cispo_cap must be above 0: it is the largest weight of a token")
 
     def check_with_torch(self) -> None:
-        """The devices, and the settings of the loss, which knows those that contradict."""
+        """Check the devices, and let the loss reject settings that contradict each other."""
         import torch
 
         from minigrpo.loss import grpo_loss
@@ -733,7 +733,7 @@ class GrpoArguments(RunArguments):
                 self.kl_coef > 0 and self.kl_estimator == "k1" and not self.kl_ratio,
                 (
                     "--kl_estimator k1 without --kl_ratio: its expected gradient on-policy is 0, so"
-                    " it holds nothing"
+                    " it does not hold the policy back"
                 ),
             ),
             (not clip, "--surrogate cispo: --clip_low, --clip_high and --dual_clip are not used"),
@@ -748,30 +748,30 @@ class GrpoArguments(RunArguments):
             (
                 self.warmup > 0 and rise == 1,
                 (
-                    f"--warmup {self.warmup} of --max_steps {self.max_steps} is one step at most,"
+                    f"--warmup {self.warmup} of --max_steps {self.max_steps} is at most one step,"
                     " so the first step is at the peak already"
                 ),
             ),
             (
                 self.lr_schedule != "constant" and self.max_steps - rise <= 1,
                 (
-                    f"--lr_schedule {self.lr_schedule}: no step is left behind "
-                    "the warm-up and the peak, so the learning rate never falls"
+                    f"--lr_schedule {self.lr_schedule}: no step is left after "
+                    "the warm-up and the peak, so the learning rate never decays"
                 ),
             ),
             (
                 self.ratio_level == "sequence" and min(self.clip_low, self.clip_high) > 0.01,
                 (
-                    "--ratio_level sequence: a mean over the answer hardly moves and will not meet"
-                    f" --clip_low {self.clip_low} or --clip_high {self.clip_high}; GSPO has 3e-4"
+                    "--ratio_level sequence: a mean over the answer hardly moves and will not reach"
+                    f" --clip_low {self.clip_low} or --clip_high {self.clip_high}; GSPO uses 3e-4"
                     " and 4e-4"
                 ),
             ),
             (
                 (prompts := self.prompts_per_step // self.updates_per_rollout) < ranks(),
                 (
-                    f"{prompts} prompts an update for {ranks()} processes: some wait for the"
-                    " others; raise --prompts_per_step or lower --updates_per_rollout"
+                    f"{prompts} prompts per update for {ranks()} processes: some will be idle;"
+                    " raise --prompts_per_step or lower --updates_per_rollout"
                 ),
             ),
         ]
@@ -786,7 +786,7 @@ class EvaluateArguments:
     output_dir: str = field(
         metadata={
             "help": (
-                "folder to make: predictions.jsonl, metrics.json, table.md, report.html,"
+                "folder to create: predictions.jsonl, metrics.json, table.md, report.html,"
                 " samples.png"
             )
         }
@@ -798,8 +798,8 @@ class EvaluateArguments:
         default=None,
         metadata={
             "help": (
-                "instead of a model: an evaluation's folder or its predictions.jsonl, whose answers"
-                " are scored anew"
+                "instead of a model: the folder of an evaluation, or its predictions.jsonl, whose"
+                " answers are scored again"
             )
         },
     )
@@ -828,45 +828,45 @@ class EvaluateArguments:
         default=None,
         metadata={
             "help": (
-                "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL; default"
-                " 1, or as --predictions had it"
+                "what the model's coordinates are divided by: 1000 for an untuned Qwen3-VL;"
+                " default: 1, or as stored with --predictions"
             )
         },
     )
     think: bool = field(
         default=False,
-        metadata={"help": "put /think behind every question: thinking before the answer"},
+        metadata={"help": "append /think to every question, to ask for thinking before the answer"},
     )
     template_opens_think: bool = field(
         default=False,
         metadata={
             "help": (
                 "the chat template writes the first <think> itself, as Qwen3-VL-Thinking's does:"
-                " only for --predictions that don't say so, since a --model does"
+                " only for --predictions that do not say so; with --model it is known"
             )
         },
     )
     max_pixels: int = field(
         default=0,
         metadata={
-            "help": "images of more pixels are shrunk to so many; 0: what --model was trained with"
+            "help": "larger images are shrunk to this many pixels; 0: as --model was trained"
         },
     )
     published: bool = field(
         default=False,
         metadata={
             "help": (
-                "put the paper's published figures beside ours in table.md: for real films only, "
-                "and they compare on the same files"
+                "put the paper's published figures beside ours in table.md: for real films only,"
+                " and comparable only on the same files"
             )
         },
     )
     report_items: int = field(
         default=400,
-        metadata={"help": "answers shown in report.html, drawn at random; 0 writes none"},
+        metadata={"help": "answers shown in report.html, drawn at random; 0: no report.html"},
     )
     device: str = field(
-        default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"}
+        default="auto", metadata={"help": "cpu, cuda, or auto: cuda if there is a GPU"}
     )
     bf16: bool = field(default=False, metadata={"help": "compute in bfloat16"})
 
@@ -892,8 +892,8 @@ class EvaluateArguments:
             )
         if self.train_data and os.path.realpath(self.train_data) == os.path.realpath(self.data):
             raise ValueError(
-                f"--train_data {self.train_data} is the --data to be answered: the constant answers"
-                " would be chosen on it"
+                f"--train_data {self.train_data} is also --data: the constant answers would be"
+                " chosen on the samples that they are tested on"
             )
         if self.model == "constant" and (
             self.template_opens_think or self.box_scale not in (None, 1)
@@ -904,7 +904,7 @@ class EvaluateArguments:
             )
 
     def check_with_torch(self) -> None:
-        """The device, which must be there."""
+        """Resolve --device, which must exist."""
         self.device = checked_device(self.device)
 
 
@@ -923,7 +923,7 @@ class ProbeArguments:
     samples: int = field(
         default=200, metadata={"help": "questions of each task, evenly spaced; 0: all"}
     )
-    group_size: int = field(default=8, metadata={"help": "answers sampled to each question, G"})
+    group_size: int = field(default=8, metadata={"help": "answers sampled for each question, G"})
     temperature: float = field(default=1.0, metadata={"help": "of sampling"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
     output_file: str | None = field(
@@ -942,16 +942,16 @@ class ProbeArguments:
     )
     think: bool = field(
         default=False,
-        metadata={"help": "put /think behind every question: thinking before the answer"},
+        metadata={"help": "append /think to every question, to ask for thinking before the answer"},
     )
     max_pixels: int = field(
         default=0,
         metadata={
-            "help": "images of more pixels are shrunk to so many; 0: what --model was trained with"
+            "help": "larger images are shrunk to this many pixels; 0: as --model was trained"
         },
     )
     device: str = field(
-        default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"}
+        default="auto", metadata={"help": "cpu, cuda, or auto: cuda if there is a GPU"}
     )
     bf16: bool = field(default=False, metadata={"help": "compute in bfloat16"})
     seed: int = field(default=0, metadata={"help": "the same seed samples the same answers"})
@@ -964,7 +964,7 @@ class ProbeArguments:
         if abs(self.seed) > LARGEST_SEED:
             raise ValueError(f"--seed {self.seed} is too large: at most 2**40 either way")
         if self.group_size < 2:
-            raise ValueError("--group_size must be at least 2: one answer is no group")
+            raise ValueError("--group_size must be at least 2: one answer is not a group")
         if self.samples < 0:
             raise ValueError(f"--samples must not be negative, got {self.samples}; 0: all")
         if not 0 < self.temperature < math.inf:
@@ -974,7 +974,7 @@ class ProbeArguments:
             )
 
     def check_with_torch(self) -> None:
-        """The device, which must be there."""
+        """Resolve --device, which must exist."""
         self.device = checked_device(self.device)
 
 
@@ -988,8 +988,8 @@ class AskArguments:
     output: str | None = field(
         default=None,
         metadata={
-            "help": "where the film with its boxes goes; default: beside the "
-            "image, as NAME-boxes.png"
+            "help": "where to write the film with its boxes; default: beside the image, as "
+            "NAME-boxes.png"
         },
     )
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
@@ -1000,7 +1000,7 @@ class AskArguments:
         },
     )
     device: str = field(
-        default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"}
+        default="auto", metadata={"help": "cpu, cuda, or auto: cuda if there is a GPU"}
     )
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
 
@@ -1013,7 +1013,7 @@ class AskArguments:
             raise ValueError(f"--temperature must be 0 (greedy) or more, got {self.temperature}")
 
     def check_with_torch(self) -> None:
-        """The device, which must be there."""
+        """Resolve --device, which must exist."""
         self.device = checked_device(self.device)
 
 
@@ -1022,14 +1022,14 @@ class TinyArguments:
     train_data: str = field(
         metadata={"help": "JSONL file whose questions and answers train the tokenizer"}
     )
-    output_dir: str = field(metadata={"help": "checkpoint folder to make"})
+    output_dir: str = field(metadata={"help": "checkpoint folder to create"})
     seed: int = field(default=0, metadata={"help": "of the random weights"})
 
 
 @dataclass
 class ElsewhereArguments:
     data: str = field(metadata={"help": "JSONL file of samples"})
-    output: str = field(metadata={"help": "parquet file to make; the films are in it"})
+    output: str = field(metadata={"help": "parquet file to create, films included"})
     task: str = field(
         default="all", metadata={"help": "samples of this task only", "choices": [*TASKS, "all"]}
     )
@@ -1037,7 +1037,7 @@ class ElsewhereArguments:
 
 @dataclass
 class QuickArguments:
-    output_dir: str = field(default="runs/quick", metadata={"help": "folder to make"})
+    output_dir: str = field(default="runs/quick", metadata={"help": "folder to create"})
     seed: int = field(default=0, metadata={"help": "of pictures, weights, data order and sampling"})
     train: int = field(default=1600, metadata={"help": "pictures to learn from"})
     test: int = field(
@@ -1063,7 +1063,7 @@ class QuickArguments:
 class DemoArguments:
     output_dir: str = field(
         default="runs/demo",
-        metadata={"help": "folder to make, or of a demo that was stopped, to go on in"},
+        metadata={"help": "folder to create, or that of a demo that was stopped, to resume it"},
     )
     seed: int = field(default=0, metadata={"help": "of films, weights, data order and sampling"})
     data: str | None = field(
@@ -1074,23 +1074,25 @@ class DemoArguments:
         default="tiny", metadata={"help": "what SFT starts from: a checkpoint, or `tiny`"}
     )
     smoke: bool = field(
-        default=False, metadata={"help": "every stage, each as small as can be: shows that it runs"}
+        default=False,
+        metadata={"help": "run every stage as small as possible, to check that it works"},
     )
     fresh: bool = field(
         default=False,
-        metadata={"help": "begin anew: remove what an earlier demo has left in output_dir"},
+        metadata={"help": "start over: remove what an earlier demo left in output_dir"},
     )
 
     def check(self) -> None:
         for name in ("train.jsonl", "test.jsonl") if self.data is not None else ():
             if not (Path(self.data) / name).is_file():
                 raise ValueError(
-                    f"--data {self.data!r} holds no {name}: give a folder with train.jsonl and"
+                    f"--data {self.data!r} has no {name}: give a folder with train.jsonl and"
                     " test.jsonl (make demo-real DATA=FOLDER)"
                 )
         if self.model != "tiny" and not (Path(self.model) / "config.json").is_file():
             raise ValueError(
-                f"--model {self.model} is no checkpoint folder: run the demo first, or name another"
+                f"--model {self.model} is not a checkpoint folder: run the demo first, or name"
+                " another"
             )
 
 
@@ -1105,8 +1107,8 @@ class StudyArguments:
     page: str = field(
         default="docs/study.md",
         metadata={
-            "help": "page whose results are rendered, or that is made; figures go to images/ "
-            "beside it; empty: none"
+            "help": "page whose results are updated, or that is created; figures go to images/ "
+            "beside it; empty: no page"
         },
     )
     table: bool = field(
@@ -1114,7 +1116,7 @@ class StudyArguments:
     )
     smoke: bool = field(
         default=False,
-        metadata={"help": "every step of the study, each as small as can be: shows that it runs"},
+        metadata={"help": "run every step as small as possible, to check that it works"},
     )
     seeds: int | None = field(default=None, metadata={"help": "seeds of GRPO; default 3"})
     jobs: int = field(
