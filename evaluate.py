@@ -100,8 +100,8 @@ def read_samples(args: EvaluateArguments) -> list[Sample]:
     samples = read_jsonl(args.data, task=args.task, part=(rank(), ranks()))
     if args.published and (drawn := sum(sample.source in DRAWN for sample in samples)):
         raise ValueError(
-            f"--published: {drawn} of the samples are drawn ({', '.join(DRAWN)}), "
-            "and the paper's figures are of real films: leave it out"
+            f"--published: {drawn} of the samples are drawn ({', '.join(DRAWN)}), and the paper's"
+            " figures are for real films: leave it out"
         )
     return ask_to_think(samples) if args.think else samples
 

@@ -114,8 +114,8 @@ def load_data(args: GrpoArguments, reward: Callable) -> tuple[list[Sample], list
     for samples, name in ((train, "train_data"), (validation, "eval_data")):
         if not samples and (file := getattr(args, name)):
             raise ValueError(
-                f"--reward {args.reward} covers {', '.join(sorted(reward.tasks))}: no sample of "
-                f"--{name} {file} is left (--task {args.task})"
+                f"--reward {args.reward} covers {', '.join(sorted(reward.tasks))}: no sample of"
+                f" --{name} {file} has such a task (--task {args.task})"
             )
     left_out = len(everything) - len(train)
     if args.think:
@@ -144,7 +144,7 @@ def load_models(args: GrpoArguments, checkpoint: Path | None) -> tuple[Policy, P
         ]:
             raise ValueError(
                 f"--model {args.model} has other layers or tokens than {checkpoint}, so it can't be"
-                " its reference: resume with the --model that the run began with"
+                " its reference: resume with the --model that the run was started with"
             )
     return policy, reference
 

@@ -85,7 +85,7 @@ def test_an_output_folder_that_cannot_be_made_stops_before_sampling(
         said = fails(
             evaluate.main, "--model", "x", "--data", phantom / "test.jsonl", "--output_dir", place
         )
-        assert f"--output_dir {place} cannot be made" in said
+        assert f"--output_dir {place} cannot be created" in said
     monkeypatch.setattr(files.os, "access", lambda *given: False)  # root may write anywhere
     said = fails(
         evaluate.main,
@@ -138,7 +138,7 @@ def test_cleaned_references_and_asking_to_think_are_the_same_questions(phantom, 
     assert not capsys.readouterr().out
     write_rows(folder, [row | {"reference": "Unchanged."} for row in rows])
     read_answers(folder, samples, "--baseline")
-    assert f"note: {len(rows)} references are not those" in capsys.readouterr().out
+    assert f"note: {len(rows)} references differ from those" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_cleaned_references_and_asking_to_think_are_the_same_questions(phantom, 
         ),
         ("metrics.json", b'{"model": ', "metrics.json is not JSON"),
         ("metrics.json", b"\xff\xfe\xff", "metrics.json is not JSON"),
-        ("metrics.json", b"[]", "metrics.json holds no object"),
+        ("metrics.json", b"[]", "metrics.json is not a JSON object"),
         ("metrics.json", b'{"box_scale": 0}', "metrics.json: box_scale 0 must be a number above 0"),
         ("metrics.json", b'{"box_scale": NaN}', "metrics.json: box_scale nan must"),
         ("metrics.json", b'{"box_scale": "1000"}', "metrics.json: box_scale '1000' must"),
@@ -237,7 +237,7 @@ def test_bad_optimizer_settings_leave_no_run_folder(
 @pytest.mark.parametrize(
     "extra, message",
     [
-        (["--device", "gpu"], "--device 'gpu' is no device: write cpu, cuda"),
+        (["--device", "gpu"], "--device 'gpu' is not a device: write cpu, cuda"),
         (["--device", "cuda"], "finds no GPU here; write cpu"),
         (["--lora_alpha", 16], "add --lora_rank, or leave them out"),
         (["--lora_targets", "q_proj"], "add --lora_rank"),
@@ -276,7 +276,7 @@ def test_a_run_folder_that_cannot_be_made(fails, phantom, tmp_path):
             "--output_dir",
             place,
         )
-        assert f"--output_dir {place} cannot be made" in said
+        assert f"--output_dir {place} cannot be created" in said
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -306,7 +306,7 @@ def test_bad_sft_settings(fails, phantom, tmp_path, extra):
         (["--max_new_tokens", 0], "--max_new_tokens"),
         (["--temperature", -1], "--temperature"),
         (["--temperature", "nan"], "--temperature"),
-        (["--device", "gpu"], "--device 'gpu' is no device"),
+        (["--device", "gpu"], "--device 'gpu' is not a device"),
         (["--output", "{}/drawn.foo"], "name a .png or .jpg"),
         (["--output", "{}/nowhere/drawn.png"], "in a folder that exists"),
     ],
@@ -568,7 +568,7 @@ def test_a_run_s_args_json_is_a_settings_file(tmp_path):
         (["--kl_coef", "inf"], "--kl_coef inf"),
         (["--clip_low", "nan"], "--clip_low is nan"),
         (["--seed", 10**18], "is too large"),
-        (["--device", "cpu:abc"], "'cpu:abc' is no device"),
+        (["--device", "cpu:abc"], "'cpu:abc' is not a device"),
     ],
 )
 def test_numbers_that_are_none(fails, phantom, tmp_path, extra, message):
@@ -835,7 +835,7 @@ def test_a_tiny_model_s_folder_that_cannot_be_made(fails, phantom, tmp_path):
     said = fails(
         tiny.main, "--train_data", phantom / "train.jsonl", "--output_dir", tmp_path / "file/below"
     )
-    assert "cannot be made" in said and (tmp_path / "file").read_text() == "mine"
+    assert "cannot be created" in said and (tmp_path / "file").read_text() == "mine"
 
 
 def test_arguments_of_check(fails, phantom):
@@ -873,7 +873,7 @@ def test_resume_in_a_folder_that_holds_no_run(fails, phantom, tmp_path):
         "--resume",
     )
     assert (
-        "is not empty and holds no run" in said
+        "is not empty and does not hold a run" in said
         and (tmp_path / "mine/checkpoints/thesis.txt").exists()
     )
 
@@ -893,7 +893,7 @@ def test_arguments_of_a_run_that_were_edited(fails, phantom, tmp_path, text):
         tmp_path / "run",
         "--resume",
     )
-    assert f"{tmp_path}/run/args.json does not hold a run's arguments" in said
+    assert f"{tmp_path}/run/args.json does not hold the arguments of a run" in said
 
 
 @pytest.mark.parametrize(
@@ -964,7 +964,7 @@ def test_resuming_with_a_model_of_another_shape(fails, phantom, samples, policy,
     )
     assert (
         "has other layers or tokens than" in said
-        and "resume with the --model that the run began with" in said
+        and "resume with the --model that the run was started with" in said
     )
 
 
@@ -982,12 +982,12 @@ def grpo_args(*words):
     [
         ("run.yaml", "seed: 1\nseed: 2", "run.yaml: key 'seed' stands twice"),
         ("run.json", '{"seed": 1, "seed": 1}', "run.json: key 'seed' stands twice"),
-        ("run.yaml", "seed: 010", "seed is 010, which YAML reads by eights"),
+        ("run.yaml", "seed: 010", "seed is 010, which YAML would read as an octal number"),
         ("run.yaml", "learning_rate: -010", "learning_rate is -010"),
         ("run.yaml", "group_size: 1:30", "--group-size: invalid int value: '1:30'"),
         ("run.yaml", "seed: 0x10", "--seed: invalid int value: '0x10'"),
         ("run.yaml", 'output_dir: "a\\0b"', "can be no path (embedded null byte)"),
-        ("run.yaml", "output_dir: ~nobody-of-that-name/x", "there is no such home folder"),
+        ("run.yaml", "output_dir: ~nobody-of-that-name/x", "no such home folder"),
     ],
 )
 def test_settings_that_mean_another_thing_than_they_say(fails, tmp_path, name, text, message):
@@ -1037,13 +1037,16 @@ def test_home_is_expanded_by_the_data_tools(tmp_path, monkeypatch, phantom):
     [
         (
             ["--seed", 1, "{}/run.yaml"],
-            "run.yaml: a settings file comes first, and alone: program.py",
+            "run.yaml: give one settings file, before all arguments: program.py",
         ),
         (
             ["--freeze", "vision", "--seed", 1, "{}/run.YAML"],
-            "run.YAML: a settings file comes first",
+            "run.YAML: give one settings file, before",
         ),
-        (["{}/run.yaml", "{}/other.yml"], "other.yml: a settings file comes first, and alone"),
+        (
+            ["{}/run.yaml", "{}/other.yml"],
+            "other.yml: give one settings file, before all arguments",
+        ),
         (["{}/run.yaml", "stray"], "unrecognized arguments: stray"),
     ],
 )

@@ -299,7 +299,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_step(place, whole):
     assert "checkpoint of step 1 not saved" in said and "File too large" in said
     assert (
         "step-000002 cannot be written (No space left on device); the newest is step 0: no"
-        " checkpoint was saved yet. Training" in said
+        " checkpoint has been saved yet. Training" in said
     )
     assert "step 3 not saved" not in said
     assert_same(whole("train_grpo"), place.folder / "full")
@@ -416,7 +416,10 @@ def test_damaged_checkpoints_do_not_count(place, policy, monkeypatch, capsys):
     args = SimpleNamespace(**vars(train_sft.SftArguments("m", "t", str(run_folder), resume=True)))
     checkpoint = loop.last_checkpoint(args)
     folder._tidy(run_folder, checkpoint)
-    assert "step-000002 is damaged, and set aside as step-000002.damaged" in capsys.readouterr().out
+    assert (
+        "step-000002 is damaged and has been renamed to step-000002.damaged"
+        in capsys.readouterr().out
+    )
     loop.save_checkpoint(run_folder, 4, policy, keep=3)
     assert names(run_folder / "checkpoints") == [
         "step-000001",
@@ -770,7 +773,7 @@ def test_damaged_lines_of_a_log_are_set_aside(tmp_path, capsys):
         b"",
     ]
     assert (
-        f"note: {path}: line 1, 3, 5, 6: no row of a log, set aside in metrics.jsonl.damaged"
+        f"note: {path}: line 1, 3, 5, 6: not a row of a log, moved to metrics.jsonl.damaged"
         in capsys.readouterr().out
     )
     loop.JsonLines(path, 9)
@@ -811,7 +814,7 @@ def test_a_checkpoint_that_cannot_be_written(error, place, policy, monkeypatch, 
     said = capsys.readouterr().err
     assert (
         "checkpoint of step 2 not saved" in said
-        and "best model so far, of step 2, is not saved" in said
+        and "best model so far, of step 2, was not saved" in said
     )
     assert (
         f"{run_folder}/checkpoints/step-000002 cannot be written (" in said
@@ -904,7 +907,7 @@ def test_a_run_s_folder_that_is_gone(name, event, place, monkeypatch):
     monkeypatch.setattr(loop, "tracker", happening(place, name, event))
     said = stop(train_sft, place("train_sft", name, "--save_steps", 100))
     assert (
-        "metrics.jsonl cannot be written (it was removed or renamed, or its folder was)" in said
+        "metrics.jsonl cannot be written (it or its folder was removed or renamed)" in said
         and "--resume" in said
     )
     assert not (place.folder / name / "final").exists()
@@ -1072,7 +1075,7 @@ def test_too_many_bad_gradients_stop_the_run(place, monkeypatch):
     )
     words = place("train_grpo", "too-many", "--max_skipped", 3)
     said = stop(train_grpo, words)
-    assert "4 updates were skipped, --max_skipped is 3" in said and "--learning_rate" in said
+    assert "4 updates were skipped, and --max_skipped is 3" in said and "--learning_rate" in said
     kept = sorted(path.name for path in (place.folder / "too-many/skipped").iterdir())
     assert kept == [
         f"step-00000{step}-{update}-rank-0.json" for step in (0, 1) for update in (0, 1)

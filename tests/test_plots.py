@@ -341,9 +341,9 @@ def test_runs_are_laid_over_one_another(tmp_path, drawn, monkeypatch):
     "words, message",
     [
         (["nowhere"], "nowhere does not exist"),
-        (["empty"], "empty is no run: it holds no metrics.jsonl"),
+        (["empty"], "empty is not a run: it has no metrics.jsonl"),
         (["begun"], "begun/metrics.jsonl is empty: the run has not finished a step yet"),
-        (["odd"], "odd/metrics.jsonl:2 is not a step's figures"),
+        (["odd"], "odd/metrics.jsonl:2 is not the figures of a step"),
         (["run", "run/../run"], "stands there twice"),
         (["run", "--labels", "a", "b"], "2 --labels for 1 runs"),
         (["run", "other", "--labels", "a", "a"], "--labels a stands there twice"),

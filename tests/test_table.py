@@ -122,7 +122,7 @@ def test_never_beside_drawn_films(files, source):
     with pytest.raises(
         SystemExit,
         match="--published: 1 of the samples are drawn .phantom, scenes., and the "
-        "paper's figures are of real films",
+        "paper's figures are for real films",
     ):
         run("--predictions", folder / "old", "--published")
     assert not list(folder.glob("out*"))
@@ -219,16 +219,20 @@ def test_stored_answers_are_read_as_they_were_written(files):
         (["--predictions", "old", "--report_items", "-1"], "--report_items must not be negative"),
         (
             ["--predictions", "nowhere"],
-            "--predictions nowhere is no evaluation: it holds no predictions.jsonl",
+            "--predictions nowhere is not an evaluation: it has no predictions.jsonl",
         ),
-        (["--predictions", "old", "--baseline", "nowhere"], "--baseline nowhere is no evaluation"),
+        (
+            ["--predictions", "old", "--baseline", "nowhere"],
+            "--baseline nowhere is not an evaluation",
+        ),
         (
             ["--predictions", "old", "--reward_weights", "nowhere"],
             "--reward_weights nowhere is no folder",
         ),
         (
             ["--predictions", "bad"],
-            "predictions.jsonl:2: not a prediction: a line is an object with id and answer",
+            "predictions.jsonl:2: not a prediction: a line is an object with the texts id and"
+            " answer",
         ),
         (
             ["--predictions", "short"],

@@ -200,7 +200,7 @@ def test_a_validation_without_scores_has_no_value_and_is_no_best(train, phantom,
     )
     assert [row.get("eval_reward") for row in rows(folder)] == [-1.0, None, None, None]
     assert [path.name for path in (folder / "best").iterdir()] == ["step-000001"]
-    assert capsys.readouterr().err.count(": this validation has no value") == 3
+    assert capsys.readouterr().err.count(": this validation is left out") == 3
 
 
 def dict_in_validation(answers, samples):
@@ -384,7 +384,7 @@ def test_a_timeout_that_the_others_would_not_wait_for(monkeypatch):
         with pytest.raises(
             ValueError,
             match=r"--reward_timeout (676|inf) with 2 processes: .* after 30 "
-            r"minutes .* give 675 seconds at most",
+            r"minutes .* give at most 675 seconds",
         ):
             guard.check_timeout(seconds)
 

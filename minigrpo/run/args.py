@@ -60,7 +60,7 @@ def checked_device(name: str, argument: str = "--device") -> str:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(
-            f"{argument} {name!r} is no device: write cpu, cuda, or cuda:1 for the second GPU"
+            f"{argument} {name!r} is not a device: write cpu, cuda, or cuda:1 for the second GPU"
         )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -68,7 +68,7 @@ def checked_device(name: str, argument: str = "--device") -> str:
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"{argument} {name}: there are {torch.cuda.device_count()} GPUs here, and the first is"
+            f"{argument} {name}: there are {torch.cuda.device_count()} GPUs here, numbered from"
             " cuda:0"
         )
     return name
@@ -79,7 +79,7 @@ def check_pixels(number: int) -> None:
     if number and number < SMALLEST:
         raise ValueError(
             f"--max_pixels {number} is less than one token of 32 x 32 pixels: give {SMALLEST} or"
-            " more, or 0 for what --model was made for"
+            " more, or 0 for the limit of --model"
         )
 
 
@@ -87,7 +87,8 @@ def check_box_scale(number: float) -> None:
     """ValueError for a --box_scale that nothing can be divided by."""
     if not 0 < number < math.inf:
         raise ValueError(
-            f"--box_scale must be above 0, got {number}: 1 for fractions, 1000 for Qwen3-VL's own"
+            f"--box_scale must be above 0, got {number}: 1 for fractions, 1000 for an untuned"
+            " Qwen3-VL"
         )
 
 
@@ -127,7 +128,7 @@ def read_args(kind: type[T], description: str, argv: list[str] | None = None) ->
     for word in unknown:
         if word.lower().endswith(SETTINGS) and not word.startswith("-"):
             raise ValueError(
-                f"{word}: a settings file comes first, and alone: {parser.prog} "
+                f"{word}: give one settings file, before all arguments: {parser.prog} "
                 f"{word} --name value ..."
             )
     if unknown:
@@ -148,7 +149,9 @@ def check_files(args) -> None:
     for name in FILES:
         path = getattr(args, name, None)
         if path and not Path(path).exists():
-            raise ValueError(f"--{name} {path}: no such file: check the path, or make it first")
+            raise ValueError(
+                f"--{name} {path}: no such file: check the path, or create the file first"
+            )
     # any other name may be a model's on the hub: OWNER/NAME
     model = getattr(args, "model", None) or ""
     if (model.startswith((".", "/")) or model.count("/") > 1) and not Path(model).exists():
@@ -278,8 +281,8 @@ def words_of(settings: dict, parser: Parser, path: Path) -> list[str]:
             )
         elif actions[name].type in (int, float) and re.fullmatch(r"[-+]?0\d+", str(value)):
             raise ValueError(
-                f"{path}: {name} is {value}, which YAML reads by eights and people by "
-                "tens: write it without the leading 0"
+                f"{path}: {name} is {value}, which YAML would read as an octal number: write it"
+                " without the leading 0"
             )
         else:
             words += [f"--{name}", *map(str, value)] if takes_list else [f"--{name}={value}"]
@@ -358,8 +361,8 @@ def input_errors():
         if not out_of_memory(error):
             raise
         fail(
-            f"{_first_line(error)}. Take a smaller --model, or a machine with more memory; --plan "
-            "says what a run will take"
+            f"{_first_line(error)}. Take a smaller --model, or a machine with more memory; --plan"
+            " says how much a run needs"
         )
 
 
@@ -375,7 +378,7 @@ def run_errors(advice: Callable[[], str], memory: str):
         yield
         return
     except WriteError as error:
-        text = f"{error}. Make room, or mend the cause"
+        text = f"{error}. Make room, or remove the cause"
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

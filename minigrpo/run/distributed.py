@@ -54,8 +54,8 @@ def join(device: str) -> None:
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise ValueError(
-                f"--nproc-per-node is above the {torch.cuda.device_count()} GPUs of this node: one"
-                " process a GPU"
+                f"--nproc-per-node is above the {torch.cuda.device_count()} GPUs of this node:"
+                " start one process per GPU"
             )
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)

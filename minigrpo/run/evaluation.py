@@ -79,7 +79,7 @@ def read_answers(
     """
     path = Path(place) / "predictions.jsonl" if Path(place).is_dir() else Path(place)
     if not path.is_file():
-        raise ValueError(f"{argument} {place} is no evaluation: it holds no predictions.jsonl")
+        raise ValueError(f"{argument} {place} is not an evaluation: it has no predictions.jsonl")
     answers, rows = {}, {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
@@ -92,18 +92,16 @@ def read_answers(
                 raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(
-                f"{path}:{number}: not a prediction: a line is an object with id and answer, two"
-                " texts, and perhaps cut_off, true or false"
+                f"{path}:{number}: not a prediction: a line is an object with the texts id and"
+                " answer, and optionally cut_off, true or false"
             ) from None
         if broken := broken_text(answers[name]):
             raise ValueError(
-                f"{path}:{number}: the answer holds {broken}, half a character, which "
-                "no model writes: write it anew"
+                f"{path}:{number}: the answer holds {broken}, half a character, which no model"
+                " writes: correct the line"
             )
         if rows.setdefault(name, row) is not row:
-            raise ValueError(
-                f"{path}:{number}: a second answer to {name}: which one counts? Remove the other"
-            )
+            raise ValueError(f"{path}:{number}: a second answer to {name}: remove one of the two")
     absent = [s.id for s in samples if s.id not in answers]
     if absent:
         raise ValueError(
@@ -134,13 +132,13 @@ def check_same_questions(rows: dict[str, dict], samples: list[Sample], what: str
     ]
     if other:
         raise ValueError(
-            f"{what} answers other questions: {len(other)} of the samples have an id of it and"
-            f" another question, such as {other[0]}: evaluate both models on the same file"
+            f"{what} answers other questions: {len(other)} of the samples share an id with it but"
+            f" not the question, such as {other[0]}: evaluate both models on the same file"
         )
     if changed := sum(rows[s.id].get("reference", s.answer) != s.answer for s in samples):
         print(
-            f"note: {changed} references are not those that {what} was scored with; these here"
-            " count"
+            f"note: {changed} references differ from those that {what} was scored with; those of"
+            " --data are used"
         )
 
 
@@ -150,16 +148,16 @@ def read_about(path: Path) -> dict:
         about = json.loads(path.read_bytes()) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not JSON ({str(error)[:200]}): remove it, and name --template_opens_think "
-            "and --box_scale if they were used"
+            f"{path} is not JSON ({str(error)[:200]}): remove it, and give --template_opens_think"
+            " and --box_scale if they were used"
         ) from None
     if not isinstance(about, dict):
-        raise ValueError(f"{path} holds no object, so it is no evaluation's: remove it")
+        raise ValueError(f"{path} is not a JSON object, so no evaluation wrote it: remove it")
     opens, scale = how_to_read(about).values()
     if type(scale) not in (int, float) or not 0 < scale < math.inf or type(opens) is not bool:
         raise ValueError(
             f"{path}: box_scale {scale!r} must be a number above 0, and template_opens_think"
-            f" {opens!r} true or false: write what the answers were made with"
+            f" {opens!r} true or false: write the values that the answers were made with"
         )
     return about
 

@@ -101,7 +101,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"--output_dir {folder} cannot be made ({error.strerror}): give another"
+            f"--output_dir {folder} cannot be created ({error.strerror}): give another"
         ) from None
     if not os.access(folder, os.W_OK):
         raise ValueError(
@@ -152,11 +152,11 @@ def damage(folder: Path) -> str | None:
         if path.exists() and not path.is_dir() and not path.is_file()
     ]
     if odd:  # reading a pipe would wait for ever
-        return f"{odd[0].relative_to(folder)} is no plain file"
+        return f"{odd[0].relative_to(folder)} is not a regular file"
     try:
         sums = json.loads((folder / CHECKSUMS).read_text())
     except (OSError, ValueError, RecursionError):
-        return f"it has no readable {CHECKSUMS}: it was not finished, or an older version made it"
+        return f"it has no readable {CHECKSUMS}: it was not finished, or an older version wrote it"
     present = set(_files(folder)) - {CHECKSUMS}
     if not isinstance(sums, dict) or present != set(sums):
         odd = sorted(present ^ set(sums))
@@ -167,7 +167,7 @@ def damage(folder: Path) -> str | None:
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
     wrong = ", ".join([name for name in sums if now[name] != sums[name]][:3])
-    return f"{wrong}: not as it was saved, the checksum differs" if wrong else None
+    return f"{wrong}: it has changed since it was saved: the checksum differs" if wrong else None
 
 
 def checksum(path: Path) -> str:
@@ -188,7 +188,8 @@ def lock(path: Path) -> IO | None:
         return None
     except OSError as error:
         print(
-            f"note: no lock on {path} ({error.strerror}): take care that no other run writes there"
+            f"note: {path} could not be locked ({error.strerror}): make sure that no other run"
+            " writes there"
         )
     return handle
 

@@ -76,12 +76,14 @@ def _check_folder(folder: Path, args) -> dict | None:
     for name in OWN:  # opening a pipe would wait for ever
         if (folder / name).exists() and not (folder / name).is_file():
             raise ValueError(
-                f"{folder / name} is no plain file: remove it, or give another --output_dir"
+                f"{folder / name} is not a regular file: remove it, or give another --output_dir"
             )
     if not path.exists():
         ours = (".lock", "args.json.part")
         if folder.is_dir() and any(inside.name not in ours for inside in folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and holds no run. Give another --output_dir")
+            raise ValueError(
+                f"{folder} is not empty and does not hold a run. Give another --output_dir"
+            )
         return None
     if not args.resume:
         raise ValueError(
@@ -91,13 +93,14 @@ def _check_folder(folder: Path, args) -> dict | None:
         first_args = dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{path} does not hold a run's arguments ({error}): put back what the run wrote"
+            f"{path} does not hold the arguments of a run ({error}): restore the file that the run"
+            " wrote"
         ) from None
     grpo = "group_size" in first_args
     if first_args and grpo != hasattr(args, "group_size"):
         raise ValueError(
             f"{folder} holds a run of {'train_grpo.py' if grpo else 'train_sft.py'}: "
-            "resume it with that, or give another --output_dir"
+            "resume it with that program, or give another --output_dir"
         )
     return first_args
 
@@ -133,8 +136,8 @@ def last_checkpoint(args) -> Path | None:
         say(f"{checkpoint} cannot be used: {wrong}")
     if saved:
         raise ValueError(
-            f"no checkpoint in {folder / 'checkpoints'} can be used. Put a whole one "
-            "back, or begin anew in another --output_dir"
+            f"no checkpoint in {folder / 'checkpoints'} can be used. Restore an intact one, or"
+            " start over in another --output_dir"
         )
     say(f"no checkpoint in {folder}: starting at step 0")
     return None
@@ -151,7 +154,7 @@ def _end_finished(folder: Path, args) -> None:
     if rows and args.max_steps > (done := rows[-1]["step"] + 1):
         say(
             f"It took {done} steps, and --max_steps is {args.max_steps}. To train it further, "
-            f"begin another run from it: --model {folder / 'final'} --output_dir ANOTHER, "
+            f"start another run from it: --model {folder / 'final'} --output_dir ANOTHER, "
             "without --resume"
         )
     sys.exit(0)
@@ -170,7 +173,7 @@ def _tidy(folder: Path, checkpoint: Path | None) -> None:
             aside = other.with_name(other.name + ".damaged")
             if not aside.exists() and not other.is_symlink():
                 other.rename(aside)
-                say(f"{other} is damaged, and set aside as {aside.name}")
+                say(f"{other} is damaged and has been renamed to {aside.name}")
 
 
 def is_numbered(path: Path) -> bool:
@@ -211,7 +214,7 @@ def run_errors(folder: Path, memory: str):
     --resume goes on. `memory` names the arguments to lower where memory runs out."""
 
     def advice() -> str:
-        return f"--resume goes on from {newest(folder)}"
+        return f"--resume continues from {newest(folder)}"
 
     with lost_rank(advice), arguments.run_errors(advice, memory):
         yield
@@ -220,4 +223,4 @@ def run_errors(folder: Path, memory: str):
 def newest(folder: Path) -> str:
     """Where --resume would go on, in words."""
     saved = checkpoints(folder)
-    return str(saved[-1]) if saved else "step 0: no checkpoint was saved yet"
+    return str(saved[-1]) if saved else "step 0: no checkpoint has been saved yet"

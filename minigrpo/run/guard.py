@@ -49,9 +49,9 @@ def retry_smaller_on_oom(
             size = getattr(args, name)
             if not alone:
                 warn(
-                    f"rank {rank()}: out of memory with --{name} {size}; with --shard a rank "
-                    "cannot go back alone: --resume with a "
-                    f"smaller --{name}, or with --activation_checkpointing"
+                    f"rank {rank()}: out of memory with --{name} {size}; with --shard a rank cannot"
+                    f" retry alone: --resume with a smaller --{name}, or with"
+                    " --activation_checkpointing"
                 )
             if size <= 1 or not alone:
                 raise
@@ -59,7 +59,7 @@ def retry_smaller_on_oom(
         undo()
         torch.cuda.empty_cache()
         setattr(args, name, size // 2)
-        warn(f"rank {rank()}: out of memory with --{name} {size}; on with {size // 2}")
+        warn(f"rank {rank()}: out of memory with --{name} {size}; continuing with {size // 2}")
 
 
 class Skipped:
@@ -96,19 +96,18 @@ class Skipped:
         )
         if first():
             warn(
-                f"step {step}: gradient norm {norm:.3g}, update {update} skipped, {self.count} so "
-                f"far, at {self.most} the run stops; "
-                f"its batch: {path}"
+                f"step {step}: gradient norm {norm:.3g}, update {update} skipped ({self.count} so"
+                f" far; the run stops at {self.most}); its batch: {path}"
             )
         return False
 
     def stop_if_too_many(self) -> None:
         if self.count >= self.most:
             sys.exit(
-                f"{Path(sys.argv[0]).name}: error: {self.count} updates were skipped, --max_skipped"
-                f" is {self.most}. Their batches are in {self.folder}, and the last checkpoint is"
-                " untouched by them. Mend the data, lower --learning_rate, or raise --max_skipped,"
-                " and --resume"
+                f"{Path(sys.argv[0]).name}: error: {self.count} updates were skipped, and"
+                f" --max_skipped is {self.most}. Their batches are in {self.folder}, and none of"
+                " them has reached the last checkpoint. Correct the data, lower --learning_rate, or"
+                " raise --max_skipped, and --resume"
             )
 
 
@@ -116,10 +115,9 @@ def check_timeout(seconds: float) -> None:
     """ValueError for a --reward_timeout for which the other processes would not wait."""
     if ranks() > 1 and seconds > LONGEST_TIMEOUT:
         raise ValueError(
-            f"--reward_timeout {seconds:g} with {ranks()} processes: while the reward "
-            f"of one hangs the others wait, and after {PATIENCE.seconds // 60} "
-            "minutes they take it for dead; give "
-            f"{LONGEST_TIMEOUT:g} seconds at most"
+            f"--reward_timeout {seconds:g} with {ranks()} processes: while the reward of one"
+            f" process hangs, the others wait, and after {PATIENCE.seconds // 60} minutes they give"
+            f" it up for dead; give at most {LONGEST_TIMEOUT:g} seconds"
         )
 
 
@@ -134,8 +132,8 @@ def in_time(
     if scores is not None:
         return scores
     warn(
-        f"rank {rank()}: the reward took longer than --reward_timeout {seconds:g} s; asking for "
-        "each group alone"
+        f"rank {rank()}: the reward took longer than --reward_timeout {seconds:g} s; scoring each"
+        " group by itself"
     )
     spans = [slice(begin, begin + size) for begin in range(0, len(answers), size)]
     shares, end = [], time.monotonic() + seconds
@@ -185,8 +183,8 @@ def agreed_scores(work: Callable[[], Scores], most: float, step: int) -> Scores:
         )
         if failed > most * len(valid):
             end_for(
-                f"{text}\nThis is more than --max_unscored {most}. Mend the reward, then "
-                "--resume goes on from the last checkpoint"
+                f"{text}\nThis is more than --max_unscored {most}. Correct the reward, then"
+                " --resume to continue from the last checkpoint"
             )
         if first():
             warn(text)

@@ -52,7 +52,7 @@ class JsonLines:
                 os.fsync(self.file.fileno())
             there = self.path.stat() if self.path.exists() else None
             if not there or not os.path.samestat(there, os.fstat(self.file.fileno())):
-                raise WriteError(self.path, "it was removed or renamed, or its folder was")
+                raise WriteError(self.path, "it or its folder was removed or renamed")
 
 
 def read_rows(path: Path) -> tuple[list[dict], dict[int, bytes]]:
@@ -78,8 +78,8 @@ def set_aside(path: Path, damaged: dict[int, bytes]) -> None:
     before = beside.read_bytes() if beside.exists() else b""
     write_aside(beside, before + b"".join(line + b"\n" for line in damaged.values()))
     say(
-        f"note: {path}: line {', '.join(map(str, damaged))}: no row of a log, set aside in "
-        f"{beside.name}; all others are kept"
+        f"note: {path}: line {', '.join(map(str, damaged))}: not a row of a log, moved to"
+        f" {beside.name}; the others are kept"
     )
 
 

@@ -11,11 +11,11 @@ RENAMED = {  # in 0.2.0
 ELSEWHERE = {  # TRL, EasyR1 and LLaMA-Factory
     "num_generations": "--group_size",
     "beta": "--kl_coef",
-    "epsilon": "--clip_low, and --clip_high for the other side",
+    "epsilon": "--clip_low below 1 and --clip_high above",
     "epsilon_high": "--clip_high",
     "max_completion_length": "--max_new_tokens",
     "max_response_length": "--max_new_tokens",
-    "num_iterations": "--updates_per_rollout, which each have prompts of their own",
+    "num_iterations": "--updates_per_rollout, each on its own prompts",
     "loss_type": "--aggregation, --surrogate and --advantage_scale, or a file of configs/",
     "scale_rewards": "--advantage_scale",
     "reward_funcs": "--reward",
@@ -24,19 +24,19 @@ ELSEWHERE = {  # TRL, EasyR1 and LLaMA-Factory
     "gradient_accumulation_steps": "nothing: it follows from --micro_tokens or --micro_batch",
     "lr_scheduler_type": "--lr_schedule",
     "warmup_ratio": "--warmup",
-    "num_train_epochs": "--max_steps: a run is as many steps, not passes over the data",
+    "num_train_epochs": "--max_steps: a run is measured in steps, not in epochs",
     "model_name_or_path": "--model",
     "dataset": "--train_data",
     "dataset_name": "--train_data, a JSONL file",
-    "template": "nothing: the checkpoint brings its chat template",
+    "template": "nothing: the chat template is that of the checkpoint",
     "cutoff_len": "nothing: texts are never cut; --max_pixels bounds images",
     "image_max_pixels": "--max_pixels",
     "finetuning_type": "--lora_rank, or --freeze",
     "gradient_checkpointing": "--activation_checkpointing",
     "top_p": "nothing: answers are drawn from the whole distribution, whose log-probs the loss "
-    "takes; cut off, they would be those of another policy",
+    "uses; a truncated one would be another policy",
     "top_k": "nothing: answers are drawn from the whole distribution, whose log-probs the loss "
-    "takes; cut off, they would be those of another policy",
+    "uses; a truncated one would be another policy",
     "system_prompt": "nothing: write it into the question of each sample",
     "use_vllm": "nothing: sampling is minigrpo's own",
     "report_to": "--track",
@@ -48,8 +48,8 @@ def hint(word: str, known: list[str]) -> str:
     """For an argument WORD, such as --beta=0.1, what to write instead; empty where nobody knows."""
     name = word.lstrip("-").split("=")[0].replace("-", "_")
     if name in RENAMED and RENAMED[name] in known:
-        return f"--{name} is called --{RENAMED[name]} since 0.2.0"
+        return f"--{name} has been called --{RENAMED[name]} since 0.2.0"
     if name in ELSEWHERE:
-        return f"for --{name} there is {ELSEWHERE[name]}"
+        return f"instead of --{name}: {ELSEWHERE[name]}"
     close = get_close_matches(name, known, n=1)
     return f"did you mean --{close[0]}?" if close else ""

@@ -321,24 +321,25 @@ def explain(args, make_plan, samples_note: str) -> str:
         )
     else:
         lines.append(
-            "  not counted: what glibc keeps of freed memory, measured at up to 18%;"
-            " MALLOC_MMAP_THRESHOLD_=262144 gives it back"
+            "  not counted: what glibc keeps of freed memory, up to 18% as measured;"
+            " MALLOC_MMAP_THRESHOLD_=262144 avoids it"
         )
     if args.shard:
         lines.append(
-            "  not counted: what --shard saves (docs/node.md has the arithmetic); this is a rank"
-            " that holds all layers whole"
+            "  not counted: what --shard saves (docs/node.md has the arithmetic); these figures are"
+            " for a rank that holds all layers"
         )
     if plan.peak <= room:
         return "\n".join([*lines, "fits"])
-    lines.append("does not fit; lighter, a setting at a time:")
+    lines.append("does not fit; what saves memory, one setting at a time:")
     for plan, words in lighter(args, plan, make_plan, room):
         lines.append(
             f"  {words:<62}{plan.peak / 1e9:8.2f} GB" + ("  fits" if plan.peak <= room else "")
         )
     if plan.peak > room:
         lines.append(
-            "  nothing more to save here: a smaller --model, fewer --max_pixels, or a larger device"
+            "  no other setting saves more: use a smaller --model, lower --max_pixels, or a larger"
+            " device"
         )
     return "\n".join(lines)
 

@@ -77,7 +77,7 @@ def read_log(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(
-            f"{folder} is no run: it holds no metrics.jsonl"
+            f"{folder} is not a run: it has no metrics.jsonl"
             if folder.exists()
             else f"{folder} does not exist"
         )
@@ -92,8 +92,8 @@ def read_log(folder: Path) -> list[dict]:
                 raise TypeError
         except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"{path}:{number} is not a step's figures, an object of numbers with its step:"
-                " remove the line"
+                f"{path}:{number} is not the figures of a step, a JSON object of numbers that"
+                " include step: remove the line"
             ) from None
     if not rows:
         raise ValueError(f"{path} is empty: the run has not finished a step yet")

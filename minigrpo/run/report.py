@@ -27,7 +27,7 @@ from minigrpo.visible import visible
 SIDE, QUALITY = 448, 80  # of the films; about 30 kB each
 BUDGET = 18_000_000  # bytes of films: the file stays below 20 MB
 MAX_CHARACTERS, MAX_WORDS, MAX_BOXES = 50_000, 500, 200  # of a text, shown on a card
-LEFT_OUT = "… (the rest is left out; predictions.jsonl has it)"
+LEFT_OUT = "… (the rest is in predictions.jsonl)"
 WORD = re.compile(r"\[[^\[\]]*\]\S*|\S+")  # a box is one word
 FILTERS = ("task", "kind", "label", "source")
 

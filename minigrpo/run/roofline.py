@@ -162,7 +162,7 @@ def note_on_bf16(device: str) -> str | None:
     }
     factor = seconds[torch.bfloat16] / seconds[torch.float32]
     return (
-        f"note: --bf16: this CPU has no fast bf16, a matrix product takes {factor:.0f} times as"
+        f"note: --bf16: this CPU has no fast bf16: a matrix product takes {factor:.0f} times as"
         " long as in fp32; leave --bf16 out"
         if factor > 1.5
         else None

@@ -44,8 +44,8 @@ def save_checkpoint(
     problem = _save_state(folder, step, policy, optimizers)
     if problem and first():
         print(
-            f"\ncheckpoint of step {step} not saved: {problem}; the newest is {newest(folder)}. "
-            "Training goes on: make room before the next one is due",
+            f"\nthe checkpoint of step {step} was not saved: {problem}; the newest is"
+            f" {newest(folder)}. Training continues: make room before the next one is due",
             file=sys.stderr,
             flush=True,
         )
@@ -62,7 +62,7 @@ def save_best(folder: Path, step: int, policy: Policy) -> None:
     problem = _save(place, _writer(policy))
     if problem and first():
         print(
-            f"\nthe best model so far, of step {step}, is not saved: {problem}",
+            f"\nthe best model so far, of step {step}, was not saved: {problem}",
             file=sys.stderr,
             flush=True,
         )

@@ -19,9 +19,9 @@ def check_optimizer(checkpoint: Path, args) -> None:
     before, now = "muon" if figures - ADAM else "adamw", getattr(args, "optimizer", "adamw")
     if figures and before != now:
         raise ValueError(
-            f"{checkpoint} holds the state of --optimizer {before}, from which {now} "
-            f"cannot go on: resume with --optimizer {before}, or begin another run "
-            f"with --model {checkpoint}"
+            f"{checkpoint} holds the state of --optimizer {before}, with which {now} cannot"
+            f" continue: resume with --optimizer {before}, or start another run with --model"
+            f" {checkpoint}"
         )
 
 

@@ -41,8 +41,7 @@ def path_of(text: str) -> str:
     path = os.path.expanduser(text)
     if path.startswith("~"):
         raise ValueError(
-            f"{text}: there is no such home folder; write the path in full, or "
-            f"./{text} if it is called so"
+            f"{text}: no such home folder; write the path in full, or ./{text} if that is its name"
         )
     try:
         os.stat(path)
@@ -50,7 +49,7 @@ def path_of(text: str) -> str:
         pass  # what the path is needed for decides
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{text} can be no path ({reason}): give another") from None
+        raise ValueError(f"{text} cannot be a path ({reason}): give another") from None
     return path
 
 

@@ -19,7 +19,7 @@ def tracker(args, folder: Path, start: int) -> Callable[[dict], None]:
         try:
             logs[name] = {"tensorboard": _tensorboard, "wandb": _wandb}[name](args, folder, start)
         except Exception as error:  # packages of others, which write to disks and to servers
-            fail(f"--track {name} cannot begin ({error}): mend that, or leave it out")
+            fail(f"--track {name} cannot start ({error}): correct this, or leave it out")
 
     def log(row: dict) -> None:
         for name, write in list(logs.items()):
@@ -28,8 +28,8 @@ def tracker(args, folder: Path, start: int) -> Callable[[dict], None]:
             except Exception as error:
                 del logs[name]
                 say(
-                    f"\nnote: --track {name} failed ({error}) and gets no more rows; metrics.jsonl "
-                    "has them all"
+                    f"\nnote: --track {name} failed ({error}) and gets no more rows; metrics.jsonl"
+                    " keeps them all"
                 )
 
     return log

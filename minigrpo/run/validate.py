@@ -58,7 +58,7 @@ def mean_reward(policy: Policy, samples: list[Sample], reward, args) -> float | 
             if values and failed <= args.max_unscored * len(samples):
                 mean = sum(values) / len(values)
             if failed:
-                end = "" if mean is not None else ": this validation has no value"
+                end = "" if mean is not None else ": this validation is left out"
                 warn(
                     f"the reward could not score {failed} of {len(samples)} answers to "
                     f"--eval_data ({'; '.join(scores.errors) or 'NaN'}){end}"
