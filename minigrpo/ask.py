@@ -23,7 +23,7 @@ from minigrpo.run.args import input_errors, parse_args, run_errors
 from minigrpo.run.files import aside
 
 
-@run_errors(lambda: "The answer stands above", "--max_new_tokens")
+@run_errors(lambda: "The answer is above", "--max_new_tokens")
 def main() -> None:
     with input_errors():
         args = parse_args(AskArguments, __doc__)

@@ -121,8 +121,8 @@ def open_checkpoint(name: str, *, weights: bool = True) -> Checkpoint:
     check_whole(c)
     if max(abs(c.greys[0] + 1), abs(c.greys[1] - 1)) > 0.01:
         print(
-            f"note: {c.folder / c.image_file}: black is {c.greys[0]:.3g} and white {c.greys[1]:.3g}"
-            " to the model; to Qwen3-VL they are -1 and 1"
+            f"note: {c.folder / c.image_file}: black becomes {c.greys[0]:.3g} and white"
+            f" {c.greys[1]:.3g}; with Qwen3-VL they become -1 and 1"
         )
     if weights:
         paths = trust.weight_files(c.folder, files)
@@ -132,8 +132,8 @@ def open_checkpoint(name: str, *, weights: bool = True) -> Checkpoint:
         c.weights = {weight: path for weight, (_, path) in held.items()}
         if unused := check_weights(c, held):
             print(
-                f"note: {name} holds {len(unused)} weights that are not Qwen3-VL's, such as "
-                f"{unused[0]!r}: they are not used"
+                f"note: {name} has {len(unused)} weights that Qwen3-VL does not have, such as"
+                f" {unused[0]!r}: they are not used"
             )
     return c
 
@@ -188,7 +188,7 @@ def chosen(values: dict, names: set[str]) -> dict:
 def config_of(folder: Path, files: dict) -> Qwen3VLConfig:
     if "config.json" not in files:
         raise ValueError(
-            f"{folder} is no checkpoint: it holds no config.json. Give a folder that "
+            f"{folder} is not a checkpoint: it has no config.json. Give a folder that "
             "save_pretrained wrote, such as RUN/final, or a model's name on the hub"
         )
     content, path = files["config.json"], folder / "config.json"
@@ -230,7 +230,7 @@ def tokenizer_of(c: Checkpoint, files: dict) -> PreTrainedTokenizerBase:
     if "tokenizer.json" in files:
         trust.check_tokenizer(c.folder / "tokenizer.json", files["tokenizer.json"])
     elif len(names) < 2:
-        raise ValueError(f"{c.folder} holds no tokenizer.json: {ORIGIN}")
+        raise ValueError(f"{c.folder} has no tokenizer.json: {ORIGIN}")
     texts = {
         name: chosen(files.get(name, {}), TOKENIZER)
         for name in ("tokenizer_config.json", "special_tokens_map.json")
@@ -239,8 +239,8 @@ def tokenizer_of(c: Checkpoint, files: dict) -> PreTrainedTokenizerBase:
     kind = texts["tokenizer_config.json"].get("tokenizer_class")
     if kind not in TOKENIZERS:
         raise ValueError(
-            f"{c.folder / 'tokenizer_config.json'}: tokenizer_class {kind!r:.100} is "
-            f"none of Qwen3-VL's: {ORIGIN}"
+            f"{c.folder / 'tokenizer_config.json'}: tokenizer_class {kind!r:.100} is not one of"
+            f" Qwen3-VL's: {ORIGIN}"
         )
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         check_special_tokens(c.folder / name, texts[name], files)
@@ -258,7 +258,7 @@ def check_special_tokens(path: Path, settings: dict, files: dict) -> None:
     rows of the model."""
     length = settings.get("model_max_length")
     if length is not None and (isinstance(length, bool) or not isinstance(length, int | float)):
-        raise ValueError(f"{path}: model_max_length {length!r:.100} is no number: {ORIGIN}")
+        raise ValueError(f"{path}: model_max_length {length!r:.100} is not a number: {ORIGIN}")
     whole, added = files.get("tokenizer.json", {}), settings.get("added_tokens_decoder") or {}
     with reading(path):
         known = set(whole["model"]["vocab"] if whole else files.get("vocab.json", {}))
@@ -269,7 +269,9 @@ def check_special_tokens(path: Path, settings: dict, files: dict) -> None:
         token = settings.get(key)
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None and (not isinstance(token, str) or token not in known):
-            raise ValueError(f"{path}: {key} {token!r:.100} is no token of the tokenizer: {ORIGIN}")
+            raise ValueError(
+                f"{path}: {key} {token!r:.100} is not a token of the tokenizer: {ORIGIN}"
+            )
 
 
 def template_of(folder: Path, files: dict) -> str:
@@ -298,7 +300,7 @@ def images_of(folder: Path, files: dict) -> tuple[Qwen2VLImageProcessorPil, str,
         name = "preprocessor_config.json"
         images = files.get(name)
     if images is None:
-        raise ValueError(f"{folder} holds no {name}, the settings of its images: {ORIGIN}")
+        raise ValueError(f"{folder} has no {name}, the settings for images: {ORIGIN}")
     with reading(folder / name):
         images = {key: value for key, value in images.items() if value is not None}
         needed = NEEDED if "max_pixels" in images else NEEDED | {"size"}
@@ -376,7 +378,7 @@ def set_budget(c: Checkpoint, max_pixels: int = 0, *, say=print) -> None:
     if max_pixels and max_pixels != stored:
         say(
             f"note: {c.name} was made for images of up to {stored:,} pixels, and --max_pixels is "
-            f"{max_pixels:,}: train and evaluate with one budget"
+            f"{max_pixels:,}: train and evaluate with the same number"
         )
         c.images.size = {
             "longest_edge": max_pixels,
@@ -385,7 +387,7 @@ def set_budget(c: Checkpoint, max_pixels: int = 0, *, say=print) -> None:
     elif stored > 4 * PAPER:
         say(
             f"note: {c.name} takes images of up to {stored:,} pixels, {stored // 1024:,} tokens "
-            f"each: --max_pixels bounds them (the paper's SFT: {PAPER})"
+            f"each: --max_pixels limits them (the paper's SFT: {PAPER})"
         )
 
 

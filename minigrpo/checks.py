@@ -149,8 +149,8 @@ CONFIG = [
         (
             lambda t, v: t.num_attention_heads % t.num_key_value_heads == 0,
             (
-                "num_attention_heads {t.num_attention_heads} is no multiple of num_key_value_heads "
-                "{t.num_key_value_heads}"
+                "num_attention_heads {t.num_attention_heads} is not a multiple of"
+                " num_key_value_heads {t.num_key_value_heads}"
             ),
         ),
         (
@@ -208,7 +208,7 @@ WHOLE = [
         (
             "tokenizer.json",
             lambda c: max(c.vocabulary.values()) < c.rows,
-            "it has more tokens than the model has rows for them ({c.rows})",
+            "it has more tokens than the model has embeddings ({c.rows})",
         ),
         (
             "tokenizer.json",
@@ -218,7 +218,7 @@ WHOLE = [
         (
             "tokenizer.json",
             lambda c: c.tokenizer.decode(c.ids(PROBE)) == PROBE,
-            f"the tokens of {PROBE!r} do not give that text again",
+            f"the tokens of {PROBE!r} do not decode to that text again",
         ),
         (
             "config.json",
@@ -255,7 +255,7 @@ WHOLE = [
                 and c.images.size["shortest_edge"] <= 2**22
                 and c.images.size["longest_edge"] >= SMALLEST
             ),
-            "size {c.images.size} is not a smallest and a largest number of pixels",
+            "size {c.images.size} is not the smallest and the largest number of pixels",
         ),
         (
             "{c.image_file}",
@@ -272,8 +272,8 @@ WHOLE = [
             ),
             (
                 "image_mean, image_std, rescale_factor, resample or one of do_resize,"
-                " do_convert_rgb, do_rescale and do_normalize is not one that Qwen3-VL takes, to"
-                " which black is -1 and white 1"
+                " do_convert_rgb, do_rescale and do_normalize differs from Qwen3-VL's, which turn"
+                " black into -1 and white into 1"
             ),
         ),
     )
@@ -363,7 +363,7 @@ def check_template(c: Checkpoint) -> None:
                 if text.count(token) != count:
                     raise ValueError(f"it writes {text.count(token)} {token} for {count} images")
             if text.count(PROBE) != 1 or text.find(PROBE) < text.rfind("<|vision_end|>"):
-                raise ValueError("it does not write a question once, behind its images")
+                raise ValueError("it does not write a question once, after its images")
             if not text.startswith(closed) or text == closed:
                 raise ValueError("it does not begin the assistant's turn (add_generation_prompt)")
         first, _, second = wrote("One?", "Seen.", "Two?").rpartition(END)[0].rpartition(END)
@@ -387,8 +387,8 @@ def check_weights(c: Checkpoint, held: dict[str, tuple[tuple[int, ...], Path]]) 
         del asked["lm_head.weight"]
         if "lm_head.weight" in held and not is_tied(held):
             raise ValueError(
-                f"{path} says that head and embeddings are one (tie_word_embeddings), "
-                "and the weights hold two that differ: write false"
+                f"{path} says that the head and the embeddings are tied (tie_word_embeddings), but"
+                " the weights hold two that differ: set it to false"
             )
     for part, place in (
         ("text_config.num_hidden_layers", "model.language_model.layers"),
@@ -401,12 +401,12 @@ def check_weights(c: Checkpoint, held: dict[str, tuple[tuple[int, ...], Path]]) 
         ]
         if layers[0] != layers[1]:
             raise ValueError(
-                f"{path}: {part} is {layers[0]}, and the weights have {layers[1]}, so "
-                "one of both lacks layers: take them from one model"
+                f"{path}: {part} is {layers[0]}, and the weights have {layers[1]}: take both from"
+                " one model"
             )
     if absent := sorted(asked.keys() - held.keys()):
         raise ValueError(
-            f"{c.folder} lacks {len(absent)} weights that its config.json asks for, "
+            f"{c.folder} lacks {len(absent)} weights that its config.json requires, "
             f"such as {absent[0]}: fetch it again, or check that config.json belongs "
             "to it"
         )
@@ -414,8 +414,8 @@ def check_weights(c: Checkpoint, held: dict[str, tuple[tuple[int, ...], Path]]) 
         size, file = held[name]
         if size != tuple(weight.shape):
             raise ValueError(
-                f"{file}: {name} is of size {size}, and config.json asks for "
-                f"{tuple(weight.shape)}: take both from one model"
+                f"{file}: {name} has shape {size}, and config.json requires {tuple(weight.shape)}:"
+                " take both from one model"
             )
     return sorted(
         name
@@ -439,6 +439,6 @@ def check_finite(path: Path, model: torch.nn.Module) -> None:
     for name, weight in (*model.named_parameters(), *model.named_buffers()):
         if not all(bound.isfinite() for bound in weight.aminmax()):
             raise ValueError(
-                f"{path}: the weight {name} holds NaN or infinity. The training that "
-                "made it has failed: give an earlier checkpoint"
+                f"{path}: the weight {name} holds NaN or infinity. The training that wrote it"
+                " diverged: give an earlier checkpoint"
             )

@@ -160,20 +160,23 @@ def main() -> None:
     )
     parser.add_argument("--output_file", type=Path, required=True, help="JSONL file to write")
     parser.add_argument(
-        "--limit", type=int, help="ask about so many samples, drawn with --seed; default: all"
+        "--limit", type=int, help="ask about N samples, drawn with --seed; default: all"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument(
         "--traces_only",
         action="store_true",
-        help="write the traces without the lines that are answered directly",
+        help="write only the traces, without the lines that are answered directly",
     )
     parser.add_argument("--max_new_tokens", type=int, default=2048, help="longest reply in tokens")
     parser.add_argument(
         "--workers", type=int, default=8, help="requests at once; for a checkpoint, samples at once"
     )
     parser.add_argument(
-        "--templates", type=Path, default=TEMPLATES, help="the words of teacher and filters"
+        "--templates",
+        type=Path,
+        default=TEMPLATES,
+        help="the templates of the teacher and of the filters",
     )
     parser.add_argument(
         "--cache", type=Path, help="JSONL file of replies so far; default: beside --output_file"
@@ -183,8 +186,8 @@ def main() -> None:
         "--allow_sending_reports",
         action="store_true",
         help=(
-            "send films and reports of credentialed or unknown sets to "
-            "an endpoint that is not this machine: only with the right to"
+            "send films and reports of credentialed or unknown data sets to an endpoint on another"
+            " machine; only if you have the right to"
         ),
     )
     args = parser.parse_args()
@@ -207,7 +210,7 @@ def main() -> None:
         open_to = [s for s in samples if s.task in THINKING_TASKS and s.images and not s.thinking]
         if not open_to:
             raise ValueError(
-                f"{args.file} holds no sample to think about: a film, and a task of"
+                f"{args.file} has no sample to think about, one with a film and a task of"
                 f" {', '.join(THINKING_TASKS)}"
             )
         chosen = (

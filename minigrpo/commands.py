@@ -30,7 +30,7 @@ COMMANDS = {  # command: (file in a clone, or module; what it does)
     "probe": ("minigrpo.probe", "greedy, sampled, best of G: where GRPO has room to gain"),
     "ask": ("minigrpo.ask", "one question about one film"),
     "curves": ("minigrpo.curves", "the curves of several runs in one picture"),
-    "study": ("minigrpo.study", "the study on phantoms: an hour and a half on two cores"),
+    "study": ("minigrpo.study", "the study on phantoms, an hour and a half on two cores"),
     "cold_start": ("minigrpo.cold_start", "traces of thought from a teacher, for SFT"),
     "tiny": ("minigrpo.tiny", "a tiny Qwen3-VL with random weights"),
     "elsewhere": ("minigrpo.elsewhere", "samples as verl reads them"),
@@ -38,15 +38,12 @@ COMMANDS = {  # command: (file in a clone, or module; what it does)
     "data scenes": ("minigrpo.data.scenes", "draw everyday scenes with boxes and captions"),
     "data check": (
         "minigrpo.data.check",
-        "look at JSONL files: what is in them, and every error at once",
+        "check JSONL files: what is in them, and every error at once",
     ),
-    "data clean": ("minigrpo.data.clean", "cut reports down to what their film shows"),
-    "data join": ("minigrpo.data.join", "several JSONL files as one"),
+    "data clean": ("minigrpo.data.clean", "reduce reports to what their film shows"),
+    "data join": ("minigrpo.data.join", "join several JSONL files"),
     "data sharegpt": ("minigrpo.data.sharegpt", "LLaVA / ShareGPT JSON to JSONL, and back"),
-    "data convert": (
-        "minigrpo.data.convert",
-        "what the converters of public data sets, below, have in common",
-    ),
+    "data convert": ("minigrpo.data.convert", "what the converters below have in common"),
     "data openi": ("minigrpo.data.openi", "convert Open-i (open to everyone)"),
     "data nih": ("minigrpo.data.nih", "convert NIH ChestX-ray14 (open to everyone)"),
     "data mimic_cxr": ("minigrpo.data.mimic_cxr", "convert MIMIC-CXR"),
@@ -85,7 +82,7 @@ def main() -> None:
     if command not in COMMANDS:
         near = nearest(command.removeprefix(group))
         print(
-            f"{name}: error: there is no command {command!r}"
+            f"{name}: error: no command {command!r}"
             + (f": did you mean `{name} {near}`?" if near else f"; `{name}` lists them"),
             file=sys.stderr,
         )

@@ -23,7 +23,9 @@ def main() -> None:
         "runs", nargs="+", metavar="RUN", help="folder of a run, or its metrics.jsonl"
     )
     parser.add_argument(
-        "--labels", nargs="+", help="a name for each run; default: what their paths differ in"
+        "--labels",
+        nargs="+",
+        help="a name for each run; default: the part in which their paths differ",
     )
     parser.add_argument(
         "--output",
@@ -44,10 +46,10 @@ def main() -> None:
             ("--labels", args.labels or []),
         ):
             if twice := [str(name) for number, name in enumerate(given) if name in given[:number]]:
-                raise ValueError(f"{label} {twice[0]} stands there twice")
+                raise ValueError(f"{label} {twice[0]} is given twice")
         labels = args.labels or shortest_names(folders)
         if len(labels) != len(folders):
-            raise ValueError(f"{len(labels)} --labels for {len(folders)} runs: give each one")
+            raise ValueError(f"{len(labels)} --labels for {len(folders)} runs: give one to each")
         check_output(args.output)
         try:
             draw_runs(dict(zip(labels, map(read_log, folders))), args.output)
@@ -76,7 +78,7 @@ def check_output(path: Path) -> None:
             f"--output {path}: the picture is a PNG, so give it a name that ends in .png"
         )
     if not path.parent.is_dir():
-        raise ValueError(f"--output {path}: there is no folder {path.parent}")
+        raise ValueError(f"--output {path}: no folder {path.parent}")
     if path.exists():
         try:
             with Image.open(path, formats=["PNG"]) as picture:
@@ -84,7 +86,7 @@ def check_output(path: Path) -> None:
         except (OSError, UnidentifiedImageError):
             ours = False
         if not ours:
-            raise ValueError(f"--output {path} is a file that holds no curves: give another name")
+            raise ValueError(f"--output {path} is a file without curves: give another name")
 
 
 if __name__ == "__main__":

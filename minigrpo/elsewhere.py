@@ -94,7 +94,7 @@ def compute_score(
     scores = _reward(reward)([solution_str], [unpacked(extra_info["sample"])])
     if not scores.valid[0]:
         raise ValueError(
-            f"the reward {reward} gave no score to an answer to sample"
+            f"the reward {reward} gave no score for an answer to sample"
             f" {unpacked(extra_info['sample']).id}"
         )
     return scores.values[0]

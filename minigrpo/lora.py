@@ -37,7 +37,7 @@ def check_checkpoint(checkpoint: Path, args) -> None:
     if not path.exists():
         if args.lora_rank:
             raise ValueError(
-                f"{checkpoint} holds whole weights and no adapters: resume it with --lora_rank 0"
+                f"{checkpoint} holds whole weights, not adapters: resume it with --lora_rank 0"
             )
         return
     before, now = trust.parse(path, trust.read_text(path)), settings(args)
@@ -49,8 +49,8 @@ def check_checkpoint(checkpoint: Path, args) -> None:
         if before.get(name) != now[name]:
             had = str(before.get(name)).rsplit("(", 1)[-1].strip(")").replace("|", " ")
             raise ValueError(
-                f"{checkpoint} holds adapters of another --{argument}: resume it with --{argument}"
-                f" {had}"
+                f"{checkpoint} holds adapters with another --{argument}: resume it with"
+                f" --{argument} {had}"
             )
 
 
@@ -86,7 +86,7 @@ def add_adapters(policy: Policy, args, checkpoint: Path | None = None) -> Policy
                 *loaded.unexpected_keys,
                 *(name for name in loaded.missing_keys if ".lora_" in name),
             ]:
-                raise ValueError(f"{odd[0]} is missing, or one too many")
+                raise ValueError(f"{odd[0]} is missing or superfluous")
         check_finite(path, policy.model)
     return policy
 

@@ -5,9 +5,9 @@ from typing import Any
 
 
 def each_key_once(pairs: list[tuple[str, Any]]) -> dict:
-    """The `object_pairs_hook` of json.loads; ValueError names a key that stands there twice."""
+    """The `object_pairs_hook` of json.loads; ValueError names a key that is given twice."""
     read = dict(pairs)
     if len(read) < len(pairs):
         twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
-        raise ValueError(f"key {twice!r} stands twice in one object: which one counts?")
+        raise ValueError(f"key {twice!r} appears twice in one object: remove one")
     return read

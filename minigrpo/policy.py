@@ -129,8 +129,8 @@ class Policy:
         """
         if self.adapters is not None:
             raise ValueError(
-                "adapters are no part of a plain checkpoint: merge_adapters first, or save_adapters"
-                " alone"
+                "a plain checkpoint has no adapters: call merge_adapters first, or only"
+                " save_adapters"
             )
         checkpoints.save(
             folder, self.model, self.tokenizer, self.image_processor, self.video, weights

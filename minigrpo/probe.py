@@ -88,7 +88,7 @@ def chosen_samples(args: ProbeArguments, reward: Reward) -> list[Sample]:
     if not chosen:
         raise ValueError(
             f"--reward {args.reward} covers {', '.join(sorted(reward.tasks))}, and {args.data} has"
-            f" none of it with --task {args.task}: choose another --reward or --task"
+            f" no such sample with --task {args.task}: choose another --reward or --task"
         )
     return ask_to_think(chosen) if args.think else chosen
 

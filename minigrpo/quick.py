@@ -203,7 +203,7 @@ def wait(process: multiprocessing.Process, what: str, *others: multiprocessing.P
         sys.exit(f"quick: {what} failed, see above")
 
 
-@run_errors(lambda: "What is done is kept", "the number of other programs")
+@run_errors(lambda: "Finished parts are kept", "the number of other programs")
 def main() -> None:
     with input_errors():
         args = parse_args(QuickArguments, __doc__)

@@ -122,8 +122,8 @@ def run_all(
                 if came and not ending:
                     ending = "", STOP_CODES[came[0]]
                     screen.say(
-                        "stopping: what trains finishes its step and leaves a checkpoint (Ctrl-C"
-                        " again to abort at once)"
+                        "stopping: programs that train finish their step and save a checkpoint"
+                        " (Ctrl-C again to abort at once)"
                     )
                     # who has had Ctrl-C from the terminal, as all there have, goes on with that
                     terminate(going)
@@ -142,7 +142,9 @@ def run_all(
             raise
     if len(done) < len(runs):
         text, code = ending
-        say(f"{text}{len(done)} of {len(runs)} runs are done; the same command goes on from there")
+        say(
+            f"{text}{len(done)} of {len(runs)} runs are done; the same command continues from there"
+        )
         sys.exit(code)
 
 
@@ -301,12 +303,11 @@ def hold(root: Path, patience: float = 60.0) -> IO:
                 f"{root} is in use by process {owner}: wait for it, or end it (kill {owner})"
             )
         if time.monotonic() > end:
-            raise ValueError(f"{root} is in use: programs that were begun there have not ended yet")
-        if not told:
-            say(
-                "waiting until the programs have ended that a killed one has left at work in"
-                f" {root}"
+            raise ValueError(
+                f"{root} is in use: programs that were started there are still running"
             )
+        if not told:
+            say("waiting for the programs that a killed run left running in {root}")
         told = True
         time.sleep(0.5)
     held.truncate(0)

@@ -35,7 +35,7 @@ MOST = dict.fromkeys((*JSON, *TEXTS), 2 * MB) | dict.fromkeys((*LISTS, "merges.t
 DEEPEST = 30  # levels of JSON
 MOST_WEIGHTS = 20_000
 FETCH = "fetch it again, from its authors"
-BASE = "and such weights can't be trained: give the checkpoint that they were made from"
+BASE = "which cannot be trained: give the unquantised checkpoint"
 
 # Keys, anywhere in JSON, with what they ask for.
 KEYS = {
@@ -82,7 +82,7 @@ def read_text(path: Path) -> str | None:
         return None
     most = MOST.get(path.name, 2 * MB)
     if path.stat().st_size > most:
-        raise ValueError(f"{path} is larger than {most // MB} MB, which Qwen3-VL's is not: {FETCH}")
+        raise ValueError(f"{path} is larger than {most // MB} MB, unlike Qwen3-VL's: {FETCH}")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -104,15 +104,15 @@ def is_there(path: Path) -> bool:
             start = file.read(40)
     except FileNotFoundError:
         if path.is_symlink():
-            raise ValueError(f"{path} is a link to nothing: {FETCH}") from None
+            raise ValueError(f"{path} is a broken link: {FETCH}") from None
         return False
     except (OSError, RuntimeError) as error:  # permissions, links in a circle
         raise ValueError(f"{path} cannot be read ({error}): check its permissions") from None
     cached = target.parent == home.parent.parent / "blobs"
     if path.suffix != ".safetensors" and home not in target.parents and not cached:
         raise ValueError(
-            f"{path} is a link out of its folder: put a copy of what it leads to in "
-            "its place, if you trust it"
+            f"{path} is a link to outside its folder: replace it with a copy of its target, if you"
+            " trust that"
         )
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(
@@ -135,9 +135,7 @@ def parse(path: Path, text: str) -> dict:
         for _ in entries(content):
             pass
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not JSON that can be used ({error}), perhaps cut off: {FETCH}"
-        ) from None
+        raise ValueError(f"{path} is not usable JSON ({error}), perhaps cut off: {FETCH}") from None
     return content
 
 
@@ -174,8 +172,8 @@ def check_entry(path: Path, key: str, value) -> None:
         asks = "for a file outside the folder"
     if asks:
         raise ValueError(
-            f"{path} asks {asks} ({shown(key)}), which minigrpo never does: remove that "
-            "entry if the model is a plain one of its kind"
+            f"{path} asks {asks} ({shown(key)}), which minigrpo never does: remove that entry if"
+            " the model works without it"
         )
 
 
@@ -193,7 +191,9 @@ def check_tokenizer(path: Path, content: dict) -> None:
                 raise ValueError(f"{path}: {part} is not Qwen3-VL's ({key} {value!r:.50}): {FETCH}")
     model = content.get("model")
     if not isinstance(model, dict) or model.get("dropout"):
-        raise ValueError(f"{path}: model is not a BPE that cuts a text always alike: {FETCH}")
+        raise ValueError(
+            f"{path}: model is not a BPE that always splits a text the same way: {FETCH}"
+        )
 
 
 def weight_files(folder: Path, files: dict) -> list[Path]:
@@ -206,13 +206,13 @@ def weight_files(folder: Path, files: dict) -> list[Path]:
     for name in names:
         if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", str(name), re.ASCII):
             raise ValueError(
-                f"{folder / INDEX} names {name!r:.200}, which is no safetensors file "
-                f"of the folder: {FETCH}"
+                f"{folder / INDEX} names {name!r:.200}, which is not a safetensors file in the"
+                f" folder: {FETCH}"
             )
     if single.name not in names and is_there(single):
         raise ValueError(
-            f"{folder} holds both {single.name} and {INDEX}: remove the one that is "
-            "not of this model"
+            f"{folder} holds both {single.name} and {INDEX}: remove the one that does not belong to"
+            " this model"
         )
     return [folder / name for name in sorted(set(names))]
 
@@ -225,10 +225,10 @@ def read_headers(paths: list[Path]) -> dict[str, tuple[tuple[int, ...], Path]]:
         if not is_there(path):
             pickles = [other.name for other in path.parent.iterdir() if other.suffix in PICKLES]
             raise ValueError(
-                f"{path.parent} holds no safetensors file {path.name}"
+                f"{path.parent} has no safetensors file {path.name}"
                 + (
                     f"; {shown(pickles[0])} is a pickle, which can run any code when it is read:"
-                    " have it converted to safetensors where you trust it"
+                    " convert it to safetensors in a place where that is safe"
                     if pickles
                     else f": {FETCH}"
                 )

@@ -271,7 +271,7 @@ def test_two_demos_do_not_share_a_folder(tmp_path, monkeypatch):
     assert time.monotonic() - began < 1
     # whoever began it was killed, and its programs are still at work
     monkeypatch.setattr(stages, "is_alive", lambda number: False)
-    with pytest.raises(ValueError, match="programs that were begun there have not ended yet"):
+    with pytest.raises(ValueError, match="programs that were started there are still running"):
         hold(tmp_path, patience=0.1)
     monkeypatch.setattr(stages.time, "sleep", lambda seconds: held.close())
     hold(tmp_path).close()
@@ -584,8 +584,8 @@ def test_killed_inside_drawing_and_by_ctrl_c(whole, tmp_path):
         assert processes.finish([process]) == [code]
         said = (tmp_path / "log-0").read_text()
         assert (
-            "stopping: what trains finishes its step" in said
-            and "runs are done; the same command goes on from there" in said
+            "stopping: programs that train finish their step" in said
+            and "runs are done; the same command continues from there" in said
         )
         assert "Traceback" not in said + "".join(log.read_text() for log in out.rglob("*.log"))
         assert any((out / "grounding/checkpoints").iterdir())

@@ -95,7 +95,7 @@ def test_shards_outside_the_folder(checkpoint, shard):
         metadata={},
         weight_map={"lm_head.weight": shard},
     )
-    assert "no safetensors file of the folder" in refusal(checkpoint)
+    assert "not a safetensors file in the folder" in refusal(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_a_tar_that_fills_memory_or_folders(tmp_path, harm, said):
         (
             "tokenizer_config.json",
             dict(tokenizer_class="BertJapaneseTokenizer"),
-            "none of Qwen3-VL's",
+            "not one of Qwen3-VL's",
         ),
     ],
 )
@@ -440,7 +440,7 @@ def test_links_out_of_the_folder(checkpoint, name):
     shutil.copy(checkpoint / name, checkpoint.parent / "secret")
     (checkpoint / name).unlink()
     (checkpoint / name).symlink_to("../secret")
-    assert f"{name} is a link out of its folder" in refusal(checkpoint)
+    assert f"{name} is a link to outside its folder" in refusal(checkpoint)
 
 
 def test_links_inside_the_folder_and_to_weights(checkpoint, policy):
@@ -483,7 +483,7 @@ def test_a_distributed_checkpoint_is_a_pickle(checkpoint):
     (checkpoint / "__0_0.distcp").write_bytes(pickle.dumps(Harm()))
     Policy.from_pretrained(str(checkpoint))
     (checkpoint / "model.safetensors").unlink()
-    assert "holds no safetensors file" in refusal(checkpoint)
+    assert "has no safetensors file" in refusal(checkpoint)
 
 
 @pytest.mark.parametrize(

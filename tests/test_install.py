@@ -187,7 +187,7 @@ def test_the_list_a_version_and_a_misspelt_command_take_no_time(installed, tmp_p
     assert script("--version") == f"minigrpo {__version__}\n"
     assert (
         script("grop", code=2)
-        == "minigrpo: error: there is no command 'grop': did you mean `minigrpo grpo`?\n"
+        == "minigrpo: error: no command 'grop': did you mean `minigrpo grpo`?\n"
     )
 
 
@@ -211,7 +211,7 @@ def test_the_nearest_command_is_named(words, near, monkeypatch, capsys):
         commands.main()
     assert (
         capsys.readouterr().err
-        == f"minigrpo: error: there is no command {words!r}: did you mean `minigrpo {near}`?\n"
+        == f"minigrpo: error: no command {words!r}: did you mean `minigrpo {near}`?\n"
     )
 
 

@@ -344,12 +344,12 @@ def test_runs_are_laid_over_one_another(tmp_path, drawn, monkeypatch):
         (["empty"], "empty is not a run: it has no metrics.jsonl"),
         (["begun"], "begun/metrics.jsonl is empty: the run has not finished a step yet"),
         (["odd"], "odd/metrics.jsonl:2 is not the figures of a step"),
-        (["run", "run/../run"], "stands there twice"),
+        (["run", "run/../run"], "is given twice"),
         (["run", "--labels", "a", "b"], "2 --labels for 1 runs"),
-        (["run", "other", "--labels", "a", "a"], "--labels a stands there twice"),
+        (["run", "other", "--labels", "a", "a"], "--labels a is given twice"),
         (["run", "--output", "run/x.pdf"], "ends in .png"),
         (["run", "--output", "nowhere/x.png"], "there is no folder nowhere"),
-        (["run", "--output", "mine.png"], "mine.png is a file that holds no curves"),
+        (["run", "--output", "mine.png"], "mine.png is a file without curves"),
     ],
 )
 def test_what_cannot_be_laid_over_is_named(words, message, tmp_path, monkeypatch):

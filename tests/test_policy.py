@@ -326,7 +326,7 @@ def test_steps_of_one_millionth_move_a_bf16_model_as_they_move_an_fp32_one(sampl
 
 @pytest.mark.parametrize(
     "content, message",
-    [({}, "holds no config.json"), ({"config.json": '{"model_type": "bert"}'}, "bert model")],
+    [({}, "has no config.json"), ({"config.json": '{"model_type": "bert"}'}, "bert model")],
 )
 def test_a_folder_that_is_no_checkpoint(tmp_path, content, message):
     for name, text in content.items():

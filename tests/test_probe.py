@@ -72,7 +72,7 @@ def test_samples_are_spread_over_the_file_and_of_the_reward_s_tasks(args):
     assert [s.id for s in chosen[:3]] == thirds and len(set(thirds)) == 3
     assert {s.task for s in chosen_samples(args, reward_fn("gleu"))} == {"report"}
     assert len(chosen_samples(replace(args, samples=0), reward_fn(args.reward))) == len(everything)
-    with pytest.raises(ValueError, match="covers grounding, .* none of it with --task report"):
+    with pytest.raises(ValueError, match="covers grounding, .* no such sample with --task report"):
         chosen_samples(replace(args, task="report"), reward_fn("soft_f1"))
 
 

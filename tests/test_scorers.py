@@ -143,7 +143,7 @@ def test_chexbert_runs_no_code_and_names_a_wrong_file(tmp_path, folder, monkeypa
             "adapter_config.json names another model",
         ),
         ("tokenizer_config.json", None, "tokenizer_config.json is not JSON"),
-        ("config.json", [], "config.json is not JSON that can be used (it is not an object)"),
+        ("config.json", [], "config.json is not usable JSON (it is not an object)"),
     ],
 )
 def test_a_scorer_s_encoder_brings_no_code(tmp_path, folder, name, load, file, entries, said):
