@@ -285,8 +285,15 @@ def test_a_folder_in_place_of_a_jsonl_file(fails, phantom):
     assert f"{phantom} is a folder: name the JSONL file in it" in fails(check.main, phantom)
 
 
-@pytest.mark.parametrize("extra", [["--warmup", "-1"], ["--warmup", "2"], ["--beta2", "1"]])
-def test_bad_sft_settings(fails, phantom, tmp_path, extra):
+@pytest.mark.parametrize(
+    "extra, why",
+    [
+        (["--warmup", "-1"], "between 0 and 1"),
+        (["--warmup", "2"], "between 0 and 1"),
+        (["--beta2", "1"], "at least 0 and below 1"),
+    ],
+)
+def test_bad_sft_settings(fails, phantom, tmp_path, extra, why):
     said = fails(
         train_sft.main,
         "--model",
@@ -297,7 +304,7 @@ def test_bad_sft_settings(fails, phantom, tmp_path, extra):
         tmp_path / "run",
         *extra,
     )
-    assert f"{extra[0]} must be between 0 and 1" in said
+    assert f"{extra[0]} must be {why}" in said
 
 
 @pytest.mark.parametrize(
@@ -986,7 +993,7 @@ def grpo_args(*words):
         ("run.yaml", "learning_rate: -010", "learning_rate is -010"),
         ("run.yaml", "group_size: 1:30", "--group-size: invalid int value: '1:30'"),
         ("run.yaml", "seed: 0x10", "--seed: invalid int value: '0x10'"),
-        ("run.yaml", 'output_dir: "a\\0b"', "can be no path (embedded null byte)"),
+        ("run.yaml", 'output_dir: "a\\0b"', "cannot be a path (embedded null byte)"),
         ("run.yaml", "output_dir: ~nobody-of-that-name/x", "no such home folder"),
     ],
 )
@@ -1078,7 +1085,7 @@ def test_a_settings_file_in_capitals(tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("x" * 300, "can be no path (File name too long)"),
+        ("x" * 300, "cannot be a path (File name too long)"),
         (b"\xff\xfe", "is not UTF-8: give another"),
     ],
 )
@@ -1105,7 +1112,7 @@ def test_names_that_no_folder_can_have(
 
 def test_a_name_that_is_too_long_for_the_data_tools(fails, phantom, tmp_path):
     said = fails(join.main, phantom / "test.jsonl", "--output_file", tmp_path / ("x" * 300))
-    assert "can be no path (File name too long)" in said
+    assert "cannot be a path (File name too long)" in said
 
 
 @pytest.mark.parametrize("argument", ["--train_data", "--eval_data"])
@@ -1281,7 +1288,7 @@ def test_a_name_that_is_too_long_for_a_file(fails, phantom, tmp_path, program, m
     )
     said = fails(module.main, *words, "--model", "x" * 300)
     assert (
-        "can be no path (File name too long)" in said or "neither a checkpoint folder nor" in said
+        "cannot be a path (File name too long)" in said or "neither a checkpoint folder nor" in said
     )
     if module is evaluate:
         for argument in ("--predictions", "--baseline"):
@@ -1298,9 +1305,9 @@ def test_a_name_that_is_too_long_for_a_file(fails, phantom, tmp_path, program, m
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--how", "constant"], "--how is called --aggregation since 0.2.0"),
-        (["--num_generations", 8], "for --num_generations there is --group_size"),
-        (["--beta=0.1"], "for --beta there is --kl_coef"),
+        (["--how", "constant"], "--how has been called --aggregation since 0.2.0"),
+        (["--num_generations", 8], "instead of --num_generations use --group_size"),
+        (["--beta=0.1"], "instead of --beta use --kl_coef"),
         (["--top_p", 0.9], "from the whole distribution"),
         (["--learning_rte", 3], "did you mean --learning_rate?"),
     ],
@@ -1340,5 +1347,5 @@ def test_what_is_said_of_other_names_is_true():
 
 def test_an_old_setting_is_answered_with_its_new_name(tmp_path):
     (tmp_path / "run.yaml").write_text("level: sequence\n")
-    with pytest.raises(ValueError, match="--level is called --ratio_level since 0.2.0"):
+    with pytest.raises(ValueError, match="--level has been called --ratio_level since 0.2.0"):
         parse_args(train_grpo.GrpoArguments, "", [str(tmp_path / "run.yaml")])

@@ -20,7 +20,7 @@ ELSEWHERE = {  # TRL, EasyR1 and LLaMA-Factory
     "scale_rewards": "--advantage_scale",
     "reward_funcs": "--reward",
     "per_device_train_batch_size": "--prompts_per_step for GRPO, --batch_size for SFT, of all "
-    "devices together; --micro_tokens and --micro_batch bound memory",
+    "devices together; --micro_tokens and --micro_batch limit memory",
     "gradient_accumulation_steps": "nothing: it follows from --micro_tokens or --micro_batch",
     "lr_scheduler_type": "--lr_schedule",
     "warmup_ratio": "--warmup",
@@ -29,7 +29,7 @@ ELSEWHERE = {  # TRL, EasyR1 and LLaMA-Factory
     "dataset": "--train_data",
     "dataset_name": "--train_data, a JSONL file",
     "template": "nothing: the chat template is that of the checkpoint",
-    "cutoff_len": "nothing: texts are never cut; --max_pixels bounds images",
+    "cutoff_len": "nothing: texts are never cut; --max_pixels limits images",
     "image_max_pixels": "--max_pixels",
     "finetuning_type": "--lora_rank, or --freeze",
     "gradient_checkpointing": "--activation_checkpointing",
@@ -50,6 +50,10 @@ def hint(word: str, known: list[str]) -> str:
     if name in RENAMED and RENAMED[name] in known:
         return f"--{name} has been called --{RENAMED[name]} since 0.2.0"
     if name in ELSEWHERE:
-        return f"instead of --{name}: {ELSEWHERE[name]}"
+        there = ELSEWHERE[name]
+        missing = there.removeprefix("nothing: ")
+        if missing != there:
+            return f"there is no --{name}: {missing}"
+        return f"instead of --{name} use {there}"
     close = get_close_matches(name, known, n=1)
     return f"did you mean --{close[0]}?" if close else ""
