@@ -105,7 +105,7 @@ EXPECTED = {
         {
             "kept": 4,
             "the same row again": 1,
-            "a box that is no four numbers": 1,
+            "a box that is not four numbers": 1,
             "no phrase": 1,
             "film missing": 1,
             "another split": 2,
@@ -136,7 +136,7 @@ EXPECTED = {
             "kept": 2,
             "film missing": 2,
             "no boxes": 4,
-            "a box that is no four numbers": 2,
+            "a box that is not four numbers": 2,
             "another split": 15,
             "film not in master_table.csv": 5,
         },
@@ -146,7 +146,7 @@ EXPECTED = {
         {
             "kept": 4,
             "no boxes": 4,
-            "a box that is no four numbers": 2,
+            "a box that is not four numbers": 2,
             "another split": 15,
             "film not in master_table.csv": 5,
         },
@@ -495,7 +495,9 @@ def test_chexpert_findings_end_at_the_next_section(tmp_path):
         ledger.counts()["empty findings"] == 1
         and ledger.notes["reports whose findings end at IMPRESSION"] == 1
     )
-    assert ledger.notes["reports whose findings hold lines that begin like a heading (ETT:)"] == 1
+    assert (
+        ledger.notes["reports whose findings contain lines that begin like a heading (ETT:)"] == 1
+    )
 
 
 def test_mimic_classification_lists_what_is_present(folders, tmp_path):
@@ -540,7 +542,7 @@ def test_nih_official_lists_are_honoured_where_they_divide_the_films(folders, tm
 
 
 def test_patients_in_two_splits_are_refused():
-    with pytest.raises(ValueError, match="patient p1 stands in two splits, train and test"):
+    with pytest.raises(ValueError, match="patient p1 is in two splits, train and test"):
         patient_splits([("p1", "train"), ("p2", "test"), ("p1", "test")])
 
 
@@ -548,7 +550,7 @@ def test_a_set_with_a_patient_in_two_splits_is_refused(folders, tmp_path):
     fake_sets.padchest_gr(tmp_path / "padchest_gr")
     path = tmp_path / "padchest_gr/master_table.csv"
     path.write_text(path.read_text().replace(",p3,test", ",p0,test"))
-    with pytest.raises(ValueError, match="patient p0 stands in two splits"):
+    with pytest.raises(ValueError, match="patient p0 is in two splits"):
         run(tmp_path, "padchest_gr", "train", tmp_path / "out")
 
 
@@ -606,14 +608,14 @@ def test_a_row_that_nobody_closed_is_an_error():
     [
         ((10, 20, 30, 50), [0.1, 0.1, 0.3, 0.25]),
         ((-5, 20, 30, 500), [0.0, 0.1, 0.3, 1.0]),
-        ((30, 20, 10, 50), "a box without area"),
-        ((10, 20, 10, 50), "a box without area"),
+        ((30, 20, 10, 50), "a box with no area"),
+        ((10, 20, 10, 50), "a box with no area"),
         ((100, 20, 120, 50), "a box outside the film"),
         ((-9, 20, 0, 50), "a box outside the film"),
         ((10, 20, 10.3, 50), "a box too thin for two decimals"),
         ((10, 20, 30, 20.5), "a box too thin for two decimals"),
-        ((float("nan"), 20, 30, 50), "a box that is no four numbers"),
-        ((float("inf"), 20, 30, 50), "a box that is no four numbers"),
+        ((float("nan"), 20, 30, 50), "a box that is not four numbers"),
+        ((float("inf"), 20, 30, 50), "a box that is not four numbers"),
     ],
 )
 def test_boxes_in_pixels(corners, expected):
@@ -629,7 +631,7 @@ def test_boxes_in_pixels(corners, expected):
 
 
 def test_errors_name_what_to_do(folders, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no folder: give the one"):
+    with pytest.raises(FileNotFoundError, match="is not a folder: give the one"):
         run(tmp_path, "openi", "train", tmp_path / "out")
     (tmp_path / "openi").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no indiana_reports.csv .* docs/data.md"):

@@ -452,7 +452,7 @@ def test_a_sheet_that_cannot_be_written_hides_no_error(fails, phantom, tmp_path,
         (["--train", -1], "--train must be"),
         (["--seed", -1], "--seed must be"),
         (["--size", 0], "--size must be"),
-        (["--output_dir", "{}/file/below"], "lies under, a file"),
+        (["--output_dir", "{}/file/below"], "lies below, a file"),
     ],
 )
 def test_phantom_arguments(fails, tmp_path, extra, message):
@@ -747,7 +747,7 @@ def test_half_a_character_in_a_stored_answer(fails, phantom, stored, tmp_path):
         (
             "1",
             1000,
-            "boxes that the model wrote leave 0..1 and so score nothing (--box_scale is 1): "
+            "boxes that the model wrote lie outside 0..1 and so score nothing (--box_scale is 1): "
             "should it be 1000?",
         ),
         (
@@ -1175,7 +1175,7 @@ def test_equals_signs_in_the_paths_of_join(tmp_path, monkeypatch, name, times):
 
 @pytest.mark.parametrize("text", ["no=where.jsonl", "a.jsonl=0", "a.jsonl=-1", "a.jsonl="])
 def test_times_that_are_none(text):
-    with pytest.raises(ValueError, match="is no file; behind a = stands how often"):
+    with pytest.raises(ValueError, match="is not a file; after a = comes how often"):
         join.parse_file(text)
 
 

@@ -62,7 +62,7 @@ def test_all_errors_of_all_files_at_once(folder):
     places = [error.split(": ")[0] for error in errors]
     assert places == [*(f"{train}:{n}" for n in range(1, 43)), f"{test}:1"]
     assert (
-        "leaves 0..1" in errors[0]
+        "lies outside 0..1" in errors[0]
         and "cannot be read" in errors[40]
         and "not JSON" in errors[41]
         and "does not exist" in errors[42]
@@ -153,10 +153,10 @@ def test_films_of_doubtful_brightness_are_named(folder):
     ]
     for part in (
         "1 films are nearly all of one grey: flat16.png (line 5)",
-        "2 films are dark: 95 of 100 pixels are below a quarter of white: "
+        "2 films are dark: 95 of 100 pixels are darker than a quarter of white: "
         "dark8.png (line 3), dark16.png (line 4)",
         "or nearly all pure black: white.png (line 6), black.png (line 7)",
-        "1 films are of values below 0: black is the least of them: signed.tif (line 8)",
+        "1 films have values below 0: the lowest is taken as black: signed.tif (line 8)",
     ):
         assert any(part in note for note in notes), (part, notes)
     assert len(notes) == 4
@@ -174,7 +174,7 @@ def test_boxes_that_are_wrong_are_counted(folder):
     lines = [line(n, "0.png", boxes=[[0, 0, 2, 1]]) for n in range(3)]
     lines.append(line(9, "0.png", answer="At [100, 200, 500, 600]."))
     text, errors, _ = check([write(folder, "train.jsonl", *lines)])
-    assert "in lines with errors 3 leave 0..1, and 1 answers say other boxes" in text
+    assert "in lines with errors 3 lie outside 0..1, and 1 answers differ from" in text
     assert len(errors) == 4
     assert "they look like [x1, y1, x2, y2] in 0..1000" in errors[3]
 
@@ -191,9 +191,9 @@ def test_what_a_report_holds_beside_its_findings(folder):
     ]
     lines = [report | {"id": f"r{n}", "answer": text} for n, text in enumerate(texts)]
     text, errors, _ = check([write(folder, "train.jsonl", *lines)])
-    assert not errors and "1 reports hold the heading of a section: r1 (line 2)" in text
-    assert "1 reports end within a sentence: r2 (line 3)" in text
-    assert "1 samples hold control or zero-width characters: r4 (line 5)" in text
+    assert not errors and "1 reports contain a section heading: r1 (line 2)" in text
+    assert "1 reports end in mid-sentence: r2 (line 3)" in text
+    assert "1 samples contain control or zero-width characters: r4 (line 5)" in text
 
 
 @pytest.mark.parametrize(
@@ -219,9 +219,7 @@ def test_the_same_patients_on_two_sides(folder, names):
         for n, name in enumerate(names)
     )
     _, errors, _ = check([one, two])
-    assert errors == [
-        f"{two}:1: leak: patient 'p' stands in {one}:1 too: remove it from one of them"
-    ]
+    assert errors == [f"{two}:1: leak: patient 'p' stands in {one}:1: remove it from one of them"]
 
 
 @pytest.mark.parametrize(
@@ -294,7 +292,7 @@ def test_control_characters_are_shown_escaped(folder):
     text, errors, _ = check([bad, test])
     assert len(errors) == 4 and "".join([*errors, *text.splitlines()]).isprintable()
     assert "heart\\x1b[2J\\u202e" in text
-    assert "samples hold control or zero-width characters" in text
+    assert "samples contain control or zero-width characters" in text
 
 
 def test_a_film_that_vanishes_while_it_is_checked(folder, monkeypatch):

@@ -183,7 +183,7 @@ def test_a_deflated_dicom_file_is_not_unpacked(tmp_path):
     film.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
     film.save_as(tmp_path / "deflated.dicom")
     for read in (load_dicom, dicom_size):
-        with pytest.raises(ValueError, match="deflated.dicom is deflated as a whole"):
+        with pytest.raises(ValueError, match="deflated.dicom is deflated"):
             read(tmp_path / "deflated.dicom")
 
 

@@ -235,7 +235,7 @@ def test_formats_of_no_film_are_refused_with_what_to_do(tmp_path, suffix):
     with pytest.raises(
         ValueError,
         match="film.png cannot be read .*is no PNG, JPEG, TIFF, BMP, WEBP or PGM "
-        "image.*store it as one",
+        "image.*convert it to one",
     ):
         load_image(tmp_path / "film.png")
 
@@ -260,7 +260,7 @@ def test_a_jpeg_of_thousands_of_scans(write, tmp_path):  # noqa: F811
     (tmp_path / "bomb.jpg").write_bytes(progressive(5000))
     for read in (load_image, lambda path: read_jsonl(write(REPORT | {"image": str(path)}))):
         with pytest.raises(
-            ValueError, match="bomb.jpg cannot be read .*more than 100 scans.*store it anew"
+            ValueError, match="bomb.jpg cannot be read .*more than 100 scans.*convert it"
         ):
             read(tmp_path / "bomb.jpg")
 
@@ -332,7 +332,7 @@ def test_films_in_tiles_and_strips_are_read(tmp_path):
 )
 def test_a_large_ppm_that_python_would_decode(tmp_path, head):
     (tmp_path / "film.pgm").write_bytes(head + b"0 " * 100)
-    with pytest.raises(ValueError, match="takes minutes to decode: store it as PNG"):
+    with pytest.raises(ValueError, match="takes minutes to decode: convert it to PNG"):
         load_image(tmp_path / "film.pgm")
     (tmp_path / "small.pgm").write_bytes(b"P2\n3 2\n4095\n0 1 2 4095 4 5\n")
     assert grey(tmp_path / "small.pgm")[1, 0] == 255

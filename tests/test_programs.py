@@ -323,7 +323,7 @@ def edit(**fields):
         (edit(image="nowhere.png"), "does not exist"),
         (lambda line: "{not json", "not JSON"),
         (edit(task="dance"), "unknown task"),
-        (edit(boxes=[[0.1, 0.1, 1.2, 0.5]]), "leaves 0..1"),
+        (edit(boxes=[[0.1, 0.1, 1.2, 0.5]]), "lies outside 0..1"),
         (edit(boxes=[[0.5, 0.1, 0.4, 0.5]]), "x1 < x2"),
         (edit(answer=" "), "answer"),
         (edit(id="phantom-train-00000-report"), "already"),

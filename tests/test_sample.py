@@ -92,7 +92,7 @@ def without(record: dict, name: str) -> dict:
         ("[1]", "a JSON list", "one JSON object"),
         ("null", "a JSON NoneType", "one JSON object"),
         (without(REPORT, "id"), '"id" is missing', "its own"),
-        (REPORT | {"id": 7}, '"id" is missing or no text', "its own"),
+        (REPORT | {"id": 7}, '"id" is missing or not a text', "its own"),
         (REPORT | {"task": "raport"}, "unknown task 'raport'", "report, grounding"),
         (REPORT | {"task": ["report"]}, "unknown task ['report']", "report, grounding"),
         (
@@ -141,8 +141,12 @@ def without(record: dict, name: str) -> dict:
             "write [x1, y1, x2, y2]",
         ),
         (BOX | {"boxes": "all"}, "\"boxes\" is 'all'", "write a list of [x1, y1, x2, y2]"),
-        (BOX | {"boxes": [[0, 0, 512, 512]]}, "leaves 0..1", "divide x by the image's width"),
-        (BOX | {"boxes": [[0, 0, 10**400, 1]]}, "leaves 0..1", "divide x by the image's width"),
+        (BOX | {"boxes": [[0, 0, 512, 512]]}, "lies outside 0..1", "divide x by the image's width"),
+        (
+            BOX | {"boxes": [[0, 0, 10**400, 1]]},
+            "lies outside 0..1",
+            "divide x by the image's width",
+        ),
         (BOX | {"boxes": [[0.5, 0, 0.4, 1]]}, "has no area", "x1 < x2"),
         (BOX | {"boxes": [[0, 0.5, 1, 0.5]]}, "has no area", "y1 < y2"),
         (without(BOX, "boxes"), "grounding without boxes", 'add "boxes"'),
@@ -155,7 +159,7 @@ def without(record: dict, name: str) -> dict:
         ),
         (BOX | {"kind": "organ"}, "unknown kind 'organ'", "anatomy, abnormality, phrase"),
         (BOX | {"label": 3}, '"label" is 3', "put it in quotes"),
-        (REPORT | {"id": "g"}, "id 'g' stands on line 1 already", "rename one"),
+        (REPORT | {"id": "g"}, "id 'g' is already on line 1", "rename one"),
         (without(REPORT, "image"), '"image" is missing', "null for no image"),
         (REPORT | {"image": []}, '"image" is missing or ill-formed', "null for no image"),
         (REPORT | {"image": 3}, '"image" is missing or ill-formed', "null for no image"),
@@ -228,11 +232,11 @@ def without(record: dict, name: str) -> dict:
             '"turns" is missing or ill-formed',
             "none of them empty",
         ),
-        (REPORT | {"id": "\u202e"}, '"id" is missing or no text', "its own"),
+        (REPORT | {"id": "\u202e"}, '"id" is missing or not a text', "its own"),
         (
             REPORT | {"label": "lung\udfff"},
             "\"label\" holds '\\udfff', half a character",
-            "write it anew",
+            "correct it",
         ),
         (REPORT | {"image": "~/film.png"}, "does not exist", "write ~ out"),
         (
@@ -243,12 +247,12 @@ def without(record: dict, name: str) -> dict:
         (
             TALK | {"turns": [["Effusion?", "No\ud83d"]]},
             "\"turns\" holds '\\ud83d', half a character",
-            "write it anew",
+            "correct it",
         ),
         (
             REPORT | {"question": "\udc00?"},
             "\"question\" holds '\\udc00', half a character",
-            "write it anew",
+            "correct it",
         ),
     ],
 )
@@ -395,7 +399,7 @@ def test_images_that_no_run_can_take(write, tmp_path):
         f"{file}:1: " in strip
         and "more than 200 times the other" in strip
         and f"{file}:2: " in floats
-        and "store 8 or 16 bits" in floats
+        and "convert it to 8 or 16 bits" in floats
     )
 
 
@@ -474,9 +478,9 @@ FIRST, SECOND = "[0.12, 0.20, 0.30, 0.40]", "[0.50, 0.55, 0.90, 0.95]"
             "[0.30, 0.40, 0.12, 0.20] and [0.90, 0.95, 0.50, 0.55]",
             "they look like [x2, y2, x1, y1]",
         ),
-        ("[0.70, 0.20, 0.88, 0.40] and [0.10, 0.55, 0.50, 0.95]", "left and right are exchanged"),
-        (f"{FIRST} and [0.10, 0.55, 0.50, 0.95]", "they are other boxes"),
-        (f"{FIRST} and [0.50, 0.55, 0.90, 0.98]", "they are other boxes"),
+        ("[0.70, 0.20, 0.88, 0.40] and [0.10, 0.55, 0.50, 0.95]", "left and right are swapped"),
+        (f"{FIRST} and [0.10, 0.55, 0.50, 0.95]", "the boxes differ"),
+        (f"{FIRST} and [0.50, 0.55, 0.90, 0.98]", "the boxes differ"),
         (FIRST, '1 in the answer, 2 in "boxes"; [0.50, 0.55, 0.90, 0.95] is in "boxes" alone'),
         (
             f"{FIRST}, {SECOND} and [0.10, 0.10, 0.20, 0.20]",
@@ -486,7 +490,7 @@ FIRST, SECOND = "[0.12, 0.20, 0.30, 0.40]", "[0.50, 0.55, 0.90, 0.95]"
             f"{FIRST}, {FIRST} and {SECOND}",
             f'3 in the answer, 2 in "boxes"; {FIRST} is in the answer alone',
         ),
-        (f"{FIRST} and {FIRST}", "they are other boxes"),
+        (f"{FIRST} and {FIRST}", "the boxes differ"),
     ],
 )
 def test_an_answer_that_contradicts_its_boxes(write, answer, guess):

@@ -205,7 +205,7 @@ def test_a_server_that_is_gone_is_not_asked_a_thousand_times(serve, tmp_path):  
     with pytest.raises(
         ValueError,
         match="answered 404 .*20 questions in a row got no answer, so no more are "
-        "asked; what came before is kept",
+        "asked; the answers so far are",
     ):
         ask_all(
             Endpoint(server.address, "m").rewrite,
@@ -377,7 +377,7 @@ def test_a_key_that_is_none_is_said_at_the_start_and_not_shown(phantom, tmp_path
             tmp_path / "o.jsonl",
         )
     said = str(ended.value)
-    assert "OPENAI_API_KEY holds a space, a line break or a letter that no key has" in said
+    assert "OPENAI_API_KEY contains a space, a line break or a character that no key has" in said
     assert "sk" not in said
     assert not list(tmp_path.iterdir())
 
@@ -428,7 +428,7 @@ def test_a_key_in_an_answer_is_blanked(raw):
     ],
 )
 def test_an_address_with_a_password_is_refused_and_not_shown(address):
-    with pytest.raises(ValueError, match="holds a user, a password or a query") as refused:
+    with pytest.raises(ValueError, match="contains a user, a password or a query") as refused:
         Endpoint(address, "m")
     assert "hunter2" not in str(refused.value)
 
@@ -448,6 +448,6 @@ def test_an_address_with_a_password_is_refused_and_not_shown(address):
     ],
 )
 def test_an_address_that_is_none(address):
-    with pytest.raises(ValueError, match="is no address: write http://HOST:PORT/v1") as refused:
+    with pytest.raises(ValueError, match="is not an address: write http://HOST:PORT/v1") as refused:
         Endpoint(address, "m")
     assert str(refused.value).isprintable()

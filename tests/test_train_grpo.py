@@ -488,7 +488,7 @@ def test_boxes_at_another_scale_are_said(train, monkeypatch, capsys):
     monkeypatch.setattr(grpo, "generate", thousands)
     train("--task", "grounding", reward="letters", steps=1)
     said = capsys.readouterr().out
-    assert "note: 12 of 12 boxes that the model wrote leave 0..1" in said
+    assert "note: 12 of 12 boxes that the model wrote lie outside 0..1" in said
     assert "(--box_scale is 1): should it be 1000?" in said
     train("--task", "grounding", "--box_scale", 1000, reward="letters", steps=1)
     assert "--box_scale" not in capsys.readouterr().out

@@ -42,7 +42,7 @@ def contradiction(answer: str, boxes: Boxes) -> str | None:
     if len(said) != len(boxes):
         guess = counted(said, boxes, near)
     else:
-        guess = next(guesses(said[:MOST_PAIRED], boxes[:MOST_PAIRED], near), "they are other boxes")
+        guess = next(guesses(said[:MOST_PAIRED], boxes[:MOST_PAIRED], near), "the boxes differ")
     return (
         f'the boxes in the answer are not "boxes" ({guess}): write {mend} in the answer, or '
         'mend "boxes"'
@@ -76,7 +76,7 @@ def guesses(said: Boxes, boxes: Boxes, near: float) -> Iterator[str]:
         if same_boxes(said, [form(*box) for box in boxes], near):
             yield f'"boxes" looks like {name}'
     if same_boxes([(1 - x2, y1, 1 - x1, y2) for x1, y1, x2, y2 in said], boxes, near):
-        yield "left and right are exchanged"
+        yield "left and right are swapped"
 
 
 def counted(said: Boxes, boxes: Boxes, near: float) -> str:
@@ -92,7 +92,7 @@ def counted(said: Boxes, boxes: Boxes, near: float) -> str:
     if far[rows, columns].any():
         return text
     extra = sorted(set(range(len(more))) - set(rows.tolist()))
-    return f"{text}; {format_boxes([more[i] for i in extra[:4]])} is in {where} alone"
+    return f"{text}; {format_boxes([more[i] for i in extra[:4]])} is only in {where}"
 
 
 def pixels_of(said: Boxes, boxes: Boxes, near: float) -> tuple[int, int] | None:
@@ -127,9 +127,9 @@ def scale_note(
     if 2 * outside > len(largest):
         thousands = 2 * sum(value <= 1000 for value in largest) > len(largest)
         return (
-            f"{outside:,} of {len(largest):,} boxes that the model wrote leave 0..1 and so "
-            f"score nothing (--box_scale is {box_scale:g}): should it be "
-            f"{'1000' if thousands else 'the side of the image in pixels'}?"
+            f"{outside:,} of {len(largest):,} boxes that the model wrote lie outside 0..1 and so"
+            f" score nothing (--box_scale is {box_scale:g}): should it be"
+            f" {'1000' if thousands else 'the side of the image in pixels'}?"
         )
     if box_scale >= 100 and largest and 2 * sum(value <= 1 for value in largest) > len(largest):
         return (

@@ -57,10 +57,10 @@ class Film:
 
 
 FAULTS = {
-    "grey": "nearly all of one grey",
-    "dark": "dark: 95 of 100 pixels are below a quarter of white",
-    "clipped": "clipped: a large part is pure white, or nearly all pure black",
-    "signed": "of values below 0: black is the least of them",
+    "grey": "are nearly all one grey",
+    "dark": "are dark: 95 of 100 pixels are darker than a quarter of white",
+    "clipped": "are clipped: a large part is pure white, or nearly all pure black",
+    "signed": "have values below 0: the lowest is taken as black",
 }
 
 
@@ -138,16 +138,16 @@ def find_oddities(file: File, films: dict[str, Film]) -> None:
     for name, text in FAULTS.items():
         note(
             file,
-            f"films are {text}",
+            f"films {text}",
             [(Path(path).name, file.users[path]) for path in shown if name in films[path].faults],
         )
     reports = [sample for sample in file.samples if sample.task == "report"]
     headed = [(s.id, s.line) for s in reports if HEADING.search(s.answer)]
-    note(file, "reports hold the heading of a section", headed)
+    note(file, "reports contain a section heading", headed)
     cut = [(s.id, s.line) for s in reports if s.answer.rstrip()[-1:] not in ".!?)\"'"]
-    note(file, "reports end within a sentence", cut)
+    note(file, "reports end in mid-sentence", cut)
     odd = [(s.id, s.line) for s in file.samples if hides(" ".join([s.id, *sum(texts_of(s), [])]))]
-    note(file, "samples hold control or zero-width characters", odd)
+    note(file, "samples contain control or zero-width characters", odd)
 
 
 def hides(text: str) -> bool:
@@ -188,7 +188,7 @@ def find_leaks(files: list[File], films: dict[str, Film]) -> None:
                     (
                         line,
                         (
-                            f"leak: {kind} {name} stands in {other.path}:{first} too: remove it"
+                            f"leak: {kind} {name} is also in {other.path}:{first}: remove it"
                             " from one of them"
                         ),
                     )
@@ -231,7 +231,7 @@ def summary(file: File, films: dict[str, Film], tokenizer=None, processor=None) 
     depths = Counter(film.depth for film in shown)
     outside, other = (
         sum(part in text for _, text in file.errors)
-        for part in ("leaves 0..1", 'answer are not "boxes"')
+        for part in ("lies outside 0..1", 'answer are not "boxes"')
     )
     tasks, labels = Counter(s.task for s in samples), Counter(s.label for s in samples if s.label)
     lines = [
@@ -260,8 +260,8 @@ def summary(file: File, films: dict[str, Film], tokenizer=None, processor=None) 
     lines += [
         f"  boxes      {len(boxes):,}; a grounding sample has "
         f"{spread(len(s.boxes) for s in samples if s.task == 'grounding')}"
-        + f"; in lines with errors {outside:,} leave 0..1, and {other:,} answers say other "
-        "boxes" * bool(outside or other),
+        + f"; in lines with errors {outside:,} lie outside 0..1, and {other:,} answers differ from"
+        ' "boxes"' * bool(outside or other),
         f"  box area   {spread(areas, '{:.3f}')} of the film",
         "  labels     "
         + (", ".join(f"{n:,} {label}" for label, n in labels.most_common(8)) or "none")
@@ -321,7 +321,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--model",
-        help="checkpoint whose tokenizer and image processor count; without it, words are counted",
+        help="checkpoint whose tokenizer and image processor count tokens; default: count words",
     )
     parser.add_argument(
         "--sheet",
@@ -329,7 +329,7 @@ def main() -> None:
         help="PNG of films with their boxes; default: beside the first file, as NAME-check.png",
     )
     parser.add_argument(
-        "--workers", type=int, help="threads that decode films; default: one a core"
+        "--workers", type=int, help="threads that decode films; default: one per core"
     )
     args = parser.parse_args()
     if len(set(map(os.path.abspath, args.files))) < len(args.files):

@@ -124,7 +124,7 @@ def arguments(parser) -> None:
         "--regions",
         type=int,
         default=1,
-        help="regions drawn a film (default 1; the paper has 80,000 pairs in all)",
+        help="regions drawn per film (default 1; the paper has 80,000 pairs in all)",
     )
 
 

@@ -55,7 +55,7 @@ def patient_of(path: str) -> str:
     patients = [part for part in PurePosixPath(path).parts if part.startswith("patient")]
     if not patients:
         raise ValueError(
-            f"{CSV}: path_to_image {path!r} names no patientNNNNN folder: is it the released file?"
+            f"{CSV}: path_to_image {path!r} has no patientNNNNN folder: is it the released file?"
         )
     return patients[0]
 

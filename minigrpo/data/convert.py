@@ -90,7 +90,8 @@ def convert(
     target, films = out / f"{split}.jsonl", out / "films"
     if not root.is_dir():
         raise FileNotFoundError(
-            f"--root {root} is no folder: give the one that holds the set's files (docs/data.md)"
+            f"--root {root} is not a folder: give the one with the files of the data set"
+            " (docs/data.md)"
         )
     if target.exists():
         raise ValueError(f"{target} exists already: remove it, or give another --output_dir")
@@ -103,8 +104,8 @@ def convert(
     taken = {path.stem for path in films.iterdir()}
     if clash := [name for name in source if name in taken]:
         raise ValueError(
-            f"{films} already holds {clash[0]} and {len(clash) - 1} more films of this split, left"
-            " by a run that did not finish or by another split: remove them, or give another"
+            f"{films} already contains {clash[0]} and {len(clash) - 1} more films of this split,"
+            " from a run that did not finish or from another split: remove them, or give another"
             " --output_dir"
         )
     # decoding releases the GIL
@@ -135,8 +136,8 @@ def check_drafts(drafts: list[Draft]) -> None:
     twice = [name for name, n in Counter(draft.sample["id"] for draft in drafts).items() if n > 1]
     if twice:
         raise ValueError(
-            f"id {twice[0]!r} and {len(twice) - 1} more would stand for two samples: the set's"
-            " files name one film twice"
+            f"id {twice[0]!r} and {len(twice) - 1} more would name two samples: the files of the"
+            " data set list one film twice"
         )
     films: dict[str, Path] = {}
     for draft in drafts:
@@ -154,20 +155,20 @@ def adapter_main(
     """
     parser = Parser(doc)
     parser.add_argument(
-        "--root", type=Path, required=True, help="folder of the set as it was downloaded"
+        "--root", type=Path, required=True, help="folder of the data set as downloaded"
     )
     parser.add_argument("--split", choices=SPLITS, required=True)
     parser.add_argument(
         "--output_dir",
         type=Path,
         required=True,
-        help="gets SPLIT.jsonl and films/; splits may share it",
+        help="folder for SPLIT.jsonl and films/; splits may share it",
     )
     parser.add_argument(
         "--pixels",
         type=int,
         default=PIXELS,
-        help=f"larger films are shrunk to this many, aspect kept (default {PIXELS:,})",
+        help=f"larger films are shrunk to this many; the aspect ratio stays (default {PIXELS:,})",
     )
     if more:
         more(parser)

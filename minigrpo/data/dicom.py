@@ -21,7 +21,7 @@ def _read(path: str | os.PathLike, **settings):
 
     syntax = pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID")
     if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:
-        raise ValueError(f"{path} is deflated as a whole: store it in another transfer syntax")
+        raise ValueError(f"{path} is deflated: store it in another transfer syntax")
     return pydicom.dcmread(path, **settings)
 
 
@@ -44,7 +44,7 @@ def load_dicom(path: str | os.PathLike) -> Image.Image:
     drop_unusable(film)
     pixels = film.pixel_array
     if pixels.ndim != 2:
-        raise ValueError(f"{path} holds {pixels.shape}, not one grey film")
+        raise ValueError(f"{path} holds {pixels.shape}, not one grey-scale film")
     low, high = shown_range(film, pixels)
     grey = np.empty(pixels.shape, np.uint8)
     for rows, shown, padding in shown_blocks(film, pixels):
@@ -60,7 +60,9 @@ def check_film(film, path: str | os.PathLike) -> None:
     check_size(int(film.Columns), int(film.Rows))
     frames, samples = (int(film.get(name) or 1) for name in ("NumberOfFrames", "SamplesPerPixel"))
     if frames != 1 or samples != 1:
-        raise ValueError(f"{path} holds {frames} frames of {samples} colours, not one grey film")
+        raise ValueError(
+            f"{path} holds {frames} frames of {samples} colours, not one grey-scale film"
+        )
     if film.file_meta.TransferSyntaxUID.is_encapsulated:
         from pydicom.encaps import generate_frames
 

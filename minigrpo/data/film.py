@@ -86,16 +86,16 @@ def _named(path: str | os.PathLike) -> Iterator[None]:
 def _opened(path: str | os.PathLike) -> Iterator[tuple[Image.Image, BinaryIO]]:
     """An image whose header is read and fit; no pixel is decoded yet."""
     if not os.path.isfile(path):  # a pipe would be waited for, a device has no end
-        raise ValueError("no such file" if not os.path.exists(path) else "it is no file")
+        raise ValueError("no such file" if not os.path.exists(path) else "it is not a file")
     with open(path, "rb") as file:
         if tiles_of(file) > MOST_TILES:
-            raise ValueError(f"a TIFF of more than {MOST_TILES:,} strips or tiles: store it anew")
+            raise ValueError(f"a TIFF of more than {MOST_TILES:,} strips or tiles: convert it")
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
             raise ValueError(
-                f"it is no {', '.join(FORMATS[:-1])} or PGM image, or its header is "
-                "damaged: store it as one"
+                f"it is not a {', '.join(FORMATS[:-1])} or PGM image, or its header is damaged:"
+                " convert it to one"
             ) from None
         with image:
             check_image(image)
@@ -105,8 +105,8 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Image.Image, BinaryIO]]:
             slow = any(tile[0] in ("ppm", "ppm_plain") for tile in image.tile)
             if slow and image.width * image.height > MOST_SLOW:
                 raise ValueError(
-                    "a large PPM in text, or whose white is neither 255 nor 65535, "
-                    "takes minutes to decode: store it as PNG"
+                    "a large PPM that is text, or whose white is neither 255 nor 65535, takes"
+                    " minutes to decode: convert it to PNG"
                 )
             yield image, file
 
@@ -116,7 +116,8 @@ def check_image(image: Image.Image) -> None:
     check_size(image.width, image.height)
     if image.mode == "F":
         raise ValueError(
-            "its pixels are floats, and which of them is white is not known: store 8 or 16 bits"
+            "its pixels are floats, so it is not known which value is white: convert it to 8 or 16"
+            " bits"
         )
 
 
@@ -127,8 +128,8 @@ def check_size(width: int, height: int) -> None:
         raise ValueError(f"{size}, more than {MOST_PIXELS // 10**6} million: make it smaller")
     if max(width, height) > MOST_STRETCHED * min(width, height):
         raise ValueError(
-            f"{size}: one side is more than {MOST_STRETCHED} times the other, so it "
-            "is no film: crop it"
+            f"{size}: one side is more than {MOST_STRETCHED} times the other, so it is not a film:"
+            " crop it"
         )
 
 
@@ -138,7 +139,7 @@ def check_scans(data: bytes | mmap.mmap, pixels: int) -> None:
     if scans > MOST_SCANS or scans * pixels > MOST_SCANNED:
         raise ValueError(
             f"a JPEG of {pixels:,} pixels in more than {min(scans - 1, MOST_SCANS)} "
-            "scans, which takes minutes to decode: store it anew"
+            "scans, which takes minutes to decode: convert it"
         )
 
 

@@ -23,7 +23,7 @@ def parse_file(text: str) -> tuple[Path, int]:
         return Path(path_of(text)), 1
     if not times.isascii() or not times.isdigit() or int(times) < 1:
         raise ValueError(
-            f"{text!r} is no file; behind a = stands how often each line is taken, 1 or more"
+            f"{text!r} is not a file; after a = comes how often each line is used, 1 or more"
         )
     return Path(path_of(name)), int(times)
 
@@ -38,8 +38,7 @@ def join(files: list[tuple[Path, int]], target: Path) -> list[dict]:
                 name = record["id"] if number == 1 else f"{record['id']}-{number}"
                 if owner.setdefault(name, path) != path:
                     raise ValueError(
-                        f"id {name!r} stands in {owner[name]} and in {path}: rename it in one of"
-                        " them"
+                        f"id {name!r} is in {owner[name]} and in {path}: rename it in one of them"
                     )
                 joined.append(record | {"id": name})
     return joined

@@ -130,7 +130,7 @@ def arguments(parser) -> None:
     parser.add_argument(
         "--classification",
         action="store_true",
-        help="add a sample a film that lists its CheXpert labels",
+        help="add a sample per film that lists its CheXpert labels",
     )
 
 

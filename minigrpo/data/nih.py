@@ -53,7 +53,7 @@ def read(root: Path, split: str, ledger: Ledger) -> list[Draft]:
     official = official_lists(root, {row["Image Index"] for _, row in rows})
     if not official:
         ledger.notes[
-            "the official lists don't divide these films: split by a hash of the patient"
+            "the official lists do not split these films: split by a hash of the patient"
         ] = len(rows)
     splits = patient_splits(
         (patient_of(row["Image Index"]), official.get(row["Image Index"])) for _, row in rows

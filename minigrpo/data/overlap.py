@@ -47,9 +47,8 @@ def check_apart(
     known = {plain[id(sample)] for sample in train}
     if others and all(plain[id(sample)] in known for sample in others):
         raise ValueError(
-            f"{names[1]} is a copy of {names[0]}, or of a part of it: all of its "
-            f"{len(others):,} samples are trained on, so it would measure what is "
-            "known by heart. Keep some patients apart"
+            f"{names[1]} is a copy of {names[0]}, or of a part of it: all of its {len(others):,}"
+            " samples are trained on, so it would measure memorisation. Hold some patients out"
         )
     films = {twin[path] for path in film_paths(others)}
     shared = len(films & {twin[path] for path in film_paths(train)})
@@ -59,7 +58,7 @@ def check_apart(
         return None
     return (
         f"{shared:,} of {len(films):,} films and {both:,} of {len(patients):,} patients of "
-        f"{names[1]} are in {names[0]} too, so it measures in part what is known by heart; "
+        f"{names[1]} are also in {names[0]}, so it partly measures memorisation; "
         "`python -m minigrpo.data.check` on both files names them"
     )
 

@@ -1159,7 +1159,7 @@ def main() -> None:
         "--presence",
         type=float,
         default=0.0,
-        help="share of films with one more question, after a finding that is there as often as not",
+        help="share of films with one more question, about a finding that half of them have",
     )
     options = vars(parser.parse_args())
     output_dir = options.pop("output_dir")
@@ -1167,9 +1167,11 @@ def main() -> None:
         if options[name] < least:
             parser.error(f"--{name} must be at least {least}, got {options[name]}")
     if not 0 <= options["presence"] <= 1:
-        parser.error(f"--presence is a share of films, 0 to 1, got {options['presence']}")
+        parser.error(
+            f"--presence must be between 0 and 1, a share of the films, got {options['presence']}"
+        )
     if any(place.exists() and not place.is_dir() for place in (output_dir, *output_dir.parents)):
-        parser.error(f"--output_dir {output_dir} is, or lies under, a file: give another")
+        parser.error(f"--output_dir {output_dir} is, or lies below, a file: give another")
     try:
         new = write_phantom(output_dir, Arguments(**options))
     except (ValueError, OSError) as error:
@@ -1177,7 +1179,7 @@ def main() -> None:
     if new:
         print(f"wrote {options['train']} + {options['test']} films to {output_dir}")
     else:
-        print(f"{output_dir} was made with the same arguments already")
+        print(f"{output_dir} was already made with the same arguments")
 
 
 if __name__ == "__main__":

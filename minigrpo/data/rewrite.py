@@ -111,19 +111,18 @@ class Endpoint:
             usable = False
         if set("@?#") & set(self.address):
             raise ValueError(
-                "--endpoint holds a user, a password or a query, which would be seen "
-                "in messages: write http://HOST:PORT/v1, and set OPENAI_API_KEY to "
-                "the key"
+                "--endpoint contains a user, a password or a query, which would show in messages:"
+                " write http://HOST:PORT/v1, and set OPENAI_API_KEY to the key"
             )
         if not usable:
             raise ValueError(
-                f"--endpoint {visible(self.address)!r} is no address: write http://HOST:PORT/v1"
+                f"--endpoint {visible(self.address)!r} is not an address: write http://HOST:PORT/v1"
             )
         self.key = (self.key or "").strip() or None
         if self.key and not re.fullmatch("[!-~]+", self.key):
             raise ValueError(
-                "OPENAI_API_KEY holds a space, a line break or a letter that no key "
-                "has: set it to the key alone"
+                "OPENAI_API_KEY contains a space, a line break or a character that no key has: set"
+                " it to the key and nothing else"
             )
         # A proxy named in the environment must not see what is meant for this machine.
         no_proxy = [urllib.request.ProxyHandler({})] if is_loopback(self.address) else []
@@ -136,13 +135,15 @@ class Endpoint:
         )
         if not whole:
             raise NoAnswer(
-                f"{self.model} was cut off, at its longest answer or by a filter: raise "
-                "the server's limit, or half reports would be kept"
+                f"{self.model} was cut off, by a limit or a filter: raise the server's limit, or"
+                " truncated reports would be kept"
             )
         said = said.rpartition("</think>")[2].strip()
         report = "" if said.rstrip(".") == NOTHING else " ".join(said.split())
         if wrong := report and unusable(report):
-            raise NoAnswer(f"{self.model} wrote what no report may hold ({self._blank(wrong)})")
+            raise NoAnswer(
+                f"{self.model} wrote text that a report must not contain ({self._blank(wrong)})"
+            )
         return report
 
     def chat(self, messages: list[dict], **settings) -> tuple[str, bool]:
@@ -173,7 +174,7 @@ class Endpoint:
                 problem = f"{self.address} does not answer ({told}): is the server running?"
             except Exception as error:  # of a server's bytes http.client and ssl raise many kinds
                 told = self._blank(f"{type(error).__name__}: {error}")
-                problem = f"{self.address} sent what is no answer ({told})"
+                problem = f"{self.address} sent something that is not an answer ({told})"
             if end <= time.monotonic():
                 problem = f"{self.address} took longer than {self.timeout:g} s"
             if final:
@@ -258,10 +259,11 @@ def check_address(address: str, sources: Sequence[str | None], what: str, allowe
         sets = ", ".join(f"{n:,} of {name}" for name, n in closed.most_common())
         raise ValueError(
             f"--endpoint {address} is not this machine (127.0.0.1, ::1, localhost), and the file"
-            f" holds {what} that may not be sent to others ({sets}): the data use agreements of"
-            " credentialed sets forbid to share them with a third party, such as an online model,"
-            " and reports of unknown source may name patients. Serve the model on this machine,"
-            " or, if you have the right to send them there, say so with --allow_sending_reports"
+            f" contains {what} that may not be sent to others ({sets}): the data use agreements of"
+            " credentialed data sets forbid sharing them with a third party, such as an online"
+            " model, and reports of unknown source may name patients. Serve the model on this"
+            " machine, or, if you have the right to send them there, say so with"
+            " --allow_sending_reports"
         )
 
 
@@ -310,9 +312,9 @@ def ask_all(
                     bar.set_postfix(failed=failures.total())
                     if in_a_row == MOST_FAILURES or failures.total() == len(new):
                         raise ValueError(
-                            f"{error}. {in_a_row} questions in a row got no answer, so no more are "
-                            f"asked; what came before is kept in {cache}, and the same command "
-                            "goes on from there"
+                            f"{error}. {in_a_row} questions in a row got no answer, so no more are"
+                            f" asked; the answers so far are in {cache}, and the same command"
+                            " continues from there"
                         ) from None
                     continue
                 known[key] = answer
@@ -324,8 +326,8 @@ def ask_all(
     if failures:
         reasons = "; ".join(f"{n:,} times: {reason}" for reason, n in failures.most_common(3))
         print(
-            f"note: {failures.total():,} of {len(new):,} questions got no answer ({reasons}). To "
-            f"ask these again: --cache {cache}, and another --output_file"
+            f"note: {failures.total():,} of {len(new):,} questions got no answer ({reasons}). To"
+            f" ask them again, use --cache {cache} and another --output_file"
         )
     return [known.get(key) for key in keys]
 

@@ -42,7 +42,7 @@ def find_file(root: Path, *names: str) -> Path:
             if path.is_file():
                 return path
     raise FileNotFoundError(
-        f"--root {root} holds no {' or '.join(names)} (nor a .gz of it): see docs/data.md for the"
+        f"--root {root} has no {' or '.join(names)}, nor a .gz of it: docs/data.md describes the"
         " folder"
     )
 
@@ -131,13 +131,13 @@ def unit_box(
     line.
     """
     if not all(map(math.isfinite, (x1, y1, x2, y2, width, height))):
-        return "a box that is no four numbers"
+        return "a box that is not four numbers"
     if width <= 0 or height <= 0:
         return "film without size"
     box = [x1 / width, y1 / height, x2 / width, y2 / height]
     cut = [round(min(max(value, 0.0), 1.0), 4) for value in box]
     if box[0] >= box[2] or box[1] >= box[3]:
-        return "a box without area"
+        return "a box with no area"
     if cut[0] >= cut[2] or cut[1] >= cut[3]:
         return "a box outside the film"
     if f"{cut[0]:.2f}" == f"{cut[2]:.2f}" or f"{cut[1]:.2f}" == f"{cut[3]:.2f}":

@@ -73,7 +73,7 @@ def load_film(sample: Sample, path: str) -> Image.Image:
         return load_image(path)
     except ValueError as error:
         place = f"{sample.file}:{sample.line}"
-        raise DataError(f"{place}: {error}: put it back, or remove the line") from error
+        raise DataError(f"{place}: {error}: restore it, or remove the line") from error
 
 
 def _decode_error(path: str) -> str | None:
@@ -140,7 +140,7 @@ def scan_jsonl(
         faults = list(record_errors(record))
         first = first_line.setdefault(record["id"], line) if is_text(record.get("id")) else line
         if first != line:
-            faults.append(f"id {record['id']!r} stands on line {first} already: rename one")
+            faults.append(f"id {record['id']!r} is already on line {first}: rename one")
         images = [os.path.abspath(file.parent / name) for name in image_names(record)]
         for name, image in zip(image_names(record), images):
             if image not in users and os.path.isfile(image):
@@ -150,7 +150,7 @@ def scan_jsonl(
                 faults.append(
                     f"image {image} does not exist: check the path (relative to {file.parent})"
                     + ", with / and not \\" * ("\\" in name)
-                    + ", and write ~ out, which means another folder for everyone"
+                    + ", and write ~ out, since it means a different folder for everyone"
                     * name.startswith("~")
                 )
         errors += [(line, text) for text in faults]

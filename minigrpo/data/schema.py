@@ -37,7 +37,7 @@ def _box_error(box: Any) -> str | None:
     if not numbers or not all(-math.inf < value < math.inf for value in box):
         return f"box {box!r} is not four finite numbers: write [x1, y1, x2, y2]"
     if not all(0 <= value <= 1 for value in box):
-        return f"box {box} leaves 0..1: divide x by the image's width and y by its height"
+        return f"box {box} lies outside 0..1: divide x by the image's width and y by its height"
     if box[0] >= box[2] or box[1] >= box[3]:
         return f"box {box} has no area: write [x1, y1, x2, y2] with x1 < x2 and y1 < y2"
     return None
@@ -56,13 +56,13 @@ def _text_error(name: str, text: Any) -> str | None:
         return f'"{name}" holds {match[0]}: remove it, since "image" says where images are'
     if match := _MARKS.search(text):
         return (
-            f'"{name}" holds {match[0]}, a mark of the chat that belongs to the program: remove it'
+            f'"{name}" holds {match[0]}, a chat token that the program adds itself: remove it'
             ' ("image" says where images are)'
         )
     if broken := broken_text(text):
         return (
-            f'"{name}" holds {broken}, half a character: its text was cut or decoded wrongly; '
-            "write it anew"
+            f'"{name}" holds {broken}, half a character: the text was cut or decoded wrongly; '
+            "correct it"
         )
     return None
 
@@ -72,9 +72,9 @@ def _tag_error(name: str, text: Any) -> str | None:
     if not match:
         return None
     if name == "thinking":
-        return f'"thinking" holds {match[0]}: leave the tags out, the program writes them'
+        return f'"thinking" holds {match[0]}: leave the tags out; the program writes them'
     return (
-        f'"{name}" holds {match[0]}: write the trace into "thinking" and the answer alone into '
+        f'"{name}" holds {match[0]}: write the trace into "thinking" and only the answer into '
         '"answer", both without tags'
     )
 
@@ -89,7 +89,7 @@ def image_names(record: dict) -> list[str]:
 def record_errors(record: dict) -> Iterator[str]:
     """What is wrong with one line, apart from other lines and the image files."""
     if not is_text(record.get("id")):
-        yield '"id" is missing or no text: give each line its own'
+        yield '"id" is missing or not a text: give each line its own'
     if "image" not in record or (record["image"] is not None and not image_names(record)):
         yield (
             '"image" is missing or ill-formed: write a path, a list of paths, or null for no image'
@@ -116,7 +116,7 @@ def record_errors(record: dict) -> Iterator[str]:
         if not is_text(record.get(name)) and not (
             task == "conversation" and record.get(name) is None
         ):
-            yield f'"{name}" is missing, empty or no text: write it, or remove the line'
+            yield f'"{name}" is missing, empty or not a text: write it, or remove the line'
     turns = record["turns"] if isinstance(record.get("turns"), list) else []
     turns = [turn for turn in turns if isinstance(turn, list)]
     named = [(name, record.get(name)) for name in TEXTS]
@@ -145,7 +145,7 @@ def record_errors(record: dict) -> Iterator[str]:
 def _grounding_error(answer: Any, boxes: list | None) -> str | None:
     if boxes is None:
         return (
-            'grounding without boxes: add "boxes": [[x1, y1, x2, y2]], or "boxes": [] where there'
+            'grounding without boxes: add "boxes": [[x1, y1, x2, y2]], or "boxes": [] if there'
             " is nothing to find, or remove the line"
         )
     if not isinstance(answer, str):

@@ -122,4 +122,4 @@ def note_section(findings: Section, ledger: Ledger) -> None:
     if findings.name != "FINDINGS":
         ledger.notes["reports whose findings include the impression"] += 1
     if UNKNOWN.search(findings.text):
-        ledger.notes["reports whose findings hold lines that begin like a heading (ETT:)"] += 1
+        ledger.notes["reports whose findings contain lines that begin like a heading (ETT:)"] += 1

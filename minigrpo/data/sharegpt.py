@@ -67,8 +67,8 @@ def turns_of(item: dict) -> list[list[str]]:
     for number, who in enumerate(speakers):
         if who not in (ANSWERS if number % 2 else ASKS):
             raise ValueError(
-                f"turn {number + 1} is from {who!r}: human and gpt must alternate, human first (a"
-                " system turn has no place: write it into the question)"
+                f"turn {number + 1} is from {who!r}: human and gpt must alternate, human first"
+                " (there is no system turn: put it into the question)"
             )
     if len(talk) % 2:
         raise ValueError("the last question has no answer: add it, or remove the question")
@@ -138,7 +138,9 @@ def read_sharegpt(path: Path, image_root: Path, folder: Path, task: str) -> Iter
             )
             wrong = list(record_errors(line))
             if ids.setdefault(line["id"], number) != number:
-                wrong.append(f"id {line['id']!r} is item {ids[line['id']]}'s already: rename one")
+                wrong.append(
+                    f"id {line['id']!r} is already that of item {ids[line['id']]}: rename one"
+                )
             wrong += [
                 f"image {image_root / name} does not exist: check --image_root"
                 for name in names
@@ -161,7 +163,10 @@ def main() -> None:
         help=".json (to read it) or .jsonl (to write it as LLaVA / ShareGPT JSON)",
     )
     parser.add_argument(
-        "--output_file", type=Path, required=True, help=".jsonl or .json, the other one of the two"
+        "--output_file",
+        type=Path,
+        required=True,
+        help=".jsonl or .json, whichever the input is not",
     )
     parser.add_argument(
         "--image_root",
@@ -172,7 +177,7 @@ def main() -> None:
         "--task",
         choices=TASKS,
         default="report",
-        help="of single answers without boxes (default report)",
+        help="task of single answers without boxes (default report)",
     )
     args = parser.parse_args()
     source, target = args.file, args.output_file

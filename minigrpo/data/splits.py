@@ -50,8 +50,8 @@ def patient_splits(rows: Iterable[tuple[str, str | None]]) -> dict[str, str]:
             )
         if official.setdefault(patient, split) != split:
             raise ValueError(
-                f"patient {patient} stands in two splits, {official[patient]} and {split}: a test"
-                " on people that the model trained on means nothing. Remove the patient from one"
+                f"patient {patient} is in two splits, {official[patient]} and {split}: a test on"
+                " patients that the model was trained on means nothing. Remove the patient from one"
                 " of them"
             )
     known = set(official.values()) - {None}

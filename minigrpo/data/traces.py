@@ -19,7 +19,7 @@ NEEDED = ("search", "pin_down", "system", "user", "leaks", "words", "drawn")
 REASONS = (
     "cut off",
     "no block",
-    "not one closed block",
+    "not exactly one closed block",
     "answer changed",
     "too short",
     "too long",
@@ -43,7 +43,7 @@ def read_templates(path: Path = TEMPLATES) -> dict:
     try:
         return content | {"leaks": [re.compile(leak, re.IGNORECASE) for leak in content["leaks"]]}
     except re.error as error:
-        raise ValueError(f"{path}: a pattern of leaks is none ({error})") from None
+        raise ValueError(f"{path}: a pattern of leaks is not valid ({error})") from None
 
 
 def messages_for(sample: Sample, templates: dict) -> tuple[str, str]:
@@ -141,7 +141,7 @@ def drawing_teacher(samples: list[Sample], templates: dict) -> Callable[[Sample]
     def teach(sample: Sample) -> tuple[str, bool]:
         if not sample.images or sample.images[0] not in drawn:
             raise ValueError(
-                f"{sample.file}:{sample.line}: no line about this image says what was drawn on it:"
+                f"{sample.file}:{sample.line}: no line about this image says what was drawn:"
                 " --teacher drawing is for phantom films and drawn scenes"
             )
         trace = drawn_trace(sample, drawn[sample.images[0]], templates)

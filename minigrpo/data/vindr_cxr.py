@@ -48,8 +48,8 @@ def read(root: Path, split: str, ledger: Ledger, detection: bool = False) -> lis
             ]
     if not rows:
         raise FileNotFoundError(
-            f"--root {root} holds no annotations_train.csv or annotations_test.csv: see"
-            " docs/data.md for the folder"
+            f"--root {root} has no annotations_train.csv or annotations_test.csv: docs/data.md"
+            " describes the folder"
         )
     splits = patient_splits((row["image_id"], name) for _, row, name in rows)
     # of each film, those who found nothing included
@@ -133,7 +133,7 @@ def arguments(parser) -> None:
     parser.add_argument(
         "--detection",
         action="store_true",
-        help="add a sample a film that asks for all of its boxes",
+        help="add a sample per film that asks for all of its boxes",
     )
 
 
