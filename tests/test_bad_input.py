@@ -691,7 +691,7 @@ def test_validation_on_some_of_the_training_films(fails, phantom, tmp_path, prog
         tmp_path / "other/test.jsonl",
     )
     assert "note: 1 of 5 films and 1 of 6 patients of --eval_data " in said
-    assert f"{tmp_path}/other/test.jsonl are in --train_data too" in said
+    assert f"{tmp_path}/other/test.jsonl are also in --train_data" in said
     said = fails(
         program.main,
         "--model",
@@ -987,8 +987,8 @@ def grpo_args(*words):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("run.yaml", "seed: 1\nseed: 2", "run.yaml: key 'seed' stands twice"),
-        ("run.json", '{"seed": 1, "seed": 1}', "run.json: key 'seed' stands twice"),
+        ("run.yaml", "seed: 1\nseed: 2", "run.yaml: key 'seed' appears twice"),
+        ("run.json", '{"seed": 1, "seed": 1}', "run.json: key 'seed' appears twice"),
         ("run.yaml", "seed: 010", "seed is 010, which YAML would read as an octal number"),
         ("run.yaml", "learning_rate: -010", "learning_rate is -010"),
         ("run.yaml", "group_size: 1:30", "--group-size: invalid int value: '1:30'"),

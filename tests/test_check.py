@@ -90,9 +90,9 @@ def test_leaks_by_id_patient_and_pixels(folder):
     )
     _, errors, _ = check([train, test])
     assert [error.split(": remove")[0] for error in errors] == [
-        f"{test}:1: leak: id 's0' stands in {train}:1 too",
-        f"{test}:2: leak: patient 'p1' stands in {train}:2 too",
-        f"{test}:3: leak: film its pixels stands in {train}:3 too",
+        f"{test}:1: leak: id 's0' is also in {train}:1",
+        f"{test}:2: leak: patient 'p1' is also in {train}:2",
+        f"{test}:3: leak: film its pixels is also in {train}:3",
     ]
 
 
@@ -125,7 +125,7 @@ def test_blank_films_are_noted(folder):
     text, errors, _ = check(
         [write(folder, "train.jsonl", line(0, "ramp.png"), line(1, "white.png"), line(2, "0.png"))]
     )
-    assert not errors and "1 films are nearly all of one grey: white.png (line 2)" in text
+    assert not errors and "1 films are nearly all one grey: white.png (line 2)" in text
 
 
 def test_films_of_doubtful_brightness_are_named(folder):
@@ -152,7 +152,7 @@ def test_films_of_doubtful_brightness_are_named(folder):
         if row.startswith("  note")
     ]
     for part in (
-        "1 films are nearly all of one grey: flat16.png (line 5)",
+        "1 films are nearly all one grey: flat16.png (line 5)",
         "2 films are dark: 95 of 100 pixels are darker than a quarter of white: "
         "dark8.png (line 3), dark16.png (line 4)",
         "or nearly all pure black: white.png (line 6), black.png (line 7)",
@@ -219,7 +219,7 @@ def test_the_same_patients_on_two_sides(folder, names):
         for n, name in enumerate(names)
     )
     _, errors, _ = check([one, two])
-    assert errors == [f"{two}:1: leak: patient 'p' stands in {one}:1: remove it from one of them"]
+    assert errors == [f"{two}:1: leak: patient 'p' is also in {one}:1: remove it from one of them"]
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_film_of_another_depth_or_mode_is_the_same_film(folder):
     train = write(folder, "train.jsonl", line(0, "deep.png"), line(1, "1.png"))
     test = write(folder, "test.jsonl", line(10, "plain.tif"), line(11, "colour.png"))
     assert [error.split(": remove")[0] for error in check([train, test])[1]] == [
-        f"{test}:{n}: leak: film its pixels stands in {train}:{n} too" for n in (1, 2)
+        f"{test}:{n}: leak: film its pixels is also in {train}:{n}" for n in (1, 2)
     ]
 
 

@@ -103,7 +103,7 @@ def without(record: dict, name: str) -> dict:
         (without(REPORT, "answer"), '"answer" is missing', "write it, or remove the line"),
         (
             REPORT | {"answer": 3},
-            '"answer" is missing, empty or no text',
+            '"answer" is missing, empty or not a text',
             "write it, or remove the line",
         ),
         (without(TALK, "turns"), '"turns" is missing', "[[question, answer], ...]"),
@@ -241,7 +241,7 @@ def without(record: dict, name: str) -> dict:
         (REPORT | {"image": "~/film.png"}, "does not exist", "write ~ out"),
         (
             '{"id": "r", "answer": "Effusion.", "answer": "No effusion."}',
-            "key 'answer' stands twice",
+            "key 'answer' appears twice",
             "one JSON object a line",
         ),
         (
@@ -481,14 +481,14 @@ FIRST, SECOND = "[0.12, 0.20, 0.30, 0.40]", "[0.50, 0.55, 0.90, 0.95]"
         ("[0.70, 0.20, 0.88, 0.40] and [0.10, 0.55, 0.50, 0.95]", "left and right are swapped"),
         (f"{FIRST} and [0.10, 0.55, 0.50, 0.95]", "the boxes differ"),
         (f"{FIRST} and [0.50, 0.55, 0.90, 0.98]", "the boxes differ"),
-        (FIRST, '1 in the answer, 2 in "boxes"; [0.50, 0.55, 0.90, 0.95] is in "boxes" alone'),
+        (FIRST, '1 in the answer, 2 in "boxes"; [0.50, 0.55, 0.90, 0.95] is only in "boxes"'),
         (
             f"{FIRST}, {SECOND} and [0.10, 0.10, 0.20, 0.20]",
-            '3 in the answer, 2 in "boxes"; [0.10, 0.10, 0.20, 0.20] is in the answer alone',
+            '3 in the answer, 2 in "boxes"; [0.10, 0.10, 0.20, 0.20] is only in the answer',
         ),
         (
             f"{FIRST}, {FIRST} and {SECOND}",
-            f'3 in the answer, 2 in "boxes"; {FIRST} is in the answer alone',
+            f'3 in the answer, 2 in "boxes"; {FIRST} is only in the answer',
         ),
         (f"{FIRST} and {FIRST}", "the boxes differ"),
     ],
