@@ -256,10 +256,12 @@ def test_missing_weights_are_said_in_a_line_each(scorers, tmp_path):
     scores = clinical.score(["pneumonia", ""], ["pneumonia", "pneumonia"])
     assert [set(s) for s in scores] == [{"chexbert"}] * 2  # RadCliQ needs all three
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="none of the scorers' weights.*radgraph-xl is missing"):
+    with pytest.raises(
+        ValueError, match="the weights of none of the scorers.*radgraph-xl is missing"
+    ):
         load_clinical(str(tmp_path / "empty"))
     with pytest.raises(
-        ValueError, match="--reward_weights nowhere is no folder: name the one that holds"
+        ValueError, match="--reward_weights nowhere is not a folder: name the one with"
     ):
         load_clinical("nowhere")
 

@@ -333,7 +333,7 @@ def test_compare_pairs_by_id():
         compare(a["items"], b["items"][:-1])
     with pytest.raises(ValueError, match="1 items are missing from a: g"):
         compare(a["items"][:-1], b["items"])
-    with pytest.raises(ValueError, match="stands twice"):
+    with pytest.raises(ValueError, match="appears twice"):
         compare(a["items"] + a["items"][:1], b["items"])
 
 

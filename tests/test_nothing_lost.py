@@ -1123,10 +1123,10 @@ def test_out_of_memory_halves_and_goes_on(place, monkeypatch, capsys):
     )
     said = capsys.readouterr().err
     assert (
-        "out of memory with --micro_tokens 256; on with 128" in said
-        and "--micro_tokens 128; on with 64" in said
+        "out of memory with --micro_tokens 256; continuing with 128" in said
+        and "--micro_tokens 128; continuing with 64" in said
     )
-    assert "--rollout_rows 8; on with 4" in said
+    assert "--rollout_rows 8; continuing with 4" in said
     (one,), (other,) = rows(place.folder / "small"), rows(place.folder / "large")
     for name in ("loss", "grad_norm", "kl", "entropy"):
         assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7), name

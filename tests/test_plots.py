@@ -348,7 +348,7 @@ def test_runs_are_laid_over_one_another(tmp_path, drawn, monkeypatch):
         (["run", "--labels", "a", "b"], "2 --labels for 1 runs"),
         (["run", "other", "--labels", "a", "a"], "--labels a is given twice"),
         (["run", "--output", "run/x.pdf"], "ends in .png"),
-        (["run", "--output", "nowhere/x.png"], "there is no folder nowhere"),
+        (["run", "--output", "nowhere/x.png"], "no folder nowhere"),
         (["run", "--output", "mine.png"], "mine.png is a file without curves"),
     ],
 )

@@ -254,7 +254,7 @@ def test_says_what_is_missing(tmp_path, folder, monkeypatch):
         RadGraph.from_weights(str(tmp_path))
     (tmp_path / "radgraph-xl/weights.th").unlink()
     with pytest.raises(
-        ValueError, match="radgraph-xl lacks weights.th: delete it, and it is unpacked anew"
+        ValueError, match="radgraph-xl lacks weights.th: delete it, and it is unpacked again"
     ):
         RadGraph.from_weights(str(tmp_path))
     monkeypatch.setattr("minigrpo.rewards.weights.hf_hub_download", lambda *names: 1 / 0)
@@ -423,7 +423,7 @@ def test_weights_run_no_code(archive):
     torch.save({"x": Runs()}, archive / "weights.th")
     with pytest.raises(
         ValueError,
-        match="weights.th holds no weights that can be read .it asks for exec, and could run code",
+        match="weights.th has no readable weights .it refers to exec, and could run code",
     ):
         RadGraph.from_weights(str(archive.parent))
 

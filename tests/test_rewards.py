@@ -250,9 +250,9 @@ def test_user_scores_keep_their_parts(user_module):
         ("", "unknown reward ''", "known: gleu, soft_f1, dice"),
         ("report=glue", "unknown reward 'glue'", "known: gleu, soft_f1, dice"),
         ("reprot=gleu", "unknown task 'reprot'", "did you mean 'report'?"),
-        ("gleu,grounding=dice", "'gleu' names no task", "write task=reward"),
-        ("report=gleu,report=gleu", "report stands twice", "join its rewards with +"),
-        ("gleu+0.5*gleu", "'gleu' stands twice", "add its weights up"),
+        ("gleu,grounding=dice", "'gleu' has no task", "write task=reward"),
+        ("report=gleu,report=gleu", "report appears twice", "join its rewards with +"),
+        ("gleu+0.5*gleu", "'gleu' appears twice", "add up its weights"),
         ("x*gleu", "bad weight 'x'", "0.5*gleu"),
         ("nan*gleu", "bad weight 'nan'", "0.5*gleu"),
         ("0*gleu", "bad weight '0'", "a number other than 0"),
@@ -265,7 +265,7 @@ def test_user_scores_keep_their_parts(user_module):
         (":f", "cannot load ':f'", "module:function"),
         (
             "user_rewards:constant",
-            "'user_rewards:constant' is no function",
+            "'user_rewards:constant' is not a function",
             "takes (answers, samples)",
         ),
     ],
@@ -499,7 +499,7 @@ def test_a_reward_that_leaves_the_working_directory(monkeypatch, tmp_path, leave
     monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(reward=reward))
     with pytest.warns(
         UserWarning,
-        match="reward 'mine:reward' changed the working directory from .* to .*: it is put back",
+        match="reward 'mine:reward' changed the working directory from .* to .*: it has been restored",
     ):
         reward_fn("mine:reward")(["a"], [report()])
     assert os.getcwd() == here

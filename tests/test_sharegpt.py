@@ -134,7 +134,7 @@ def test_written_files_are_what_llava_reads(samples, tmp_path):
             '"answer" is missing',
         ),
         ({"conversations": said("Q?", "A.")}, '"id" is missing'),
-        ({"id": "ok", "conversations": said("Q?", "A.")}, "id 'ok' is item 1's already"),
+        ({"id": "ok", "conversations": said("Q?", "A.")}, "id 'ok' is already that of item 1"),
         ({"id": "x", "conversations": said("Q?", "[0.9, 0.9, 0.1, 0.1]")}, "has no area"),
         ("x", "a JSON str: write an object"),
     ],

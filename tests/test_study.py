@@ -140,7 +140,8 @@ def test_a_failed_run_keeps_what_is_done_and_says_where_to_look(tmp_path, capsys
             run_all(runs, where, tmp_path, jobs=1, threads=1, began=time.perf_counter())
         said = capsys.readouterr().out
         assert ended.value.code == 1 and re.search(
-            r"(?s)bad failed .*nowhere.jsonl.*1 of 2 runs are done; the same command goes on", said
+            r"(?s)bad failed .*nowhere.jsonl.*1 of 2 runs are done; the same command continues",
+            said,
         )
     assert "2 runs, 1 of them done" in said
     assert (where["films"] / "done.json").exists() and not where["bad"].exists()

@@ -227,7 +227,7 @@ def test_stored_answers_are_read_as_they_were_written(files):
         ),
         (
             ["--predictions", "old", "--reward_weights", "nowhere"],
-            "--reward_weights nowhere is no folder",
+            "--reward_weights nowhere is not a folder",
         ),
         (
             ["--predictions", "bad"],

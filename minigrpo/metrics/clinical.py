@@ -86,8 +86,8 @@ def load_clinical(weights_dir: str, device: str = "cpu") -> tuple[Clinical, list
     """The scorers whose weights the folder holds, and a line for each that it doesn't."""
     if not Path(weights_dir).is_dir():
         raise ValueError(
-            f"--reward_weights {weights_dir} is no folder: name the one that holds the scorers'"
-            " weights"
+            f"--reward_weights {weights_dir} is not a folder: name the one with the weights of the"
+            " scorers"
         )
 
     def radgraph():
@@ -119,7 +119,7 @@ def load_clinical(weights_dir: str, device: str = "cpu") -> tuple[Clinical, list
             missing.append(f"{name} is left out: {' '.join(str(error).split())}")
     if not scorers:
         raise ValueError(
-            f"--reward_weights {weights_dir} holds none of the scorers' weights: "
+            f"--reward_weights {weights_dir} has the weights of none of the scorers: "
             + "; ".join(missing)
         )
     return Clinical(**scorers), missing

@@ -142,7 +142,7 @@ def compare(items_a: list[dict], items_b: list[dict]) -> dict:
                 f"{', ...' if len(ids) > 10 else ''}: evaluate both models on the same file"
             )
     if len(items_a) != len(items_b) or len(by_id) != len(items_b):
-        raise ValueError("an id stands twice among the items: evaluate each sample once")
+        raise ValueError("an id appears twice among the items: evaluate each sample once")
     results: dict = {}
     for task in dict.fromkeys(item["task"] for item in items_a):
         pairs = [(item, by_id[item["id"]]) for item in items_a if item["task"] == task]

@@ -131,9 +131,9 @@ def paper_lines(metrics: dict) -> list[str]:
             ]
             lines += ["", f"As in the paper's {title}", *grid(["model", *heads], rows)]
     note = (
-        "The rows marked *theirs* are published figures on their own test sets: they compare with"
-        " ours on the same files only. RadCliQ: lower is better. RadGraph F1: ours is the partial"
-        " level."
+        "The rows marked *theirs* are published figures on their own test sets: they are comparable"
+        " with ours only on the same files. RadCliQ: lower is better. RadGraph F1: ours is the"
+        " partial level."
     )
     return ["", note, *lines] if lines else []
 

@@ -108,10 +108,7 @@ class Reward:
                 call = self._bound(name, function, answers, texts, samples)
                 _add(scores, rows, weight, name, scored(call, rows, name, scores.errors))
         if any(valid and abs(value) > LARGEST for value, valid in zip(scores.values, scores.valid)):
-            _note(
-                scores.errors,
-                f"a value beyond {LARGEST:g}, which the comparison within a group cannot hold",
-            )
+            _note(scores.errors, f"a value beyond {LARGEST:g}, too large to compare within a group")
         scores.valid = [
             valid and abs(value) <= LARGEST for value, valid in zip(scores.values, scores.valid)
         ]
@@ -206,7 +203,8 @@ def _at_home(call: Callable, part: list[int], name: str) -> Any:
             if after[what] != value:
                 RESTORE[what](value)
                 warnings.warn(
-                    f"reward {name!r} changed {what} from {value} to {after[what]}: it is put back"
+                    f"reward {name!r} changed {what} from {value} to {after[what]}: it has been"
+                    " restored"
                 )
 
 
@@ -224,7 +222,7 @@ def _surroundings() -> dict[str, Any]:
     try:
         here = os.getcwd()
     except FileNotFoundError:
-        here = "a folder that is gone"
+        here = "a folder that no longer exists"
     defaults = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
     return dict(zip(RESTORE, (here, *defaults)))
 
@@ -243,7 +241,7 @@ def as_scores(result: Any, count: int, name: str) -> Scores:
     named = isinstance(result.parts, dict) and all(isinstance(part, str) for part in result.parts)
     if not named:
         raise BadReward(
-            f"reward {name!r} gave parts that are no dict with names: return "
+            f"reward {name!r} gave parts that are not a dict with names: return "
             "{name: a number for each answer}"
         )
     parts = {part: _floats(given, count, f"{name}.{part}") for part, given in result.parts.items()}

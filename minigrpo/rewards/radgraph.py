@@ -45,8 +45,8 @@ class RadGraph:
         self.pieces: dict[str, list[int]] = {}  # of each word met so far
         if self.model._coref.coref_prop or self.model._loss_weights["coref"]:
             raise ValueError(
-                f"this {self.name} archive links mentions across sentences, so that reports of a"
-                " batch would mix: use the published radgraph or radgraph-xl"
+                f"this {self.name} archive links mentions across sentences, so the reports of a"
+                " batch would affect each other: use the published radgraph or radgraph-xl"
             )
 
     @classmethod
@@ -68,7 +68,7 @@ class RadGraph:
         ]
         if missing:
             raise ValueError(
-                f"{folder} lacks {', '.join(missing)}: delete it, and it is unpacked anew from"
+                f"{folder} lacks {', '.join(missing)}: delete it, and it is unpacked again from"
                 f" {name}.tar.gz"
             )
         archive = read_archive(folder)

@@ -18,7 +18,7 @@ from typing import Any
 # bytes of config.json and of one file of the vocabulary; real ones have a few kB
 MOST_CONFIG, MOST_LABELS = 10**6, 10**5
 MOST_VOCABULARIES = 8  # files in vocabulary/
-MEND = "fetch the archive again, from its authors, and delete the folder that it was unpacked to"
+MEND = "fetch the archive again, from its authors, and delete the folder into which it was unpacked"
 # a name that the package has registered; one with a dot is a path to code
 WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -75,7 +75,7 @@ def _vocabulary(folder: Path) -> dict[str, str]:
     ]
     if odd or len(paths) > MOST_VOCABULARIES or not (folder / PADDING).is_file():
         what = f"holds {odd[0]!r}" if odd else f"has {len(paths)} files, or no {PADDING}"
-        raise ValueError(f"{folder} {what}, and so is no vocabulary of RadGraph: {MEND}")
+        raise ValueError(f"{folder} {what}, and is therefore not a vocabulary of RadGraph: {MEND}")
     return {path.name: _text(path, MOST_LABELS) for path in paths}
 
 
@@ -99,17 +99,17 @@ def _check(value: Any, allowed: dict | Callable | None, path: Path, where: str) 
     if not isinstance(allowed, dict):
         if not allowed(value):
             raise ValueError(
-                f"{path}: {where} is {str(value)[:80]!r}, which no RadGraph has there: {MEND}"
+                f"{path}: {where} is {str(value)[:80]!r}, which no RadGraph has: {MEND}"
             )
         return
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: {where or 'it'} is no object: {MEND}")
+        raise ValueError(f"{path}: {where or 'it'} is not an object: {MEND}")
     keys = {key.removesuffix("?"): rule for key, rule in allowed.items()}
     for key in value:
         if key not in keys:
             raise ValueError(
-                f"{path}: {where}{'.' if where else ''}{str(key)[:80]} is unknown, "
-                f"and so not read: {MEND}"
+                f"{path}: {where}{'.' if where else ''}{str(key)[:80]} is unknown and therefore not"
+                f" read: {MEND}"
             )
     for key, rule in allowed.items():
         name = f"{where}{'.' if where else ''}{key.removesuffix('?')}"

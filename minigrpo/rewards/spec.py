@@ -65,7 +65,7 @@ def _load(name: str, spec: str) -> tuple[Callable, set[str]]:
             spec, f"cannot load {name!r} ({type(error).__name__}: {text_of(error)}): {mend}"
         ) from error
     if not callable(function):
-        raise _error(spec, f"{name!r} is no function: write one that takes (answers, samples)")
+        raise _error(spec, f"{name!r} is not a function: write one that takes (answers, samples)")
     return function, set(TASKS)
 
 
@@ -83,7 +83,7 @@ def _parse_sum(text: str, spec: str) -> list[tuple[float, str, Callable, set[str
                 f"bad weight {factor!r} of {name!r}: write a number other than 0, as in 0.5*{name}",
             )
         if name in terms:
-            raise _error(spec, f"{name!r} stands twice in one sum: add its weights up")
+            raise _error(spec, f"{name!r} appears twice in one sum: add up its weights")
         terms[name] = (weight, name, *_load(name, spec))
     return list(terms.values())
 
@@ -103,11 +103,11 @@ def parse_spec(spec: str) -> dict[str, list[Term]]:
     sums = {}
     for task, equals, text in pieces:
         if not equals:
-            raise _error(spec, f"{task!r} names no task: write task=reward in each part")
+            raise _error(spec, f"{task!r} has no task: write task=reward in each part")
         if task not in TASKS:
             raise _error(spec, f"unknown task {task!r}; {_known(task, list(TASKS))}")
         if task in sums:
-            raise _error(spec, f"{task} stands twice: join its rewards with +")
+            raise _error(spec, f"{task} appears twice: join its rewards with +")
         parsed = _parse_sum(text, spec)
         for _, name, _, tasks in parsed:
             if task not in tasks:

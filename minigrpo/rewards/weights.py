@@ -137,8 +137,8 @@ def check_encoder(folder: Path) -> None:
     config = settings.get("config.json", {})
     if config.get("model_type") not in ENCODERS:
         raise ValueError(
-            f"config.json: model_type {str(config.get('model_type'))[:80]!r} is none "
-            f"of {', '.join(ENCODERS)}"
+            f"config.json: model_type {str(config.get('model_type'))[:80]!r} is not one of"
+            f" {', '.join(ENCODERS)}"
         )
     for key, most in LARGEST.items():
         if key in config and (type(config[key]) is not int or not 1 <= config[key] <= most):
@@ -163,18 +163,17 @@ def load_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
         if not isinstance(state, dict):
             raise ValueError("it holds no named tensors")
         if not all(isinstance(name, str) and isinstance(x, Tensor) for name, x in state.items()):
-            raise ValueError("it holds more than named tensors")
+            raise ValueError("it contains more than named tensors")
     except pickle.UnpicklingError as error:  # whose own message advises to run the code
         named = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {named[1]}, and could run code" if named else "no plain tensors"
+        reason = f"it refers to {named[1]}, and could run code" if named else "no plain tensors"
         raise ValueError(
-            f"{path} holds no weights that can be read ({reason}): fetch it again, from its authors"
+            f"{path} has no readable weights ({reason}): fetch it again, from its authors"
         ) from None
     except Exception as error:  # a damaged or hostile pickle makes torch raise of nearly every kind
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{path} holds no weights that can be read ({reason[:300]}): fetch it "
-            "again, from its authors"
+            f"{path} has no readable weights ({reason[:300]}): fetch it again, from its authors"
         ) from error
     return dict(state)
 
