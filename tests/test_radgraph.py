@@ -443,11 +443,11 @@ def inflated(path):
     [
         (lambda path: torch.save([torch.zeros(3)], path), "no named tensors"),
         (lambda path: torch.save({"x": 3}, path), "more than named tensors"),
-        (lambda path: path.write_bytes(path.read_bytes()[:1000]), "holds no weights"),
-        (lambda path: path.write_bytes(b""), "holds no weights"),
+        (lambda path: path.write_bytes(path.read_bytes()[:1000]), "has no readable weights"),
+        (lambda path: path.write_bytes(b""), "has no readable weights"),
         (
             lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
-            "holds no weights",
+            "has no readable weights",
         ),
         (inflated, "it unpacks to"),
         (lambda path: torch.save({"x": torch.zeros(3)}, path), "fits neither its own config.json"),

@@ -499,7 +499,8 @@ def test_a_reward_that_leaves_the_working_directory(monkeypatch, tmp_path, leave
     monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(reward=reward))
     with pytest.warns(
         UserWarning,
-        match="reward 'mine:reward' changed the working directory from .* to .*: it has been restored",
+        match="reward 'mine:reward' changed the working directory from .* to .*: it has "
+        "been restored",
     ):
         reward_fn("mine:reward")(["a"], [report()])
     assert os.getcwd() == here

@@ -259,7 +259,8 @@ def test_a_reward_that_wanders_takes_no_file_along(train, phantom, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     with pytest.warns(
         UserWarning,
-        match=f"reward '{MINE}:wanders' changed the working directory from .*away: it has been restored",
+        match=f"reward '{MINE}:wanders' changed the working directory from .*away: it has "
+        "been restored",
     ):
         train(
             "wanders",
