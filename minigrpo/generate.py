@@ -22,11 +22,11 @@ class Rollout:
     logprob: Tensor  # [R, T] fp32, nats, as sampled (temperature included), 0 where masked
     finished: Tensor  # [R] bool, ended by itself rather than cut at max_new_tokens
     texts: list[str]  # R answers, without special tokens
-    row_steps: int  # tokens computed, those after the end of an answer included
-    bytes_read: int  # weights, keys and values that decoding read: memory bounds its speed
+    row_steps: int  # tokens computed, including those after the end of an answer
+    bytes_read: int  # bytes of weights, keys and values that decoding read; they limit its speed
 
 
-# Decoding steps between checks of which rows have ended. Elsewhere 8: a check waits for the device.
+# Decoding steps between checks for finished rows. 8 on a GPU, where a check waits for the device.
 CHECK_EVERY = {"cpu": 1}
 
 
@@ -42,13 +42,14 @@ def generate(
     rows_at_once: int | None = None,
 ) -> Rollout:
     """Sample `group_size` answers, of at most `max_new_tokens` tokens, to each of B prompts from
-    softmax(logits / temperature), nothing cut off; temperature 0 is greedy. R = B group_size rows.
+    softmax(logits / temperature), without top-k or top-p; temperature 0 is greedy. R = B group_size
+    rows.
 
-    Greedy log-probs are those of temperature 1. Every row draws from a random stream of its own
-    (`random_streams`), so its answer depends on the seed and on its prompt's number, and not on who
-    else is in the batch. Without a seed, one is drawn. At most `rows_at_once` answers (whole
-    groups, at least one) are decoded together; where a group has ended, a waiting prompt takes its
-    rows. ValueError for sizes below 1 or a temperature below 0.
+    Greedy log-probs are those at temperature 1. Every row has its own random stream
+    (`random_streams`), so its answer depends on the seed, its prompt's number and its place in the
+    group, but not on the rest of the batch. Without a seed, a random one is used. At most
+    `rows_at_once` answers (whole groups, at least one) are decoded together; when a group has
+    finished, the next prompt takes its rows. ValueError for sizes below 1 or a temperature below 0.
     """
     at_least_one = (group_size, max_new_tokens, 1 if rows_at_once is None else rows_at_once)
     if min(at_least_one) < 1 or temperature < 0:
@@ -77,8 +78,9 @@ def generate(
 
 
 class Decoding:
-    """The R answers as far as they are written, and the r of them that are being decoded: those to
-    b prompts, G to each. `places` is the largest b; further prompts wait."""
+    """The R answers so far, and the r of them that are being decoded: those to b prompts, G to
+    each. `places` is the largest b; the other prompts wait.
+    """
 
     def __init__(self, policy: Policy, prompts: Prompts, uniform: Tensor, places: int):
         device, (R, T) = policy.device, uniform.shape
@@ -101,7 +103,7 @@ class Decoding:
         self.row_steps, self.bytes_read, self.weights = 0, 0, policy.decoding_bytes()
 
     def draw(self, temperature: float) -> None:
-        """A token for each row, written down where the answer has not ended."""
+        """Sample a token for each row, and record it where the answer has not ended."""
         at = self.rows, self.length
         # as the scorer, which projects in fp32
         with torch.autocast(self.policy.device.type, enabled=False):
@@ -120,8 +122,9 @@ class Decoding:
         return self.started == len(self.prompts.ids) and not self.active.any()
 
     def make_room(self) -> tuple[Tensor, Prefix] | None:
-        """Where groups have ended: their places among the b, and the waiting prompts that take
-        them. Without such, rows that have ended are dropped."""
+        """The places, among the b, of groups that have finished, and the waiting prompts that take
+        them. If no prompt waits, finished rows are dropped.
+        """
         waiting = len(self.prompts.ids) - self.started
         groups, kept = rows_to_keep(self.active.view(len(self.prefix.mask), -1))
         if waiting and not groups.all():
@@ -145,7 +148,7 @@ class Decoding:
         self.length = (self.length + 1).clamp(max=self.tokens.shape[1] - 1)
 
     def admit(self, places: Tensor, prefix: Prefix) -> None:
-        """The answers to the next prompts begin, in the rows of the groups at `places`."""
+        """Begin the answers to the next prompts, in the rows of the groups at `places`."""
         in_group = torch.arange(self.group_size, device=places.device)
         at = (places[:, None] * self.group_size + in_group).flatten()
         first = self.started * self.group_size
@@ -164,10 +167,10 @@ class Decoding:
 
 
 def rows_to_keep(active: Tensor) -> tuple[Tensor, Tensor]:
-    """The groups that have an active answer, [b] bool, and the rows to go on with, for `active`
+    """The groups that have an active answer, [b] bool, and the rows to continue with, for `active`
     [b, g] bool.
 
-    Attention needs groups of one size: each keeps as many rows as the group with the most active
+    Attention needs groups of equal size: each keeps as many rows as the group with the most active
     ones, its own active ones first.
     """
     groups, size = active.any(1), int(active.sum(1).max())
@@ -177,11 +180,11 @@ def rows_to_keep(active: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def random_streams(seed: int, numbers: list[int], group_size: int, length: int) -> Tensor:
-    """Uniform numbers in [0, 1), float64 [R, length]: row r's are those of (seed, its prompt's
+    """Uniform numbers in [0, 1), float64 [R, length]: those of row r depend on (seed, its prompt's
     number, its place in the group).
 
-    A stream's first numbers are the same for every `length`. Drawn on the CPU, so that a GPU gets
-    the same ones.
+    The first numbers of a stream are the same for every `length`. They are drawn on the CPU, so
+    that a GPU gets the same ones.
     """
     return torch.from_numpy(
         np.stack(
@@ -210,8 +213,8 @@ def draw(weight: Tensor, uniform: Tensor, block: int = 128) -> Tensor:
     """Index [R] into whose share of the unit interval a uniform number [R] falls; weight [R, V],
     adding up to about 1.
 
-    First the block of tokens, then the token in it: a running sum over a whole vocabulary is slow
-    in double precision, and in fp32 it would swallow the rare words.
+    First the block of tokens, then the token within it: a cumulative sum over the whole vocabulary
+    is slow in double precision, and in fp32 it would lose rare words.
     """
 
     def pick(weight: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,19 +1,19 @@
-"""One step of Group Relative Policy Optimization, the very code that `train_grpo.py` runs.
+"""One step of Group Relative Policy Optimization: the code that `train_grpo.py` runs.
 
 Sample a group of answers to each question, reward them, compare each with its group, and raise the
-log-probs of the better ones, held by the clip and by the KL to a frozen reference: DeepSeekMath
+log-probs of the better ones, limited by the clip and by the KL to a frozen reference: DeepSeekMath
 (2402.03300, algorithm 1), with the settings of RadVLM-GRPO (2512.10691).
 
 Where this departs from the papers:
 - A mean over tokens divides by the count of the whole update; theirs divides in each micro-batch,
-  so that their loss depends on how a batch is cut.
-- The sampler's own log-probs are the old ones: it computes what the trainer would (RadVLM-GRPO
-  scores the answers once more). `rollout_cap` is for samplers of which that is not true.
-- The reference stays what it was at the start (DeepSeekMath replaces it now and then).
-- The tokens of an answer that could not be scored teach nothing: no loss, no KL, no count.
+  so that their loss depends on how a batch is split.
+- The old log-probs are the sampler's own, which equal what the trainer would compute (RadVLM-GRPO
+  scores the answers again). `rollout_cap` is for samplers of which that is not true.
+- The reference is always the initial model (DeepSeekMath replaces it from time to time).
+- An answer that could not be scored is left out: of the loss, the KL and the token count.
 
 Shapes: B questions, G answers to each, R = B G answers (rows), T tokens of the longest answer.
-What is not the algorithm (ranks, memory that runs out, clocks) is reached through `Node`.
+Everything else (ranks, running out of memory, timing) is behind `Node`.
 """
 
 from collections.abc import Callable
@@ -36,16 +36,16 @@ from minigrpo.run.groups import Groups, micro_batches
 
 
 class Node:
-    """One process to itself. `run/node.py` has the one for many ranks, with all that can fail."""
+    """A single process. `run/node.py` has the one for many ranks, which handles failures."""
 
     grad_clip = 1.0
 
     def phase(self, name, *models):
-        """Around each phase of a step, which makes its passes with `models`."""
+        """A context around each phase of a step, which runs passes through `models`."""
         return nullcontext()
 
     def fit(self, size, work, undo=None):
-        """work(), and again with less at once, `size`, where memory runs out."""
+        """work(), repeated with a smaller `size` if memory runs out."""
         return work()
 
     def total(self, x):
@@ -53,13 +53,15 @@ class Node:
         return x
 
     def passes(self, policy, parts, spare=list):
-        """The micro-batches of this rank, each with its weight; `spare()` has some at weight 0 for
-        a rank that must keep step with others."""
+        """The micro-batches of this rank, each with its weight; `spare()` gives some of weight 0
+        for a rank that must make as many passes as the others.
+        """
         return [(part, 1.0) for part in parts]
 
     def step(self, policy, *optimizers, batch=None):
-        """Move the weights along the gradients. Their norm, None where the step is refused, for
-        whose record `batch()` has the rows."""
+        """Update the weights. Returns the norm of the gradients, or None if the update is refused;
+        `batch()` gives the rows to record then.
+        """
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), self.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
@@ -68,7 +70,7 @@ class Node:
 
 @dataclass
 class Step:
-    """What a step leaves behind, for the log."""
+    """The results of a step, for the log."""
 
     groups: Groups
     mask: Tensor  # [R, T] bool, what was trained on
@@ -78,8 +80,9 @@ class Step:
 
 
 def collect(policy, samples, reward, args, seed, node=Node(), places=None) -> Groups:
-    """G answers to each of the B samples, and what they are worth. `places` are those of the
-    samples in the whole batch, by which their answers are drawn."""
+    """G answers to each of the B samples, and their rewards. `places` are the positions of the
+    samples in the whole batch, which seed their answers.
+    """
     with node.phase("rollout", policy):
         prompts = policy.encode(samples)  # image and prompt once for each group
         prompts = prompts if places is None else prompts.numbered(places)
@@ -176,7 +179,7 @@ def grpo_step(
 
         with node.phase("update"):
             loss, figures, parts = node.fit("micro_tokens", gradients, policy.model.zero_grad)
-            # Without a token there is nothing to learn, and AdamW would go on by momentum.
+            # Without a token there is nothing to learn, and AdamW would still move by its momentum.
             norm = None
             if denominator:
                 norm = node.step(policy, optimizer, batch=lambda: groups.rows(advantage, among))
@@ -188,7 +191,7 @@ def grpo_step(
 
 
 def score_all(policy, prompts, rollout, args) -> Tensor:
-    """Log-probs [R, T] of all answers of a step, a micro-batch at a time."""
+    """Log-probs [R, T] of all answers of a step, one micro-batch at a time."""
     logprob = torch.zeros_like(rollout.logprob)
     everything = range(len(prompts.ids))
     for part, rows in micro_batches(prompts, rollout.mask, everything, args.micro_tokens):

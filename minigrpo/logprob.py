@@ -2,7 +2,7 @@
 
 Full logits of N tokens are N x V floats: 13.9 GiB for 8,192 tokens at Qwen3-VL's V = 151,936,
 counting the copies that log_softmax and its backward make. Here a tile of rows is projected,
-reduced in place and dropped; backward projects it again.
+reduced in place and freed; the backward pass projects it again.
 """
 
 import torch
@@ -21,20 +21,20 @@ def linear_logprob(
     entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(hidden @ weight.T / temperature)[target], with exact gradients for hidden and
-    weight; those of a frozen weight are never computed.
+    weight; a frozen weight gets none.
 
     Args:
         hidden: [N, d], fp32, bf16 or float64.
         weight: [V, d], the output embedding.
         target: [N] int64 in 0..V-1.
         temperature: above 0.
-        tile: the rows of logits that exist at any time, forward and backward (with the entropy a
-            second copy). Of 128, 256 and 512, 512 was the fastest on a CPU at V = 16,384 and
-            151,936: fewer read the weights too often.
+        tile: rows of logits in memory at a time, forward and backward (two copies with the
+        entropy). Of 128, 256 and 512, 512 was the fastest on a CPU at V = 16,384 and 151,936:
+        smaller tiles read the weights too often.
         entropy: also return it.
 
-    Returns: the log-prob [N] in nats, in fp32 (float64 stays float64); with `entropy` a pair, the
-        log-prob and the entropy [N] in nats.
+    Returns: the log-prob [N] in nats, in fp32 (float64 stays float64); with `entropy` a pair of the
+    log-prob and the entropy [N] in nats.
 
     Raises: ValueError for other shapes, and for a temperature of 0 or less.
     """

@@ -256,7 +256,7 @@ def test_nothing_that_exists_is_written_over(folders, tmp_path, name):
         run(folders, name, "train", tmp_path)
     (tmp_path / "train.jsonl").unlink()  # a run that was killed after its films
     before = {p: p.read_bytes() for p in (tmp_path / "films").iterdir()}
-    with pytest.raises(ValueError, match="already holds .* remove them"):
+    with pytest.raises(ValueError, match="already contains .* remove them"):
         run(folders, name, "train", tmp_path)
     assert before == {p: p.read_bytes() for p in (tmp_path / "films").iterdir()}
 
@@ -634,7 +634,7 @@ def test_errors_name_what_to_do(folders, tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder: give the one"):
         run(tmp_path, "openi", "train", tmp_path / "out")
     (tmp_path / "openi").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no indiana_reports.csv .* docs/data.md"):
+    with pytest.raises(FileNotFoundError, match="has no indiana_reports.csv.* docs/data.md"):
         run(tmp_path, "openi", "train", tmp_path / "out")
     (tmp_path / "openi/indiana_reports.csv").write_text("uid,finding\n1,clear\n")
     with pytest.raises(

@@ -219,9 +219,9 @@ def test_no_program_is_started_for_an_eps(tmp_path, monkeypatch, name):
     )
     for read in (lambda: look(str(tmp_path / name)), lambda: load_image(tmp_path / name)):
         try:
-            assert "is no PNG, JPEG, TIFF" in read().error
+            assert "is not a PNG, JPEG, TIFF" in read().error
         except ValueError as error:
-            assert "is no PNG, JPEG, TIFF" in str(error)
+            assert "is not a PNG, JPEG, TIFF" in str(error)
     assert not (tmp_path / "HARMED").exists()
 
 
@@ -234,7 +234,7 @@ def test_formats_of_no_film_are_refused_with_what_to_do(tmp_path, suffix):
     (tmp_path / f"film.{suffix}").rename(tmp_path / "film.png")
     with pytest.raises(
         ValueError,
-        match="film.png cannot be read .*is no PNG, JPEG, TIFF, BMP, WEBP or PGM "
+        match="film.png cannot be read .*is not a PNG, JPEG, TIFF, BMP, WEBP or PGM "
         "image.*convert it to one",
     ):
         load_image(tmp_path / "film.png")

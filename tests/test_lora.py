@@ -379,10 +379,10 @@ def test_resuming_on_another_base_model(train, interrupted, base, policy, tmp_pa
 @pytest.mark.parametrize(
     "file, content, message",
     [
-        ("base.json", b"{", "base.json is not JSON"),
+        ("base.json", b"{", "base.json is not usable JSON"),
         ("base.json", b"{}", "is not the model that the adapters"),
         ("adapter_config.json", b"[]", "adapter_config.json is not usable JSON"),
-        ("adapter_config.json", b"{}", "adapters of another --lora_rank"),
+        ("adapter_config.json", b"{}", "adapters with another --lora_rank"),
         ("adapter_model.safetensors", b"", "adapter_model.safetensors cannot be used"),
         ("adapter_model.safetensors", "NaN", "holds NaN or infinity"),
         ("adapter_model.safetensors", "less", "cannot be used"),

@@ -326,7 +326,7 @@ def test_a_full_disk_at_a_log_line_ends_the_run_and_loses_nothing(place, whole):
     )
     assert (
         "metrics.jsonl cannot be written (No space left on device). Make room" in said
-        and "--resume goes on from" in said
+        and "--resume continues from" in said
         and "Traceback" not in said
     )
     run("train_sft", [*words, "--resume"], place.folder / "full-line.log")
@@ -658,7 +658,7 @@ def test_a_pipe_in_a_checkpoint_is_damage(name, tmp_path):
         (part / "a.safetensors").write_bytes(b"a")
     (tmp_path / "step" / name).unlink()
     os.mkfifo(tmp_path / "step" / name)
-    assert files.damage(tmp_path / "step") == f"{name} is no plain file"
+    assert files.damage(tmp_path / "step") == f"{name} is not a regular file"
 
 
 def test_other_versions_are_named_on_resume(place, capsys, monkeypatch):
@@ -928,9 +928,9 @@ def test_a_film_that_vanishes(program, place, phantom, whole, monkeypatch, tmp_p
         said = stop(program, words)
     assert (
         f"image {data}/films/phantom-train-" in said
-        and "cannot be read (no such file): put it back" in said
+        and "cannot be read (no such file): restore it" in said
     )
-    assert f"--resume goes on from {place.folder / name}/checkpoints/step-00000" in said
+    assert f"--resume continues from {place.folder / name}/checkpoints/step-00000" in said
     (data / "away").rename(data / "films")
     main(program, [*words, "--resume"])
     assert_same(whole(program.__name__), place.folder / name)
@@ -961,7 +961,7 @@ def test_too_little_memory_on_a_cpu(program, names, error, place, monkeypatch, c
     assert (
         "out of memory (" in said
         and f"Lower {names}" in said
-        and "--resume goes on from step 0" in said
+        and "--resume continues from step 0" in said
     )
     assert f"out of memory with {names}" in capsys.readouterr().err
 

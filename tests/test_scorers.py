@@ -141,7 +141,7 @@ def test_chexbert_runs_no_code_and_names_a_wrong_file(tmp_path, folder, monkeypa
             {"base_model_name_or_path": "evil/model"},
             "adapter_config.json names another model",
         ),
-        ("tokenizer_config.json", None, "tokenizer_config.json is not JSON"),
+        ("tokenizer_config.json", None, "tokenizer_config.json is not usable JSON"),
         ("config.json", [], "config.json is not usable JSON (it is not an object)"),
     ],
 )
