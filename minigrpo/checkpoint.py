@@ -1,12 +1,12 @@
-"""Qwen3-VL checkpoints: what is read from a folder or the hub, and all that a folder of ours holds.
+"""Qwen3-VL checkpoints: what is read from a folder or the hub, and what we write.
 
-Dense Qwen3-VL of every size, Instruct and Thinking, tied or untied head, one file or shards. What
-we write, transformers' own `AutoProcessor` and vLLM load unchanged: weights, config, generation
-config, tokenizer, chat template, and the settings of both the image and the video processor (the
-latter is not used here, but theirs is not made without it).
+Dense Qwen3-VL of every size, Instruct and Thinking, tied or untied head, one file or shards.
+Transformers, its `AutoProcessor` and vLLM load what we write, unchanged: weights, config,
+generation config, tokenizer, chat template, and the settings of both the image and the video
+processor (the latter is not used here, but `AutoProcessor` needs it).
 
 Every program reads checkpoints through `open_checkpoint`: `trust.py` reads the files, transformers
-makes its objects of what is chosen from them, and `checks.py` says whether they belong together.
+builds its objects from selected entries, and `checks.py` checks that they belong together.
 """
 
 import json
@@ -112,7 +112,9 @@ SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_p
 
 
 def open_checkpoint(name: str, *, weights: bool = True) -> Checkpoint:
-    """A folder, or a model on the hub, checked against itself: all but the numbers in it."""
+    """Open a folder or a model on the hub, and check that its parts agree: everything but the
+    values of the weights.
+    """
     c, files = _open(name)
     c.tokenizer = tokenizer_of(c, files)
     c.tokenizer.chat_template = template_of(c.folder, files)
@@ -139,7 +141,7 @@ def open_checkpoint(name: str, *, weights: bool = True) -> Checkpoint:
 
 
 def read_config(name: str) -> Qwen3VLConfig:
-    """config.json alone; whatever is not a dense Qwen3-VL is refused by its name."""
+    """config.json alone; anything but a dense Qwen3-VL is refused, with its name."""
     return _open(name)[0].config
 
 
@@ -153,7 +155,9 @@ def _open(name: str) -> tuple[Checkpoint, dict]:
 
 
 def local_folder(name: str) -> Path:
-    """A folder itself, or where the hub's cache keeps a model: all of it but the weights."""
+    """The folder itself, or the folder of a model in the hub's cache, fetched without the
+    weights.
+    """
     try:
         name.encode()
         if Path(name).is_dir():
@@ -254,8 +258,9 @@ def tokenizer_of(c: Checkpoint, files: dict) -> PreTrainedTokenizerBase:
 
 
 def check_special_tokens(path: Path, settings: dict, files: dict) -> None:
-    """Special tokens are ones that the tokenizer has: transformers would add another, behind the
-    rows of the model."""
+    """Special tokens must be in the tokenizer: transformers would add a missing one, beyond the
+    rows of the model.
+    """
     length = settings.get("model_max_length")
     if length is not None and (isinstance(length, bool) or not isinstance(length, int | float)):
         raise ValueError(f"{path}: model_max_length {length!r:.100} is not a number: {ORIGIN}")
@@ -275,8 +280,9 @@ def check_special_tokens(path: Path, settings: dict, files: dict) -> None:
 
 
 def template_of(folder: Path, files: dict) -> str:
-    """As transformers looks for it: chat_template.jinja, tokenizer_config.json, and then the
-    chat_template.json of older checkpoints; of several templates the one named default."""
+    """The chat template, where transformers looks for it: chat_template.jinja,
+    tokenizer_config.json, and then the chat_template.json of older checkpoints; of several
+    templates, the one named default."""
     for name in ("chat_template.jinja", "tokenizer_config.json", "chat_template.json"):
         with reading(folder / name):
             template = files.get(name)
@@ -292,8 +298,9 @@ def template_of(folder: Path, files: dict) -> str:
 
 
 def images_of(folder: Path, files: dict) -> tuple[Qwen2VLImageProcessorPil, str, dict]:
-    """The image processor, its file, and the settings of the video processor. As transformers looks
-    for them: processor_config.json, where its version 5 writes both, then a file for each."""
+    """The image processor, its file, and the settings of the video processor, where transformers
+    looks for them: processor_config.json, where its version 5 writes both, then a file for each.
+    """
     both, name = files.get("processor_config.json", {}), "processor_config.json"
     images, video = both.get("image_processor"), both.get("video_processor")
     if not images:
@@ -314,8 +321,9 @@ def images_of(folder: Path, files: dict) -> tuple[Qwen2VLImageProcessorPil, str,
 
 
 def generation_of(c: Checkpoint, files: dict) -> GenerationConfig:
-    """The end tokens are a list, and the one that SFT teaches is among them. Settings of sampling
-    that transformers would refuse to save are left out: nothing here uses them."""
+    """The generation config. Its end tokens are a list that includes the one SFT teaches. Sampling
+    settings that transformers would refuse to save are left out: nothing here uses them.
+    """
     settings = files.get("generation_config.json", {})
     with reading(c.folder / "generation_config.json"):
         ends = settings.get("eos_token_id")
@@ -367,8 +375,9 @@ def load(name: str, device: str = "cpu", max_pixels: int = 0) -> tuple:
 
 
 def set_budget(c: Checkpoint, max_pixels: int = 0, *, say=print) -> None:
-    """Images of more pixels shrink to `max_pixels`; 0 leaves the checkpoint's own budget. Tiny ones
-    still grow, to a quarter of it at most: rounded up to whole tokens that stays within it."""
+    """Larger images shrink to `max_pixels`; 0 keeps the checkpoint's own limit. Tiny ones still
+    grow, to at most a quarter of it, which rounded up to whole tokens stays within it.
+    """
     stored = c.images.size["longest_edge"]
     if max_pixels and max_pixels < SMALLEST:
         raise ValueError(
@@ -399,8 +408,9 @@ def save(
     video: dict | None,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint folder, see above; `weights` in place of the model's own, where those are
-    sharded."""
+    """Write a checkpoint folder, see above; `weights` replace the model's own if those are
+    sharded.
+    """
     folder = Path(folder)
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

@@ -1,7 +1,7 @@
-"""Samples as what the model reads: chat template, tokens, image slots, patches, M-RoPE positions.
+"""From samples to model inputs: chat template, tokens, image slots, patches, M-RoPE positions.
 
-All of it is on the CPU and takes no weights. The image itself is encoded where the model runs, in
-`Policy.prefill`.
+All of it runs on the CPU and needs no weights. The image itself is encoded on the model's device,
+in `Policy.prefill`.
 
 Shapes: B prompts, P prompt tokens (padded on the right), R answers, T answer tokens.
 """
@@ -32,8 +32,8 @@ class Prompts:
 
     @property
     def pixels(self) -> Tensor:
-        """[patches of all images, channels * 2 * 16 * 16] fp32, as the vision tower takes them:
-        made when they are needed.
+        """[patches of all images, channels * 2 * 16 * 16] fp32, as the vision tower takes them;
+        computed on demand.
         """
         pixels = self.grey_table.new_empty(len(self.patches), *self.grey_table.shape)
         greys = self.patches.unflatten(1, (len(self.grey_table), -1))  # (patches, channels, 256)
@@ -48,14 +48,14 @@ class Prompts:
         return Prompts(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def numbered(self, places: list[int]) -> "Prompts":
-        """The same prompts with these places as their numbers: part of a larger batch gives the
-        answers that the whole would.
+        """The same prompts with these places as their numbers: part of a larger batch then gets the
+        same answers as in the whole.
         """
         return replace(self, stream_id=torch.tensor(places, device=self.ids.device))
 
     def select(self, rows: slice | Tensor, *, trim: bool = True) -> "Prompts":
         """The prompts `rows` (a slice, or indices in any order) with their own images; `trim` drops
-        what is padding for all.
+        columns that are padding in all.
         """
         rows = torch.arange(len(self.ids), device=self.ids.device)[rows]
         images = spans(self.images, rows)
@@ -86,7 +86,8 @@ class Images:
 
 class Encoder:
     """A tokenizer with its chat template and an image processor. `image_id` is the token that
-    stands for a patch of an image."""
+    represents a patch of an image.
+    """
 
     def __init__(self, tokenizer, image_processor, image_id: int, template_opens_think: bool):
         self.tokenizer, self.image_processor, self.image_id = tokenizer, image_processor, image_id
@@ -107,11 +108,11 @@ class Encoder:
         """Questions and answers about B images, for supervised training: prompts, and blocks of
         (tokens [B, T], mask [B, T], the B samples).
 
-        The samples of a group share their image, so the prompt ends behind it; a row is one
-        question with its answer, or a whole conversation, and the mask covers each answer and its
-        end token. A block holds one row of every group, the longest first, since it is padded to
-        its longest; where a group has run out, the row is empty (sample None). Every block follows
-        the same prompts.
+        The samples of a group share their image, so the prompt ends after it; a row is one question
+        with its answer, or a whole conversation, and the mask covers each answer and its end token.
+        A block has one row of every group, the longest first, since it is padded to its longest
+        row; once a group has no more, its row is empty (sample None). All blocks follow the same
+        prompts.
         """
         for group in groups:
             if any(sample.images != group[0].images for sample in group):
@@ -152,7 +153,7 @@ class Encoder:
 
     def _patches(self, image) -> tuple[Tensor, Tensor]:
         """An image as uint8 patches [n, channels * 16 * 16] and its grid [1, 3]: resized, but not
-        yet scaled to what the model sees.
+        yet scaled to the model's input values.
         """
         batch = self.image_processor(
             images=[image], do_rescale=False, do_normalize=False, return_tensors="pt"
@@ -162,9 +163,9 @@ class Encoder:
         return patches[:, :, 0].flatten(1).to(torch.uint8), batch["image_grid_thw"]
 
     def _talk(self, question: list[int], turns: list[list[str]]) -> tuple[list[int], list[int]]:
-        """The tokens of a row and 1 on those of its answers and end tokens. `question` is what the
-        prompt holds of the first turn; later questions are written by the chat template, which sees
-        all that was said before them.
+        """The tokens of a row, and a mask that is 1 on its answers and end tokens. `question` is
+        the part of the first turn that is in the prompt; later questions are written by the chat
+        template, which sees everything before them.
         """
         tokens, mask, messages = list(question), [0] * len(question), []
         end = self.tokenizer.convert_ids_to_tokens(self.end_id)
@@ -224,8 +225,8 @@ def mrope_positions(
     """M-RoPE positions [3, B, P] and the next free position [B] (Qwen2-VL, 2409.12191, section
     2.1).
 
-    Text counts up by one on all three axes. An image starts where the text left off, spreads over
-    height and width at one moment, and the text resumes after its longer side. ids, mask [B, P];
+    Text counts up by one on all three axes. An image starts where the text stopped, spreads over
+    height and width at a single time, and the text resumes after its longer side. ids, mask [B, P];
     grids [images, 3] in prompt order.
     """
     positions, next_position = torch.zeros(3, *ids.shape, dtype=torch.long), []
@@ -253,7 +254,7 @@ def mrope_positions(
 
 
 def inside_thinking(answer: str) -> str:
-    """What follows a <think> that the chat template has already written, with its line break; a
+    """The text after a <think> that the chat template has already written, with its line break; a
     plain answer closes it at once.
     """
     return (
@@ -264,8 +265,8 @@ def inside_thinking(answer: str) -> str:
 
 
 def grey_table_of(image_processor) -> Tensor:
-    """[channels, 2, 256] what the processor makes of each level of grey, asked of itself: a patch
-    of 16 x 16 holds all in order.
+    """[channels, 2, 256] the processor's output for each grey level, obtained from one patch of 16
+    x 16 that has all of them in order.
     """
     side, size = image_processor.patch_size, image_processor.merge_size
     grey = torch.arange(side * side, dtype=torch.uint8).view(side, side).tile(size, size)
@@ -276,8 +277,8 @@ def grey_table_of(image_processor) -> Tensor:
 
 
 def spans(counts: Tensor, owners: Tensor) -> Tensor:
-    """Where the items of these `owners` lie, when owner i has counts[i] items and all items lie one
-    after the other.
+    """The positions of the items of these `owners`, when owner i has counts[i] items and all items
+    follow one another.
     """
     ends = counts.cumsum(0).tolist()
     ranges = [torch.arange(ends[i - 1] if i else 0, ends[i]) for i in owners.tolist()]

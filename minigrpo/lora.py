@@ -1,10 +1,10 @@
 """LoRA (Hu et al. 2106.09685) through `peft`: small trained matrices beside frozen linear layers, y
 = W x + alpha / r * B A x.
 
-B starts at 0, so the first policy is the base model; with the adapters off it stays the base model,
-which is why GRPO then needs no second copy of the weights as its reference. `peft` puts the
-adapters into the model's own modules, in place. Defaults follow "LoRA Without Regret" (Schulman,
-2025): every linear layer, alpha 32, and ten times the learning rate of full training.
+B starts at 0, so the first policy is the base model; with the adapters off it remains the base
+model, so GRPO needs no second copy of the weights as its reference. `peft` puts the adapters into
+the model's own modules, in place. Defaults follow "LoRA Without Regret" (Schulman, 2025): every
+linear layer, alpha 32, and ten times the learning rate of full training.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from minigrpo.policy import Policy
 
 
 def settings(args) -> dict:
-    """What peft's LoraConfig is told; a checkpoint must have been made with the same."""
+    """Arguments of peft's LoraConfig; a checkpoint must have been made with the same."""
     layers = (
         rf"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(args.lora_targets)})"
     )
@@ -30,8 +30,8 @@ def settings(args) -> dict:
 
 
 def check_checkpoint(checkpoint: Path, args) -> None:
-    """Refuse, before anything loads, to resume with other adapters than those that the checkpoint
-    holds.
+    """Refuse, before anything is loaded, to resume with adapters other than those in the
+    checkpoint.
     """
     path = checkpoint / "adapter_config.json"
     if not path.exists():
@@ -55,8 +55,8 @@ def check_checkpoint(checkpoint: Path, args) -> None:
 
 
 def add_adapters(policy: Policy, args, checkpoint: Path | None = None) -> Policy:
-    """Adapters of --lora_rank at --lora_targets, new from --seed or as the checkpoint has them;
-    they alone are trained. Returns the policy.
+    """Add adapters of --lora_rank to --lora_targets, new from --seed or from the checkpoint; only
+    they are trained. Returns the policy.
     """
     # seconds to import, so only here
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -93,14 +93,14 @@ def add_adapters(policy: Policy, args, checkpoint: Path | None = None) -> Policy
 
 def adapters_off(policy: Policy):
     """A context in which the policy is its base model: GRPO's reference. A policy without adapters
-    stays what it is.
+    is unchanged.
     """
     return nullcontext() if policy.adapters is None else policy.adapters.disable_adapter()
 
 
 def save_adapters(policy: Policy, folder: Path) -> None:
-    """In peft's own format, for `PeftModel.from_pretrained(base model, folder)`, and which base
-    model they belong to.
+    """Save them in peft's format, for `PeftModel.from_pretrained(base model, folder)`, with a
+    record of their base model.
     """
     # "auto" would ask the hub about the vocabulary
     policy.adapters.save_pretrained(folder, save_embedding_layers=False)
@@ -108,7 +108,7 @@ def save_adapters(policy: Policy, folder: Path) -> None:
 
 
 def merge_adapters(policy: Policy) -> None:
-    """W + alpha / r * B A in place of each pair: a plain model again, the same function up to
+    """Replace each pair by W + alpha / r * B A: a plain model again, the same function up to
     rounding.
     """
     policy.adapters.merge_and_unload()

@@ -1,9 +1,9 @@
 """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): matrices move along orthogonalised
 gradients.
 
-As torch.optim.Muon with adjust_lr_fn="match_rms_adamw", except for one thing: on a CPU the
-Newton-Schulz iteration runs in fp32. Torch's runs in bf16 everywhere, and a CPU without bf16
-instructions needs 20 times as long for that.
+Like torch.optim.Muon with adjust_lr_fn="match_rms_adamw", with one exception: on a CPU the
+Newton-Schulz iteration runs in fp32. Torch's runs in bf16 everywhere, which takes 20 times as long
+on a CPU without bf16 instructions.
 """
 
 import torch
@@ -40,8 +40,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
     """[m, n] -> about U V' of its singular value decomposition U S V': singular values between 0.7
-    and 1.2, in fp32 on a CPU and in bf16 on a GPU, where that is fast. A matrix of zeros stays
-    zero.
+    and 1.2, in fp32 on a CPU, in bf16 on a GPU. A matrix of zeros stays zero.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrix if matrix.device.type == "cpu" else matrix.bfloat16()

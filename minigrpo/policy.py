@@ -1,15 +1,14 @@
-"""A Qwen3-VL as a policy: one pass over each prompt, shared by the group of answers that follows
-it.
+"""A Qwen3-VL as a policy: one pass over each prompt, shared by the group of answers to it.
 
 The weights stay in a plain `Qwen3VLForConditionalGeneration`; the pass through its layers is
-written out here, because the point of the whole project is in the attention: a group's answers read
+written out here, because the point of the project is in the attention: the answers of a group read
 the keys and values of one pass over their prompt.
 
-`prefill` encodes the image, so an image is encoded once a pass: three times in a default step of
+`prefill` encodes the image, so an image is encoded once per pass: three times in a default step of
 GRPO, for the rollout, for the log-probs of the reference, and in the update, which has gradients
-and is one pass for all answers of the group. It is twice without a KL (`--kl_coef 0`), once more
-with `--rollout_cap`, which scores the policy, too, and once more where activation checkpointing
-computes the update's pass again.
+and is one pass for all answers of the group. Without a KL (`--kl_coef 0`) it is twice;
+`--rollout_cap`, which also scores the policy, adds one, and activation checkpointing, which
+recomputes the update's pass, another.
 
 Shapes: B prompts, G answers each, R = B G rows, P prompt tokens (padded on the right), T answer
 tokens, d width, H query heads, K key heads, D head width.
@@ -35,8 +34,8 @@ from minigrpo.logprob import linear_logprob
 
 @dataclass
 class Prefix:
-    """What a group shares: its prompt's keys and values in every layer, and where its answers
-    start.
+    """What the answers of a group share: the keys and values of their prompt in every layer, and
+    where they start.
     """
 
     keys: list[Tensor]  # one [B, K, P, D] a layer
@@ -47,18 +46,20 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """Of keys and values, which is what each decoding step reads of it."""
+        """Bytes of the keys and values, which each decoding step reads."""
         return sum(x.nbytes for x in (*self.keys, *self.values))
 
     def select(self, prompts: Tensor) -> "Prefix":
-        """What remains when only some `prompts` [B] (bool) are followed further."""
+        """The prefix of only those `prompts` [B] (bool) that are continued."""
         keys, values = ([x[prompts] for x in layers] for layers in (self.keys, self.values))
         return Prefix(
             keys, values, self.mask[prompts], self.next_position[prompts], self.hidden[prompts]
         )
 
     def put(self, places: Tensor, other: "Prefix") -> None:
-        """Other prompts, as many and of the same padded length, at `places` (indices)."""
+        """Put other prompts, the same number and padded to the same length, at `places`
+        (indices).
+        """
         for old, new in zip((*self.keys, *self.values), (*other.keys, *other.values)):
             old[places] = new
         self.mask, self.next_position, self.hidden = (  # copies: these are views of the prompts
@@ -113,7 +114,7 @@ class Policy:
         """Load a checkpoint folder, or a name on the hub, with fp32 weights; `autocast` computes in
         bfloat16.
 
-        Images are shrunk to at most `max_pixels`; 0 leaves the checkpoint's own budget. It is saved
+        Images are shrunk to at most `max_pixels`; 0 keeps the checkpoint's own limit. It is saved
         with the policy.
         """
         model, tokenizer, image_processor, video = checkpoints.load(
@@ -124,8 +125,8 @@ class Policy:
         return policy
 
     def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
-        """Write a checkpoint folder that transformers and vLLM load unchanged; `weights` in place
-        of the model's own, by name.
+        """Write a checkpoint folder that transformers and vLLM load unchanged; `weights`, by name,
+        replace the model's own.
         """
         if self.adapters is not None:
             raise ValueError(
@@ -141,11 +142,11 @@ class Policy:
         return self.head.device
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Those that are trained: neither frozen nor, with adapters, of the base model."""
+        """The parameters that are trained: neither frozen nor, with adapters, of the base model."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def to(self, device: str, *, autocast: bool = False) -> "Policy":
-        """The same model on `device`, moved and not copied; `autocast` computes in bfloat16."""
+        """The same model on `device`, moved, not copied; `autocast` computes in bfloat16."""
         moved = Policy(
             self.model.to(device), self.tokenizer, self.image_processor, autocast=autocast
         )
@@ -153,8 +154,8 @@ class Policy:
         return moved
 
     def freeze(self, parts: Sequence[str] = ("vision", "projector", "language")) -> "Policy":
-        """Keep `parts` as they are; a tied head is part of the language model, the mergers behind
-        the tower the projector.
+        """Do not train `parts`; a tied head belongs to the language model, the mergers after the
+        tower to the projector.
         """
         for name, weight in self.model.named_parameters():
             if part_of(name) in parts:
@@ -162,8 +163,8 @@ class Policy:
         return self
 
     def checkpoint_activations(self) -> "Policy":
-        """Keep the input of each layer alone for the backward pass, which computes the rest anew:
-        less memory, more time.
+        """Keep only the input of each layer, and recompute the rest in the backward pass: less
+        memory, more time.
         """
         self.activation_checkpointing = True
         for block in self.visual.blocks:
@@ -193,8 +194,8 @@ class Policy:
     # ---- the passes --------------------------------------------------------------------------
 
     def prefill(self, prompts: Prompts) -> Prefix:
-        """Images and prompts once: their keys, values and last hidden states, with gradient where
-        it is enabled.
+        """Run images and prompts through the model once: their keys, values and last hidden states,
+        with gradient where it is enabled.
         """
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -211,7 +212,7 @@ class Policy:
                 x = x.masked_scatter(slots[..., None], image.pooler_output.to(x.dtype))
                 deepstack = image.deepstack_features
             hidden, keys, values = self._layers(x, prompts.positions, attend, slots, deepstack)
-        # or each decoding step would copy them
+        # otherwise each decoding step would copy them
         keys, values = ([x.contiguous() for x in layers] for layers in (keys, values))
         last = prompts.mask.sum(1) - 1
         return Prefix(
@@ -219,7 +220,7 @@ class Policy:
         )
 
     def follow(self, prefix: Prefix, tokens: Tensor) -> Tensor:
-        """Hidden states [R, n, d] of answers [R, n] behind their prompts, all tokens at once, with
+        """Hidden states [R, n, d] of answers [R, n] after their prompts, all tokens at once, with
         gradient where enabled.
         """
 
@@ -234,9 +235,9 @@ class Policy:
 
         group = len(tokens) // len(prefix.mask)
         steps = torch.arange(tokens.shape[1], device=tokens.device)
-        # What an answer token may see: its prompt, without padding, and its own answer up to
-        # itself. One table for all rows where no prompt is padded: for 4,096 tokens of answer it is
-        # 64 MB, and R times that otherwise.
+        # What an answer token may attend to: its prompt, without padding, and its own answer up to
+        # itself. One mask for all rows if no prompt is padded: for answers of 4,096 tokens it is 64
+        # MB, and otherwise R times that.
         prompt = prefix.mask[:1] if prefix.mask.all() else prefix.mask.repeat_interleave(group, 0)
         prompt = prompt[:, None].expand(-1, len(steps), -1)  # (1 or R, n, P)
         causal = (steps <= steps[:, None]).expand(len(prompt), -1, -1)  # (1 or R, n, n)
@@ -246,8 +247,8 @@ class Policy:
     def decode(
         self, prefix: Prefix, tokens: Tensor, length: Tensor, cache: "AnswerCache"
     ) -> Tensor:
-        """Hidden states [R, d] of one more token of each answer [R], of which `length` [R] precede
-        it; adds them to the cache.
+        """Hidden states [R, d] of one more token of each answer [R], preceded by `length` [R]
+        others; adds it to the cache.
         """
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -256,7 +257,7 @@ class Policy:
             )
 
         prompt = prefix.mask.repeat_interleave(len(tokens) // len(prefix.mask), 0)  # (R, P)
-        # Older columns are of an answer that had this row before.
+        # Older columns belong to an earlier answer in this row.
         own = cache.ages(tokens.device) <= length[:, None]  # (R, S)
         bias = bias_of(torch.cat([prompt, own], dim=1)[:, None], prefix)
         hidden = self._answers(prefix, tokens[:, None], length[:, None], attend)[:, 0]
@@ -264,7 +265,7 @@ class Policy:
         return hidden
 
     def decoding_bytes(self) -> int:
-        """Weights that a decoding step reads, however many rows it has."""
+        """Bytes of the weights that a decoding step reads, however many rows it has."""
         return sum(p.nbytes for p in self.language_model.layers.parameters()) + self.head.nbytes
 
     def _answers(self, prefix: Prefix, tokens: Tensor, steps: Tensor, attend: Callable) -> Tensor:
@@ -272,8 +273,8 @@ class Policy:
         # The same on all three axes.
         positions = prefix.next_position.repeat_interleave(group)[:, None] + steps  # (R, n)
         with self.precision():
-            # Answers are plain tokens, also where the policy sampled an <|image_pad|>: no image
-            # belongs to it.
+            # Answers are plain tokens, even where the policy sampled an <|image_pad|>, which has no
+            # image.
             return self._layers(
                 self.language_model.embed_tokens(tokens), positions.expand(3, -1, -1), attend
             )[0]
@@ -291,8 +292,8 @@ class Policy:
         on request).
 
         tokens, mask [R, T]; row r answers prompt r // G, G = R / B. One pass over each prompt
-        serves its whole group, so its backward pass runs once as well; it can be made beforehand
-        with `prefill`, to serve several calls.
+        serves its whole group, so its backward pass also runs once; `prefill` can make it
+        beforehand, for several calls.
         """
         prefix = prompts if isinstance(prompts, Prefix) else self.prefill(prompts)
         group, remainder = divmod(len(tokens), len(prefix.mask))
@@ -305,13 +306,12 @@ class Policy:
         mask = mask.bool()
         # part of a batch is padded to the whole's longest
         longest = int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1
-        # sharded layers want the same passes on every rank, whatever its answers
+        # sharded layers need the same passes on every rank, whatever its answers
         if longest > 1 or self.sharded:
             followed = self.follow(prefix, tokens[:, : max(1, longest - 1)])
             hidden = torch.cat([hidden, followed], dim=1)[:, :longest]  # (R, longest, d)
         within = mask[:, :longest]
-        # Only answer tokens are projected onto the vocabulary, and not in bf16: the sampler doesn't
-        # either.
+        # Only answer tokens are projected onto the vocabulary, and not in bf16, as in the sampler.
         values = linear_logprob(
             hidden[within], self.head, tokens[mask], temperature=temperature, entropy=entropy
         )
@@ -330,8 +330,8 @@ class Policy:
         """The decoder: x [N, S, d], positions [3, N, S] -> hidden states [N, S, d], and the keys
         and values of each layer.
 
-        `attend` does the attention; `deepstack` holds features of early vision layers, which join
-        at the image `slots` [N, S].
+        `attend` computes the attention; `deepstack` has features of early vision layers, which are
+        added at the image `slots` [N, S].
         """
         # (N, S, 1, D)
         cos, sin = (part[:, :, None] for part in self.language_model.rotary_emb(x, positions))
@@ -369,7 +369,7 @@ class Policy:
     def precision(self):
         """The context of every pass: bf16 for matrix products with `autocast`, else nothing."""
         # A weight is used once a pass, so a cache of bf16 copies saves nothing, and would keep
-        # those of layers that are let go.
+        # those of layers that are freed.
         return (
             torch.autocast(self.device.type, torch.bfloat16, cache_enabled=not self.sharded)
             if self.autocast
@@ -378,11 +378,11 @@ class Policy:
 
 
 class AnswerCache:
-    """Keys and values of the answers that are being decoded: a ring of `size` columns, one [R, K,
-    size, D] a layer.
+    """Keys and values of the answers that are being decoded: a ring buffer of `size` columns, one
+    [R, K, size, D] per layer.
 
-    Every step writes one column for all rows. A row that a new answer has taken over sees the
-    columns written since then.
+    Every step writes one column for all rows. A row reused for a new answer sees the columns
+    written since then.
     """
 
     def __init__(self, size: int):
@@ -395,7 +395,7 @@ class AnswerCache:
         ) % self.size
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """This step's k and v [R, K, 1, D] -> all that is in use, [R, K, S, D] each."""
+        """This step's k and v [R, K, 1, D] -> all columns in use, [R, K, S, D] each."""
         if layer not in self.layers:
             room = (*k.shape[:2], self.size, k.shape[3])
             self.layers[layer] = k.new_empty(room), v.new_empty(room)
@@ -420,8 +420,8 @@ class AnswerCache:
 
 
 def bias_of(seen: Tensor, prefix: Prefix) -> Tensor:
-    """What is added to scores: 0 where a token may look, -inf elsewhere; seen [R, n, P + S] bool ->
-    [R, 1, n, P + S].
+    """What is added to attention scores: 0 where a token may attend, -inf elsewhere; seen [R, n,
+    P + S] bool -> [R, 1, n, P + S].
     """
     return torch.zeros_like(seen, dtype=prefix.hidden.dtype).masked_fill_(~seen, -torch.inf)[
         :, None

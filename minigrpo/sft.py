@@ -1,10 +1,10 @@
-"""One step of supervised fine-tuning, the very code that `train_sft.py` runs: raise the
-log-likelihood of each answer, given its image and question.
+"""One step of supervised fine-tuning, the code that `train_sft.py` runs: raise the log-likelihood
+of each answer, given its image and question.
 
     loss = - sum over answer tokens of weight * log-prob / sum over answer tokens of weight
 
-with the weight of the answer's task. The log-probs are those of `policy.score`, through which GRPO
-optimises too, and the questions about one image share its pass through the model.
+with the weight of the answer's task. The log-probs come from `policy.score`, through which GRPO
+also optimises, and the questions about one image share its pass through the model.
 """
 
 from dataclasses import dataclass
@@ -39,13 +39,13 @@ class SftStep:
 
 
 def encode(policy, images: list[list[Sample]], args) -> Batch:
-    """The samples about each image of a step -> what the model reads of them."""
+    """The samples about each image of a step -> the inputs of the model."""
     parts = split(images, args.questions_per_image, args.micro_batch)
     return Batch(images, args.micro_batch, [policy.encode_turns(part) for part in parts])
 
 
 def sft_step(policy, optimizers: list, batch: Batch, args, weights=None, node=Node()) -> SftStep:
-    """`weights`: of a task's tokens, by its name; 1 where it has none."""
+    """`weights`: the weight of a task's tokens, by its name; 1 if absent."""
 
     def weight_of(rows: list[Sample | None]) -> Tensor:  # (R, 1), 0 for an empty row
         values = [(weights or {}).get(row.task, 1.0) if row else 0.0 for row in rows]
@@ -83,8 +83,8 @@ def sft_step(policy, optimizers: list, batch: Batch, args, weights=None, node=No
 
 
 def split(images: list[list[Sample]], questions: int, most: int) -> list[list[list[Sample]]]:
-    """The samples of a step as passes of at most `most` groups, each of at most `questions` samples
-    about one image; of several ranks, each has groups of its own, about as long in all.
+    """Split the samples of a step into passes of at most `most` groups, each of at most `questions`
+    samples about one image. Each rank has its own groups, of about equal total length.
     """
     groups = [
         samples[k : k + questions] for samples in images for k in range(0, len(samples), questions)
