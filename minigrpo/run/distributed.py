@@ -1,10 +1,10 @@
-"""Everything that is distributed: data parallel over the processes that `torchrun` starts, with
+"""Everything distributed: data parallelism over the processes that `torchrun` starts, with
 PyTorch's own collectives.
 
-Each rank samples and scores whole groups of its own; counts, rewards and metrics are those of all
-ranks together; gradients are summed, and each rank keeps the optimiser state of some parameters,
-steps those, and sends them to the others (ZeRO-1, Rajbhandari et al. 1910.02054). In one process
-every function here gives back what it was given.
+Each rank samples and scores whole groups; counts, rewards and metrics cover all ranks; gradients
+are summed, and each rank keeps the optimiser state of some parameters, updates those, and sends
+them to the others (ZeRO-1, Rajbhandari et al. 1910.02054). With one process every function here
+returns its input.
 """
 
 import atexit
@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 PATIENCE = timedelta(minutes=30)  # for a rank that neither answers nor dies
-# numbers that travel at once: a call for each of hundreds of tensors would cost more than the
-# transfer
+# elements per transfer: one call for each of hundreds of tensors would cost more than the transfer
 BUCKET = 2**26
 
 
@@ -35,7 +34,7 @@ def ranks() -> int:
 
 
 def first() -> bool:
-    """Whether this is the rank that prints and writes what is the same on all."""
+    """Whether this is the rank that prints, and writes whatever is the same on all."""
     return rank() == 0
 
 
@@ -45,8 +44,8 @@ def say(*words: Any) -> None:
 
 
 def join(device: str) -> None:
-    """Meet the other processes of `torchrun --nproc-per-node N program.py`; alone, do nothing.
-    `device` is cpu or cuda.
+    """Join the other processes of `torchrun --nproc-per-node N program.py`; with one process, do
+    nothing. `device` is cpu or cuda.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
@@ -70,8 +69,9 @@ def is_lost(error: RuntimeError) -> bool:
 
 @contextmanager
 def lost_rank(advice: Callable[[], str]):
-    """Where another rank has died, end with a message, `advice` in it, instead of a traceback or an
-    endless wait."""
+    """If another rank has died, end with a message that includes `advice`, instead of a traceback
+    or an endless wait.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -90,19 +90,19 @@ def lost_rank(advice: Callable[[], str]):
 
 
 def places_of_this_rank(n: int) -> list[int]:
-    """This rank's places among 0..n-1. Where there are fewer things than ranks, a rank takes the
-    first, as another does, too.
+    """This rank's places among 0..n-1. If there are fewer items than ranks, a rank left without
+    takes the first, as another rank does.
     """
     return list(range(rank(), n, ranks())) or [0]
 
 
 def balance_over_ranks(costs: list[int], size: int) -> tuple[list[int], list[range]]:
-    """Things in consecutive parts of `size`, each part dealt to the ranks so that their costs are
-    as equal as may be.
+    """Distribute items, in consecutive parts of `size`, so that in each part the costs of the ranks
+    are as equal as possible.
 
-    The places of this rank, in order, and for each part the span among them. The largest goes
-    first, to the rank that has least of this part, and of those least of all parts; every rank
-    computes the same.
+    Returns the places of this rank, in order, and for each part its span among them. The most
+    expensive item goes first, to the rank with the lowest cost in this part and, among those, in
+    all parts; every rank computes the same.
     """
     mine, spans, all_parts = [], [], [0] * ranks()
     for begin in range(0, len(costs), size):
@@ -160,8 +160,8 @@ def in_order(places: list[int], x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Losses are divided by the count of all ranks, so their gradients add up. What no rank has a
-    gradient for keeps none.
+    """Losses are divided by the count of all ranks, so their gradients add up. A parameter without
+    a gradient on any rank keeps none.
     """
     if ranks() == 1:
         return
@@ -174,7 +174,7 @@ def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Whether this rank has a slice of it alone: the decoder layers with --shard, whose gradients
+    """Whether this rank has only a slice of it: the decoder layers with --shard, whose gradients
     FSDP2 sums (shard.py).
     """
     return isinstance(x, DTensor)
@@ -185,8 +185,8 @@ def unsharded(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Paramet
 
 
 def owners(parameters: Iterable[torch.nn.Parameter]) -> list[int]:
-    """The rank that keeps each parameter's optimiser state: whole parameters, about as many numbers
-    on each rank.
+    """The rank that keeps each parameter's optimiser state: whole parameters, with about the same
+    number of elements on each rank.
     """
     parameters, loads = list(parameters), [0] * ranks()
     owner = [0] * len(parameters)
@@ -197,8 +197,8 @@ def owners(parameters: Iterable[torch.nn.Parameter]) -> list[int]:
 
 
 def parameters_of_this_rank(parameters: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-    """What this rank's optimiser steps: its share of the whole parameters, and its slices of all
-    sharded ones.
+    """The parameters that this rank's optimiser updates: its share of the whole ones, and its
+    slices of all sharded ones.
     """
     whole = unsharded(parameters)
     kept = {id(p) for p, owner in zip(whole, owners(whole)) if owner == rank()}
@@ -219,7 +219,7 @@ def share_weights(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def _together(tensors: list[Tensor], work: Callable[[Tensor], Any]) -> None:
-    """`work`, in place, on buckets of all tensors laid end to end."""
+    """`work`, in place, on buckets of the concatenated tensors."""
     while tensors:
         count, size = 0, 0
         while count < len(tensors) and (not count or size + tensors[count].numel() <= BUCKET):

@@ -1,4 +1,4 @@
-"""The folder of an evaluation: its answers as files, and as another evaluation reads them."""
+"""The folder of an evaluation: writing its answers, and reading those of another evaluation."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def check_empty(folder: Path) -> None:
 
 
 def hold(folder: Path) -> IO:
-    """The folder made, empty, and ours alone for as long as what is returned lives."""
+    """Create the folder, empty and locked for this process as long as the returned handle lives."""
     make_folder(folder)
     held = lock(folder / ".lock")
     if held is None:
@@ -39,7 +39,9 @@ def write_predictions(
     cut_off: list[bool] | None,
     items: list[dict] | None = None,
 ) -> None:
-    """predictions.jsonl: an answer a line, as the model wrote it, and with `items` its scores."""
+    """predictions.jsonl: one answer per line, as the model wrote it, with its scores if `items` is
+    given.
+    """
     with writes(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)  # should somebody have removed it meanwhile
     lines, nothing = [], [None] * len(samples)
@@ -74,8 +76,8 @@ def write_pages(
 def read_answers(
     place: str, samples: list[Sample], argument: str
 ) -> tuple[list[str], list[bool] | None, dict]:
-    """Another evaluation's answers to these samples, in their order, which were cut off (None where
-    that is not known of all), and its metrics.json ({} where there is none).
+    """Another evaluation's answers to these samples, in their order; which were cut off (None
+    unless that is known for all); and its metrics.json ({} if there is none).
     """
     path = Path(place) / "predictions.jsonl" if Path(place).is_dir() else Path(place)
     if not path.is_file():
@@ -118,8 +120,8 @@ def read_answers(
 
 
 def check_same_questions(rows: dict[str, dict], samples: list[Sample], what: str) -> None:
-    """Ids such as 1, 2, 3 fit any file: the answers must be to the samples' own questions, whether
-    they asked to think or not.
+    """Ids such as 1, 2, 3 fit any file: the answers must be to the questions of the samples, with
+    or without /think.
     """
 
     def plain(question):
@@ -143,7 +145,7 @@ def check_same_questions(rows: dict[str, dict], samples: list[Sample], what: str
 
 
 def read_about(path: Path) -> dict:
-    """An evaluation's metrics.json, {} where there is none."""
+    """An evaluation's metrics.json, or {} if there is none."""
     try:
         about = json.loads(path.read_bytes()) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
@@ -163,6 +165,6 @@ def read_about(path: Path) -> dict:
 
 
 def how_to_read(about: dict) -> dict:
-    """Of an evaluation's metrics.json, what its answers are read with."""
+    """The settings for reading an evaluation's answers, from its metrics.json."""
     opens = about.get("template_opens_think", about.get("opened", False))
     return {"template_opens_think": opens, "box_scale": about.get("box_scale", 1.0)}

@@ -1,6 +1,8 @@
-"""Files and folders that are whole or absent, whatever kills the process or fills the disk.
+"""Files and folders that are complete or absent, even if the process is killed or the disk fills
+up.
 
-Written aside, synced, renamed; checked when read. Every file that a program writes is written here.
+They are written under a temporary name, synced and renamed, and checked when read. Every file that
+a program writes is written here.
 """
 
 import fcntl
@@ -30,8 +32,10 @@ class WriteError(OSError):
 
 @contextmanager
 def writes(path: Path) -> Iterator[None]:
-    """Around what writes `path` and does nothing else: any exception becomes a WriteError. A full
-    disk is an OSError of Python's, a SafetensorError, and in tokenizers a plain Exception."""
+    """A context for code that writes `path` and does nothing else: any exception becomes a
+    WriteError. A full disk is an OSError in Python, a SafetensorError, and in tokenizers a plain
+    Exception.
+    """
     try:
         yield
     except WriteError:
@@ -44,10 +48,10 @@ def writes(path: Path) -> Iterator[None]:
 
 @contextmanager
 def aside(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yields where to write the file or folder that takes the name `path` at the end.
+    """Yields the temporary path of a file or folder that is renamed to `path` at the end.
 
-    If anything goes wrong, `path` stays as it was, what was begun is removed, and the error is a
-    WriteError. A file that is not `durable` may be lost in a power cut until `sync_all`.
+    If anything goes wrong, `path` stays as it was, the temporary file is removed, and the error is
+    a WriteError. A file that is not `durable` may be lost in a power cut until `sync_all`.
     """
     part = part_of(path)
     try:
@@ -61,7 +65,7 @@ def aside(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def write_aside(path: Path, content: str | bytes) -> None:
-    """The file with this content, in UTF-8, or as it was before."""
+    """Write a file with this content, in UTF-8; if that fails, it stays as it was."""
     if isinstance(content, str):  # half of a surrogate pair, as samplers write, becomes \udc00
         content = content.encode("utf-8", "backslashreplace")
     with aside(path) as part:
@@ -69,19 +73,19 @@ def write_aside(path: Path, content: str | bytes) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """One object a line; the folder is made if need be."""
+    """One object per line; the folder is created if necessary."""
     with writes(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def part_of(path: Path) -> Path:
-    """Where a file or folder is written before it bears its name."""
+    """The temporary name of a file or folder while it is written."""
     return path.with_name(path.name + ".part")
 
 
 def remove(path: Path) -> None:
-    """A file, a link (not what it points to), or a folder with all that is in it, if it can be."""
+    """Remove a file, a link (not its target), or a folder and its contents, if possible."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -92,7 +96,7 @@ def remove(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """A program's output folder; ValueError where none can be made or nothing written into it."""
+    """Create a program's output folder; ValueError if it cannot be created or written to."""
     try:
         str(folder).encode()  # tokenizers, for one, writes to no other path
     except UnicodeEncodeError:
@@ -110,7 +114,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """What was written to the file, or renamed in the folder, is on the disk on return."""
+    """On return, what was written to the file, or renamed in the folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -126,7 +130,7 @@ def sync_all(folder: Path) -> None:
 
 
 def seal(part: Path, path: Path, *, durable: bool = True) -> None:
-    """`part` is renamed `path` once it is on the disk. A folder gets checksums of its files."""
+    """Rename `part` to `path` once it is on the disk. A folder gets checksums of its files."""
     if part.is_dir():
         files, mode = _files(part), part.stat().st_mode & 0o666
         for name in files:  # safetensors lets nobody but their owner read them
@@ -144,8 +148,9 @@ def seal(part: Path, path: Path, *, durable: bool = True) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder: a file that is missing, or not as it was written; None
-    where all is well."""
+    """What is wrong with a sealed folder: a file that is missing or has changed; None if nothing
+    is.
+    """
     odd = [
         path
         for path in folder.rglob("*")
@@ -176,9 +181,9 @@ def checksum(path: Path) -> str:
 
 
 def lock(path: Path) -> IO | None:
-    """The lock of a file, until the returned handle is closed or its process dies, however it
-    dies; None where another process has it. File systems without locks (some Lustre mounts) let
-    everyone in."""
+    """Lock a file until the returned handle is closed or its process dies, in whatever way; None if
+    another process has the lock. File systems without locks (some Lustre mounts) admit everyone.
+    """
     with writes(path):
         handle = path.open("a")
     try:

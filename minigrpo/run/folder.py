@@ -1,11 +1,11 @@
-"""A run's folder: made once, never overwritten, resumed from its newest checkpoint.
+"""A run's folder: created once, never overwritten, resumed from its newest checkpoint.
 
     args.json  starts.jsonl  metrics.jsonl  curves.png  rollouts.jsonl (GRPO)
     checkpoints/step-000050/  best/step-000040/ (--eval_data)  final/ (LoRA: final/adapter/)
     skipped/ (updates that were not taken)
 
-In checkpoints/ and best/ the folders of such names, and their parts, are the run's own. Whatever
-else lies there, links too, is left alone.
+In checkpoints/ and best/, folders with such names, and their .part, belong to the run. Anything
+else there, including links, is not touched.
 """
 
 import json
@@ -41,12 +41,12 @@ STEP = re.compile(r"step-([0-9]{6,})")
 def open_run(
     args, checkpoint: Path | None = None, samples: Sequence[Sample] = ()
 ) -> tuple[Path, AbstractContextManager]:
-    """The run's folder, made and with args.json in it, and its lock, a context for as long as
-    the run lasts. ValueError for a folder that holds a run without --resume, or that another
+    """The run's folder, created with args.json in it, and its lock, a context for the duration of
+    the run. ValueError for a folder that already holds a run, without --resume, or that another
     process is writing to.
 
-    Where the run goes on from `checkpoint`, args.json stays as it began; starts.jsonl gains a
-    line, and what differs is said. `samples` are those that the run reads.
+    If the run continues from `checkpoint`, args.json keeps the arguments of its first start;
+    starts.jsonl gains a line, and differences are printed. `samples` are those that the run reads.
     """
     folder, held = Path(args.output_dir), nullcontext()
     if first():
@@ -71,7 +71,7 @@ def open_run(
 
 
 def _check_folder(folder: Path, args) -> dict | None:
-    """The arguments that the run in this folder began with; None where there is none yet."""
+    """The arguments of the first start of the run in this folder; None if there is no run yet."""
     path = folder / "args.json"
     for name in OWN:  # opening a pipe would wait for ever
         if (folder / name).exists() and not (folder / name).is_file():
@@ -106,9 +106,10 @@ def _check_folder(folder: Path, args) -> dict | None:
 
 
 def last_checkpoint(args) -> Path | None:
-    """The newest checkpoint that is whole, which it says; None without --resume or where there
-    is none yet. Exits with 0 where the run is finished. ValueError where no checkpoint is
-    whole, or where it cannot go on with these arguments."""
+    """The newest intact checkpoint, which is printed; None without --resume or if there is none
+    yet. Exits with 0 if the run is finished. ValueError if no checkpoint is intact, or if the run
+    cannot continue with these arguments.
+    """
     if not args.resume:
         return None
     folder = Path(args.output_dir)
@@ -144,7 +145,7 @@ def last_checkpoint(args) -> Path | None:
 
 
 def _end_finished(folder: Path, args) -> None:
-    """Do what a kill after the last step has left undone, and exit."""
+    """Finish what a kill after the last step left undone, and exit."""
     rows, _ = read_rows(folder / "metrics.jsonl")
     if first():
         remove_checkpoints(folder)
@@ -161,8 +162,9 @@ def _end_finished(folder: Path, args) -> None:
 
 
 def _tidy(folder: Path, checkpoint: Path | None) -> None:
-    """Remove what a kill has left half written, and rename damaged checkpoints, which would
-    else count among those to keep, to step-000006.damaged."""
+    """Remove what a kill left half written, and rename damaged checkpoints to step-000006.damaged,
+    since they would otherwise count among those to keep.
+    """
     parts = [path for name in ("checkpoints", "best") for path in (folder / name).glob("*.part")]
     for part in [*parts, folder / "final.part"]:
         if is_numbered(part.with_suffix("")) or part.stem == "final":
@@ -177,7 +179,7 @@ def _tidy(folder: Path, checkpoint: Path | None) -> None:
 
 
 def is_numbered(path: Path) -> bool:
-    """Whether it is called step-NNNNNN, and nothing else behind it."""
+    """Whether its name is step-NNNNNN and nothing more."""
     return STEP.fullmatch(path.name) is not None
 
 
@@ -193,13 +195,13 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def remove_folder(path: Path) -> None:
-    """A folder, but no link to one, and no file."""
+    """Remove a folder, but not a link to one or a file."""
     if path.is_dir() and not path.is_symlink():
         remove(path)
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Those of a finished run, and checkpoints/ itself where nothing else is in it."""
+    """Remove those of a finished run, and checkpoints/ itself if nothing else is in it."""
     for path in [*checkpoints(folder), *map(part_of, checkpoints(folder))]:
         remove_folder(path)
     try:
@@ -210,8 +212,10 @@ def remove_checkpoints(folder: Path) -> None:
 
 @contextmanager
 def run_errors(folder: Path, memory: str):
-    """Around a run's steps: what ends it from outside is said in one message, with where
-    --resume goes on. `memory` names the arguments to lower where memory runs out."""
+    """A context around a run's steps: an external cause that ends it is reported in one message,
+    with the checkpoint from which --resume continues. `memory` names the arguments to lower if
+    memory runs out.
+    """
 
     def advice() -> str:
         return f"--resume continues from {newest(folder)}"
@@ -221,6 +225,6 @@ def run_errors(folder: Path, memory: str):
 
 
 def newest(folder: Path) -> str:
-    """Where --resume would go on, in words."""
+    """Where --resume would continue, in words."""
     saved = checkpoints(folder)
     return str(saved[-1]) if saved else "step 0: no checkpoint has been saved yet"

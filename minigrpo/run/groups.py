@@ -1,6 +1,4 @@
-"""The groups of a step: B questions with G answers each, R = B G, and what the answers were
-worth.
-"""
+"""The groups of a step: B questions with G answers each, R = B G, and their rewards."""
 
 import math
 from dataclasses import dataclass, replace
@@ -18,7 +16,7 @@ from minigrpo.run.distributed import gathered, ranks, total
 
 @dataclass
 class Groups:
-    """B questions, their G answers each, and what these were worth."""
+    """B questions, G answers to each, and their rewards."""
 
     samples: list[Sample]  # B
     rollout: Rollout  # R answers; row r answers sample r // G
@@ -41,7 +39,7 @@ class Groups:
         return [prompt + own for prompt, own in zip(self.prompt_tokens, answers)]
 
     def take(self, places: list[int]) -> "Groups":
-        """The groups at `places`, in that order; what the rollout cost stays that of the whole
+        """The groups at `places`, in that order; the cost of the rollout remains that of the whole
         step.
         """
         size, r = self.rewards.shape[1], self.rollout
@@ -66,7 +64,7 @@ class Groups:
         )
 
     def to(self, device: torch.device) -> "Groups":
-        """With the tensors of the rollout on `device`; rewards stay on the CPU."""
+        """The same groups with the tensors of the rollout on `device`; rewards stay on the CPU."""
         r = self.rollout
         moved = Rollout(
             *(x.to(device) for x in (r.tokens, r.mask, r.logprob, r.finished)),
@@ -88,9 +86,9 @@ class Groups:
         )
 
     def rows(self, advantage: Tensor, among: range) -> list[dict]:
-        """The groups at the places `among` in full, for rollouts.jsonl: where one sees a reward
-        being hacked. advantage [R], of all groups. The reward of an answer that could not be
-        scored is None.
+        """The groups at the places `among` in full, for rollouts.jsonl, which shows whether a
+        reward is being hacked. advantage [R], of all groups. The reward of an answer that could not
+        be scored is None.
         """
         size = self.rewards.shape[1]
         rewards, valid = self.rewards.flatten().tolist(), self.valid.flatten().tolist()
@@ -190,12 +188,12 @@ def micro_batches(
 def by_token_budget(
     prompts: list[int], answers: list[int], group_size: int, budget: int, among: range
 ) -> list[list[int]]:
-    """Micro-batches of at most `budget` tokens each, padding included, of the prompts `among`; like
-    lengths go together.
+    """Micro-batches of at most `budget` tokens each, padding included, of the prompts `among`;
+    similar lengths go together.
 
     prompts [B] and answers [B] (each group's longest) in tokens. A micro-batch computes each prompt
     once and its answers group_size times, all as long as the longest; a group that is larger than
-    the budget goes alone.
+    the budget is a micro-batch of its own.
     """
     parts: list[list[int]] = []
     for i in sorted(among, key=lambda i: (-answers[i], -prompts[i])):

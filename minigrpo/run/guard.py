@@ -1,5 +1,5 @@
-"""What goes wrong inside a step, and how the run goes on: too little memory, gradients that
-explode, a reward that hangs.
+"""What can go wrong in a step, and how the run continues: running out of memory, exploding
+gradients, a reward that hangs.
 """
 
 import json
@@ -33,12 +33,12 @@ def retry_smaller_on_oom(
     *,
     alone: bool = True,
 ) -> T:
-    """work(), and where memory runs out undo() and work() again with args.NAME halved, until it
-    fits or cannot be less.
+    """work(); if memory runs out, undo() and work() again with args.NAME halved, until it fits or
+    is 1.
 
-    The smaller size stays for the rest of the run. It changes nothing but rounding. Each rank does
-    this by itself; where the others take part in the work (`alone` False, sharded layers), it
-    cannot go back without them, and the run ends.
+    The smaller size stays for the rest of the run. It changes only rounding. Each rank does this by
+    itself; if the others take part in the work (`alone` False, sharded layers), it cannot retry
+    without them, and the run ends.
     """
     while True:
         try:
@@ -63,8 +63,8 @@ def retry_smaller_on_oom(
 
 
 class Skipped:
-    """Updates that are not taken, because their gradient is NaN, infinite or above --max_grad_norm:
-    counted, and their batch kept for study in RUN/skipped/.
+    """Updates that are skipped because their gradient is NaN, infinite or above --max_grad_norm:
+    they are counted, and their batches are kept for inspection in RUN/skipped/.
     """
 
     def __init__(self, folder: Path, args: Any, before: int):
@@ -78,8 +78,8 @@ class Skipped:
     def accept_or_record(
         self, grad_norm: torch.Tensor, step: int, update: int, batch: Callable[[], list[dict]]
     ) -> bool:
-        """Whether to take the update; if not, `batch` gives the rows to write down. All ranks
-        decide alike, on the same norm.
+        """Whether to take the update; if not, `batch` gives the rows to record. All ranks decide
+        alike, by the same norm.
         """
         norm = float(grad_norm)
         if math.isfinite(norm) and norm <= self.largest:
@@ -124,10 +124,11 @@ def check_timeout(seconds: float) -> None:
 def in_time(
     reward: Callable, answers: list[str], samples: list, size: int, seconds: float
 ) -> Scores:
-    """reward(answers, samples), and where that takes longer than `seconds`, each group of `size`
-    answers by itself, for as long again in all: a group may take its share of what is left. Those
-    that take longer could not be scored. A call that hangs is left behind in its thread, which gets
-    no lists that anybody else reads."""
+    """reward(answers, samples); if that takes longer than `seconds`, each group of `size` answers
+    by itself, with as long again for all: a group may take its share of the time left. Groups that
+    take longer count as not scored. A call that hangs is left in its thread, which works on copies
+    of the lists.
+    """
     scores = _within(seconds, reward, list(answers), list(samples))
     if scores is not None:
         return scores
@@ -161,9 +162,10 @@ def in_time(
 
 
 def agreed_scores(work: Callable[[], Scores], most: float, step: int) -> Scores:
-    """This rank's work(). Says which of the step's answers the reward failed on, on whichever rank,
-    and ends the run where they are more than a share `most`, or where the reward returned what is
-    no score: on all ranks alike."""
+    """This rank's work(). Reports how many of the step's answers, over all ranks, the reward failed
+    on, and ends the run, on all ranks, if they are more than a share `most` or if the reward
+    returned something that is not a score.
+    """
     scores, problem = None, None
     try:
         scores = work()

@@ -1,5 +1,5 @@
-"""metrics.jsonl and rollouts.jsonl: one line a step, flushed, and cut back to the checkpoint that a
-run resumes from.
+"""metrics.jsonl and rollouts.jsonl: one line per step, flushed, and truncated to the checkpoint
+from which a run resumes.
 """
 
 import json
@@ -20,10 +20,10 @@ from .groups import Groups
 
 
 class JsonLines:
-    """Appends one JSON object a line, on the disk before the next step. A resumed run drops the
-    lines of steps that it will do again, and sets aside what is no line of a log.
+    """Appends one JSON object per line, on the disk before the next step. A resumed run drops the
+    lines of steps that it will repeat, and moves damaged lines to another file.
 
-    Every rank has the same rows; the first writes them. WriteError where it cannot.
+    Every rank has the same rows; the first writes them. WriteError if it cannot.
     """
 
     def __init__(self, path: Path, start_step: int):
@@ -56,8 +56,9 @@ class JsonLines:
 
 
 def read_rows(path: Path) -> tuple[list[dict], dict[int, bytes]]:
-    """The rows of a log, objects with a "step", and by number the lines that are none; of no file,
-    none. A last line without an end, which a kill cut short, is neither."""
+    """The rows of a log, objects with a "step", and, by number, the lines that are not; both empty
+    without a file. A last line without an end, cut short by a kill, is neither.
+    """
     rows, damaged = [], {}
     *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
     for number, line in enumerate([*lines, last], 1):
@@ -73,7 +74,7 @@ def read_rows(path: Path) -> tuple[list[dict], dict[int, bytes]]:
 
 
 def set_aside(path: Path, damaged: dict[int, bytes]) -> None:
-    """Lines that are no rows of `path` go to a file beside it."""
+    """Lines that are not rows of `path` go to a file beside it."""
     beside = path.with_name(path.name + ".damaged")
     before = beside.read_bytes() if beside.exists() else b""
     write_aside(beside, before + b"".join(line + b"\n" for line in damaged.values()))
@@ -84,7 +85,7 @@ def set_aside(path: Path, damaged: dict[int, bytes]) -> None:
 
 
 class Timer:
-    """Seconds of a step, from here on, and of each of its phases."""
+    """Seconds of a step, from its construction on, and of each of its phases."""
 
     def __init__(self):
         self.began, self.seconds = time.perf_counter(), {}
@@ -103,8 +104,8 @@ class Timer:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most that this process has held so far in 1e9 bytes, of the largest rank: resident, or on a
-    GPU of its tensors there.
+    """Peak memory of the process so far in 1e9 bytes, on the largest rank: resident memory or, on a
+    GPU, that of its tensors there.
     """
     if device.type == "cuda":
         held = torch.cuda.max_memory_allocated(device)
@@ -147,8 +148,8 @@ class Means:
 
 
 def rollout_stats(groups: Groups, template_opens_think: bool = False) -> dict[str, float]:
-    """What a step's answers and rewards looked like; thinking and answer apart where thinking was
-    asked for. What each figure means: docs/metrics.md.
+    """Statistics of a step's answers and rewards, with thinking and answer apart if thinking was
+    asked for. docs/metrics.md explains each figure.
     """
     rewards, valid, rollout = groups.rewards, groups.valid, groups.rollout
     counted = rewards[valid]

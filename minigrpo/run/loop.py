@@ -1,4 +1,6 @@
-"""What is around the steps of a run: where it goes on, what follows each step, and how it ends."""
+"""Everything around the steps of a run: where it starts or resumes, what follows each step, and how
+it ends.
+"""
 
 import math
 import os
@@ -25,14 +27,16 @@ from minigrpo.run.track import tracker
 
 
 def join_device(args) -> None:
-    """Join the other processes of torchrun, if there are any, and say where --bf16 costs time."""
+    """Join the other processes of torchrun, if there are any, and print a note if --bf16 costs
+    time.
+    """
     join(args.device)
     if args.bf16 and (note := note_on_bf16(args.device)):
         say(note)
 
 
 def join_run(args) -> Path | None:
-    """`join_device`. Returns the checkpoint that --resume goes on from, None for a new run."""
+    """`join_device`. Returns the checkpoint from which --resume continues, None for a new run."""
     join_device(args)
     return last_checkpoint(args)
 
@@ -52,7 +56,7 @@ def read_samples(args) -> tuple[list[Sample], list[Sample]]:
 
 
 class Run:
-    """A run in --output_dir, new or going on from `checkpoint`:
+    """A run in --output_dir, new or resumed from `checkpoint`:
 
         run = Run("sft", args, checkpoint, samples, schedule="cosine", best="eval_loss")
         with run.training(policy, optimizer):
@@ -61,8 +65,8 @@ class Run:
                 run.end_step(step, row, validate)
 
     `samples` are those that it reads. `best` names the figure by which the best weights are kept:
-    the lowest of a loss, the highest of anything else. ValueError where the folder holds something
-    else, or another process writes there.
+    the lowest of a loss, the highest of anything else. ValueError if the folder has other contents,
+    or if another process writes there.
     """
 
     def __init__(self, name: str, args, checkpoint: Path | None, samples, *, schedule, best):
@@ -77,13 +81,16 @@ class Run:
         self.best = max((self.sign * x for x in self.log.past(best)), default=-math.inf)
 
     def lines(self, name: str) -> JsonLines:
-        """A file of the run's folder with a row for each step, going on where the run does."""
+        """A file in the run's folder with a row for each step, continued where the run
+        continues.
+        """
         return JsonLines(self.folder / name, self.start)
 
     @contextmanager
     def training(self, policy, *optimizers, memory: str):
-        """Around all steps, and the end: final/ is saved. `memory` names the arguments that take
-        less of it, should it run out. Ctrl-C and SIGTERM end the run after the step at hand."""
+        """A context around all steps; at its end final/ is saved. `memory` names the arguments to
+        lower if memory runs out. Ctrl-C and SIGTERM end the run after the current step.
+        """
         self.policy, self.optimizers, self.redraw = policy, optimizers, due()
         if self.checkpoint:
             load_optimizers(self.checkpoint, policy, *optimizers)
@@ -98,8 +105,9 @@ class Run:
         say(f"saved {self.folder / 'final'}")
 
     def steps(self, prepared: Iterable | None = None) -> Iterator:
-        """The numbers of the steps that are left, under a progress bar; or (number, batch), where
-        such are `prepared`."""
+        """The numbers of the remaining steps, with a progress bar; or (number, batch), if such
+        pairs are `prepared`.
+        """
         args = self.args
         self.bar = tqdm(
             prepared or range(self.start, args.max_steps),
@@ -118,12 +126,15 @@ class Run:
             yield item
 
     def seconds(self) -> float:
-        """Since the last step ended: with the wait for a batch, without saving and validation."""
+        """Seconds since the last step ended, including the wait for a batch, without saving and
+        validation.
+        """
         return time.perf_counter() - self.began
 
     def end_step(self, step: int, row: dict, validate: Callable[[], float | None] | None, **shown):
-        """Write the step's figures and show some, validate and save where that is due, and stop
-        where that was asked for or too much was skipped."""
+        """Write the step's figures and show some, validate and save when due, and stop if that was
+        asked for or too many updates were skipped.
+        """
         args, saved = self.args, (self.policy, *self.optimizers)
         row = {"step": step, **row, "learning_rate": self.rate}
         if validate and (step + 1) % args.eval_steps == 0:

@@ -1,5 +1,6 @@
-"""What a step of GRPO asks of the machine, on a node of many ranks where memory runs out, rewards
-hang and gradients explode: `minigrpo.grpo.Node`, armoured."""
+"""What a step of GRPO needs from the machine, on a node of many ranks where memory runs out,
+rewards hang and gradients explode: a hardened `minigrpo.grpo.Node`.
+"""
 
 from contextlib import ExitStack, contextmanager
 
@@ -23,8 +24,8 @@ from minigrpo.run.shard import clip_gradients, gathered_layers, same_passes_on_e
 
 class ArmouredNode(grpo.Node):
     """`begin` before each step; afterwards `timer`, `groups` (of all ranks), `mine` (the places of
-    this rank's among them) and `replaced` (groups without spread that were asked anew) say how it
-    went."""
+    this rank's among them) and `replaced` (groups without spread that were replaced) describe
+    it."""
 
     def __init__(self, args, skipped: Skipped, limits: dict | None = None):
         """`limits` of the machine, as `measure_roofline` finds them, are for `row`."""
