@@ -1,5 +1,5 @@
-"""Dataclasses filled from the command line, or from a YAML or JSON file, and what ends a program
-with one message.
+"""Dataclasses filled from the command line, or from a YAML or JSON file, and errors that end a
+program with one message.
 
 Imports no torch (minigrpo/run/arguments.py says why).
 """
@@ -45,8 +45,8 @@ FILES = ("train_data", "eval_data", "data", "image", "predictions", "baseline") 
 
 
 def checked_device(name: str, argument: str = "--device") -> str:
-    """What --device (or another `argument`) means on this machine: auto is cuda where there is one.
-    ValueError for a device that is not there.
+    """What --device (or another `argument`) means on this machine: auto is cuda if there is a GPU.
+    ValueError for a device that does not exist.
     """
     if name == "cpu":
         return name
@@ -84,7 +84,7 @@ def check_pixels(number: int) -> None:
 
 
 def check_box_scale(number: float) -> None:
-    """ValueError for a --box_scale that nothing can be divided by."""
+    """ValueError for a --box_scale that is not a positive number."""
     if not 0 < number < math.inf:
         raise ValueError(
             f"--box_scale must be above 0, got {number}: 1 for fractions, 1000 for an untuned"
@@ -99,8 +99,8 @@ def at_least_one(args, name: str) -> None:
 
 
 def answer_early(kind: type[T], description: str) -> None:
-    """At the very start of a program, before its imports, which take seconds: --help, and what is
-    wrong with the arguments as far as it shows without torch, or with the files they name.
+    """At the very start of a program, before its imports, which take seconds: --help, and errors in
+    the arguments, or in the files they name, that can be found without torch.
     """
     with input_errors():
         check_files(read_args(kind, description))
@@ -108,7 +108,7 @@ def answer_early(kind: type[T], description: str) -> None:
 
 def parse_args(kind: type[T], description: str, argv: list[str] | None = None) -> T:
     """`program.py --name value ...` or `program.py settings.yaml --name value ...`; the command
-    line wins. Checked by `check` and `check_with_torch` of the dataclass, where it has them.
+    line wins. Checked by `check` and `check_with_torch` of the dataclass, if it has them.
     """
     args = read_args(kind, description, argv)
     if hasattr(args, "check_with_torch"):
@@ -145,7 +145,7 @@ def read_args(kind: type[T], description: str, argv: list[str] | None = None) ->
 
 
 def check_files(args) -> None:
-    """ValueError for a file to be read, or a model's folder, that is not there."""
+    """ValueError for an input file, or a model's folder, that does not exist."""
     for name in FILES:
         path = getattr(args, name, None)
         if path and not Path(path).exists():
@@ -159,7 +159,7 @@ def check_files(args) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Of several ranks the first alone speaks, and its error ends the others."""
+    """With several ranks only the first prints, and its error ends the others."""
 
     def error(self, message: str) -> NoReturn:
         speak_in_turn()
@@ -196,9 +196,9 @@ class HelpAction(argparse.Action):
 
 
 def parser_of(kind: type, description: str) -> Parser:
-    """An option for each field of the dataclass; `metadata` holds what else argparse is told.
+    """An option for each field of the dataclass; `metadata` has further arguments for argparse.
 
-    `kind.groups`, where it is, is {title: names of fields}, and `kind.common` the names that --help
+    `kind.groups`, if present, is {title: names of fields}, and `kind.common` the names that --help
     shows; --help-all shows all.
     """
     known = {field.name: field for field in fields(kind)}
@@ -228,7 +228,7 @@ def parser_of(kind: type, description: str) -> Parser:
 
 
 def add_option(group: argparse._ArgumentGroup, field: Field, kind: Any) -> None:
-    """--name, or --na-me: a text or number; true or false, or nothing for true; or a list."""
+    """--name, or --na-me: a text or number; true or false, or no value for true; or a list."""
     name, settings = field.name, dict(field.metadata)
     kind = next(iter(get_args(kind)), kind) if get_origin(kind) is not list else kind  # X | None
     notes = [f"one of {', '.join(settings['choices'])}"] if "choices" in settings else []
@@ -290,8 +290,9 @@ def words_of(settings: dict, parser: Parser, path: Path) -> list[str]:
 
 
 class _Settings(yaml.BaseLoader):
-    """YAML whose values stay the text that stands there, as on a command line: a folder called no
-    is not False. Only null is None."""
+    """YAML whose values remain text, as on a command line: a folder called no is not False. Only
+    null is None.
+    """
 
     def construct_mapping(self, node, deep=False):
         return each_key_once(
@@ -344,7 +345,7 @@ def read_settings(path: Path) -> dict:
 
 @contextmanager
 def input_errors():
-    """Around a program's set-up: what the user gave wrong ends the program with one message instead
+    """A context around a program's set-up: a user's error ends the program with one message instead
     of a traceback.
     """
     try:
@@ -368,9 +369,9 @@ def input_errors():
 
 @contextmanager
 def run_errors(advice: Callable[[], str], memory: str):
-    """Around what follows the set-up: what comes from outside, such as a full disk, a film that is
-    gone, or too little memory, ends the program with one message, `advice` behind it. All else is
-    a fault of the program and keeps its traceback.
+    """A context around what follows the set-up: an external cause, such as a full disk, a film that
+    is gone, or too little memory, ends the program with one message, followed by `advice`. Any
+    other error is a bug and keeps its traceback.
 
     `memory` names the arguments to lower where memory runs out.
     """
@@ -393,7 +394,7 @@ def run_errors(advice: Callable[[], str], memory: str):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether torch, on a GPU or on a CPU, or Python found no memory."""
+    """Whether torch, on a GPU or a CPU, or Python ran out of memory."""
     import torch
 
     named = isinstance(error, (MemoryError, torch.OutOfMemoryError))

@@ -1,4 +1,4 @@
-"""What somebody may have meant by an argument that there is none of."""
+"""Suggestions for arguments that do not exist."""
 
 from difflib import get_close_matches
 
@@ -45,7 +45,9 @@ ELSEWHERE = {  # TRL, EasyR1 and LLaMA-Factory
 
 
 def hint(word: str, known: list[str]) -> str:
-    """For an argument WORD, such as --beta=0.1, what to write instead; empty where nobody knows."""
+    """For an argument WORD, such as --beta=0.1, what to write instead; empty if that is not
+    known.
+    """
     name = word.lstrip("-").split("=")[0].replace("-", "_")
     if name in RENAMED and RENAMED[name] in known:
         return f"--{name} has been called --{RENAMED[name]} since 0.2.0"

@@ -26,9 +26,9 @@ def sft_optimizers(policy: Policy, args) -> list[torch.optim.Optimizer]:
         id(p) for name, p in policy.model.named_parameters() if p.dim() == 2 and "embed" not in name
     }
     muon = [p for p in parameters if id(p) in matrices]
-    # A patch filter adds up 1536 pixels that are bright or dark together: a step that suits the
-    # other parameters, taken by all of its weights at once, throws away what the layers behind it
-    # have learned. Muon would scale it by its inputs.
+    # A patch filter sums 1536 pixels that are bright or dark together: a step that suits the other
+    # parameters, taken by all of its weights at once, destroys what the later layers have learned.
+    # Muon would scale it by its inputs.
     patches = [p for p in parameters if p.dim() > 2]
     chosen = {id(p) for p in muon + patches}
     groups = [

@@ -1,13 +1,13 @@
-"""--plan: what a run will take of the device's memory, before anything is loaded.
+"""--plan: how much of the device's memory a run will need, before anything is loaded.
 
     # the memory at hand
     python train_grpo.py --model Qwen/Qwen3-VL-8B-Instruct --train_data ... --output_dir ... --plan
     # a device of 80 GB
     python train_grpo.py ... --plan 80
 
-No formulas: the step itself runs, on torch's fake tensors, which have shapes and no numbers, and a
-ledger adds up what is alive. Prompts are those of the first step; answers are taken to be as long
-as they may get, so a run whose answers end earlier takes less. 1 GB is 1e9 bytes.
+There are no formulas: the step itself runs, on torch's fake tensors, which have shapes but no data,
+and a ledger adds up the live ones. Prompts are those of the first step; answers are assumed to have
+the maximum length, so a run whose answers end earlier takes less. 1 GB is 1e9 bytes.
 """
 
 import gc
@@ -35,9 +35,9 @@ aten, TILE = torch.ops.aten, 512  # rows of logits at a time, the default of `li
 
 
 class Ledger(TorchDispatchMode):
-    """Adds up the bytes of all tensors that came to be under it and are alive, and their peak since
-    `phase` began. (Weights and what is made of them are fake; tokens, masks, positions and pixels
-    are real.)
+    """Adds up the bytes of all live tensors that were created under it, and their peak since
+    `phase` began. (Weights and what is computed from them are fake; tokens, masks, positions and
+    pixels are real.)
     """
 
     def __init__(self):
@@ -46,8 +46,8 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
-            # How many rows a mask takes is a number that fake tensors don't have; masks are real
-            # here, so they know.
+            # How many rows a mask selects depends on data that fake tensors lack; masks are real
+            # here.
             places = [
                 part
                 for i in args[1]
@@ -79,7 +79,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def phase(self, plan: "Plan", name: str):
-        """What `name` takes at its peak beyond what was there before it."""
+        """Record the peak of `name` beyond what was in use before it."""
         before, self.peak = self.live, self.live
         with self:
             yield
@@ -89,7 +89,9 @@ class Ledger(TorchDispatchMode):
 
 @dataclass
 class Plan:
-    """Bytes. `lasting` stays for the whole run; `phases` come on top of it, one after the other."""
+    """Bytes. `lasting` is needed for the whole run; `phases` come on top of it, one after the
+    other.
+    """
 
     lasting: dict[str, int] = field(default_factory=dict)
     phases: dict[str, int] = field(default_factory=dict)
@@ -108,7 +110,7 @@ class Plan:
 
 
 def imagined_policy(args, fake: FakeTensorMode) -> Policy:
-    """The policy without its numbers, from config.json, tokenizer and image settings alone."""
+    """The policy without its data, from config.json, tokenizer and image settings alone."""
     c = open_checkpoint(args.model, weights=False)
     set_budget(c, args.max_pixels, say=lambda line: None)
     policy, model = Policy(c.model, c.tokenizer, c.images, autocast=args.bf16), c.model
@@ -222,7 +224,7 @@ def plan_grpo(samples: list[Sample], args) -> Plan:
 def imagine_rollout(
     policy: Policy, prompts: Prompts, places: int, group: int, length: int, plan: Plan
 ) -> None:
-    """`generate` up to its last decoding step, with a refill beside it where prompts wait."""
+    """`generate` up to its last decoding step, with a refill if prompts wait."""
     first = prompts.select(slice(places), trim=False)
     prefix, cache = policy.prefill(first), AnswerCache(length)
     rows = torch.zeros(places * group, dtype=torch.long)
@@ -345,8 +347,8 @@ def explain(args, make_plan, samples_note: str) -> str:
 
 
 def lighter(args, plan: Plan, make_plan, room: float):
-    """(plan, all settings changed so far) until it fits: the setting that bears on the phase where
-    the peak is.
+    """(plan, all settings changed so far) until it fits, each time changing a setting that affects
+    the phase of the peak.
     """
     part = "micro_tokens" if hasattr(args, "micro_tokens") else "micro_batch"
     least, words, spent = (

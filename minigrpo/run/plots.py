@@ -43,7 +43,7 @@ REDRAWN = 60.0  # seconds; drawing takes up to one
 
 
 def due(seconds: float = REDRAWN) -> Callable[[], bool]:
-    """A function that is true once in so many seconds, for the first time after so many."""
+    """A function that is true once every so many seconds, the first time after that many."""
     last = time.monotonic()
 
     def is_due() -> bool:
@@ -57,8 +57,8 @@ def due(seconds: float = REDRAWN) -> Callable[[], bool]:
 
 
 def draw_curves(folder: Path) -> None:
-    """RUN/metrics.jsonl -> RUN/curves.png, in place of the one before. A run does not end for want
-    of a picture: what hinders it is said.
+    """RUN/metrics.jsonl -> RUN/curves.png, replacing the old one. A picture that cannot be drawn
+    does not end a run: the error is printed.
     """
     try:
         draw_runs({str(folder): read_log(folder)}, folder / "curves.png")
@@ -71,8 +71,8 @@ def draw_curves(folder: Path) -> None:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The rows of RUN/metrics.jsonl, of a run that goes on, too. ValueError where there is none, or
-    where it is no log.
+    """The rows of RUN/metrics.jsonl, also while the run continues. ValueError if there is none, or
+    if it is not a log.
     """
     path = folder / "metrics.jsonl"
     if not path.is_file():
@@ -102,9 +102,9 @@ def read_log(folder: Path) -> list[dict]:
 
 def draw_runs(runs: dict[str, list[dict]], path: Path) -> None:
     """A panel for each figure over the steps: thin as logged, bold its running mean; with points,
-    what --eval_data gave. Of several runs each has a colour and its name (the keys) in the legend;
-    of one, each figure of a panel has a colour. Written aside: a reader of the picture sees a whole
-    one.
+    figures on --eval_data. With several runs, each has a colour and its name (the keys) in the
+    legend; with one, each figure of a panel has a colour. The file is replaced as a whole, so a
+    viewer never sees half a picture.
     """
     # GRPO's says little
     runs = {
@@ -219,8 +219,8 @@ def draw_samples(
 ) -> Path:
     """Films with true and predicted boxes, then texts beside their film, with the words marked in
     which they differ from their reference, as in report.html. `before` is another model's answers,
-    whose boxes are taken to be fractions of the film. Nothing to show (boxes, but no film): no
-    picture.
+    whose boxes must be fractions of the film. If there is nothing to show (boxes, but no film), no
+    picture is drawn.
     """
     grounding = spread(
         [i for i, s in enumerate(samples) if s.task == "grounding" and s.images], 2 * count
@@ -336,7 +336,7 @@ def key_to_words(page, top: float) -> float:
 
 
 def width_of(text: str) -> float:
-    """In inches, the blank at its end included, as Agg will draw it."""
+    """Its width in inches as drawn by Agg, including a trailing blank."""
     font = get_font(findfont(FontProperties()))
     font.set_size(POINTS, DPI)
 
@@ -385,7 +385,7 @@ def write(
     behind: str | None = None,
     bold: bool = False,
 ) -> float:
-    """Lines of (word, whether it is marked) below `top`, where they end."""
+    """Write lines of (word, whether it is marked) below `top`; returns where they end."""
     for number, line in enumerate(lines, 1):
         base, x = top + LINE * number - 0.05, left
         for changed, words in groupby(line, key=lambda pair: pair[1]):
@@ -412,7 +412,7 @@ def write(
 
 
 def clean(text: str) -> str:
-    """A sampler may write half a surrogate pair, or a control character."""
+    """Replace half surrogate pairs and control characters, which a sampler may write."""
     return "".join(
         c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text.replace("\n", " ")
     )
@@ -421,8 +421,8 @@ def clean(text: str) -> str:
 def show_film(
     page, sample: Sample, left: float, top: float, width: float, height: float
 ) -> tuple[float, float, float, float]:
-    """The film as large as fits; left, top, right and bottom of where it lies. Without a film:
-    nothing, no width.
+    """Show the film as large as fits; returns its left, top, right and bottom. Without a film the
+    width is 0.
     """
     if not sample.images:
         return left, top, left - GAP, top
@@ -450,7 +450,7 @@ def draw_boxes(page, film: tuple[float, float, float, float], boxes: list, **loo
 
 
 def spread(indices: list[int], count: int) -> list[int]:
-    """At most `count` of the indices, always the same; drawn, since even steps would meet the same
-    question of every film.
+    """At most `count` of the indices, always the same; drawn at random, since even steps would pick
+    the same question for every film.
     """
     return sorted(random.Random(0).sample(indices, min(count, len(indices))))

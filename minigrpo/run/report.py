@@ -1,9 +1,8 @@
-"""report.html: single answers as a reader of films would look at them, in one file that opens
-anywhere.
+"""report.html: single answers as a radiologist would look at them, in one file that opens anywhere.
 
-Film with true and predicted boxes, reference and answer with their differences marked, scores; to
-sort and to filter. Nothing is fetched: films are small JPEGs inside the file. Every text is escaped
-by the template (report.html beside this).
+Film with true and predicted boxes, reference and answer with their differences marked, scores; the
+page can be sorted and filtered. Nothing is fetched: films are small JPEGs inside the file. Every
+text is escaped by the template (report.html beside this).
 """
 
 import base64
@@ -43,8 +42,8 @@ def write_report(
     template_opens_think: bool = False,
     box_scale: float = 1.0,
 ) -> Path:
-    """At most `count` of the samples, always the same ones; fewer where their films would pass the
-    budget.
+    """At most `count` of the samples, always the same ones; fewer if their films would exceed the
+    size limit.
     """
     films: dict[str, dict] = {}  # each film once, however many questions are asked of it
     cards, size = {}, 0
@@ -165,7 +164,7 @@ def conditions_of(item: dict) -> dict:
 
 
 def rectangle(box, width: int, height: int) -> dict:
-    """The box in pixels of the film, as SVG wants it: a reversed one turned, a far one held near
+    """The box in pixels of the film, for SVG: a reversed one is swapped, a distant one kept near
     the film.
     """
     x1, y1, x2, y2 = (min(max(value, -0.5), 1.5) for value in box)
@@ -178,9 +177,9 @@ def rectangle(box, width: int, height: int) -> dict:
 
 
 def differences(reference: str, prediction: str) -> tuple[list[dict], list[dict]]:
-    """Both texts in pieces {"text", "changed"}: changed are words that the other has not. Case,
-    punctuation and the numbers of boxes don't count, and a sentence that only stands elsewhere is
-    no difference.
+    """Both texts in pieces {"text", "changed"}: changed are words that the other lacks. Case,
+    punctuation and the numbers of boxes don't count, and a sentence that only moved is not a
+    difference.
     """
     texts = reference, prediction
     words = [WORD.findall(text[:MAX_CHARACTERS]) for text in texts]

@@ -1,9 +1,8 @@
-"""How much work a step was, and how close to the machine's limits it was done.
+"""How much work a step takes, and how close to the machine's limits it runs.
 
-Counted is what has to be done: a multiplication and its addition are 2 operations; padding, rows
-    that have ended and whatever
-a backward pass computes anew are not counted, so they show as a lower rate. M for millions, G for
-1e9, T for 1e12, all decimal.
+Only necessary work counts: a multiplication and its addition are 2 operations; padding, rows that
+have ended and recomputation in a backward pass are not counted, so they show as a lower rate. M is
+1e6, G 1e9, T 1e12.
 """
 
 import time
@@ -19,11 +18,11 @@ from minigrpo.run.distributed import ranks, say, total
 def multiplications(
     policy: Policy, patches: list[int], prompt: int, answer: int
 ) -> dict[str, float]:
-    """Of one forward pass, for the images of one prompt, the prompt, one answer behind it, and that
-    answer's logits.
+    """Multiplications of one forward pass: for the images of one prompt, the prompt, one answer
+    after it, and the logits of that answer.
 
-    `patches` of each image, `prompt` and `answer` in tokens. A token meets every weight of the
-    layers once, and each key that it sees twice (score and value) in each layer.
+    `patches` of each image, `prompt` and `answer` in tokens. A token is multiplied with every
+    weight of the layers once, and in each layer with each key that it sees twice (score and value).
     """
     text, vision, visual = (
         policy.model.config.text_config,
@@ -60,8 +59,8 @@ def update_operations(policy: Policy, prompts: Prompts, mask: torch.Tensor) -> f
     """Operations of one forward and backward pass over all prompts and answers of a step; mask [R,
     T].
 
-    Backward is once its forward for what came before, where that has anything to learn, and once
-    for the weights that are trained.
+    The backward pass costs one forward pass for the gradient of the input, if anything before it is
+    trained, and one for the weights that are trained.
     """
 
     def times(module: torch.nn.Module, reached: bool) -> float:
@@ -124,10 +123,10 @@ def efficiency(
 
 
 def measure_roofline(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What the machine reaches at best: {"tflop_per_second"} of a matrix product in `dtype`,
+    """The machine's peak rates: {"tflop_per_second"} of a matrix product in `dtype`,
     {"gb_per_second"} of reading memory.
 
-    A second or so. Memory is read by a sum over 256 MB of fp32, which no cache holds.
+    Takes about a second. Memory is read by a sum over 256 MB of fp32, which fits in no cache.
     """
     side = 8192 if device.type == "cuda" else 2048
     a, memory = (
@@ -141,7 +140,7 @@ def measure_roofline(device: torch.device, dtype: torch.dtype) -> dict[str, floa
 
 
 def roofline(args) -> dict[str, float]:
-    """`measure_roofline` of a run's device and precision, which it also says."""
+    """`measure_roofline` for a run's device and precision; the result is also printed."""
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     limits = measure_roofline(torch.device(args.device), dtype)
     flops, bytes_read = limits["tflop_per_second"], limits["gb_per_second"]
@@ -150,8 +149,8 @@ def roofline(args) -> dict[str, float]:
 
 
 def note_on_bf16(device: str) -> str | None:
-    """What --bf16 costs on a CPU that has no bf16 instructions, as measured on a matrix product;
-    None where it is no loss.
+    """A note on what --bf16 costs on a CPU without bf16 instructions, measured on a matrix product;
+    None if it costs nothing.
     """
     if torch.device(device).type != "cpu":
         return None

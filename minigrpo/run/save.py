@@ -1,6 +1,7 @@
-"""What a run saves, each a whole folder or none: checkpoints, the best weights, the final ones.
+"""What a run saves: checkpoints, the best weights, the final ones, each as a complete folder or not
+at all.
 
-Ranks save together. A full disk, or whatever else refuses the files, costs no step.
+Ranks save together. A full disk, or another error in writing, loses no step.
 """
 
 import signal
@@ -35,11 +36,11 @@ STOP_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}  # 75, EX_TEMPFAIL: again 
 def save_checkpoint(
     folder: Path, step: int, policy: Policy, *optimizers: torch.optim.Optimizer, keep: int = 1
 ) -> None:
-    """Weights (with LoRA: adapters alone) and optimiser state after `step` steps; of the older
-    ones, the last keep - 1 stay.
+    """Save weights (with LoRA: only adapters) and optimiser state after `step` steps; of the older
+    checkpoints, the last keep - 1 are kept.
 
-    Data order and sampling depend on (seed, step) alone, so a run continues from this as if it
-    had never stopped. Where it cannot be written, that is said, and the run goes on.
+    Data order and sampling depend on (seed, step) alone, so a run continues from this as if it had
+    never stopped. If it cannot be written, that is reported and the run continues.
     """
     problem = _save_state(folder, step, policy, optimizers)
     if problem and first():
@@ -56,8 +57,9 @@ def save_checkpoint(
 
 
 def save_best(folder: Path, step: int, policy: Policy) -> None:
-    """RUN/best/step-000040: the weights (with LoRA: adapters) that were best on --eval_data so
-    far, in place of the ones before."""
+    """RUN/best/step-000040: the weights (with LoRA: adapters) that were best on --eval_data so far;
+    they replace the previous ones.
+    """
     place = folder / "best" / f"step-{step:06d}"
     problem = _save(place, _writer(policy))
     if problem and first():
@@ -73,11 +75,11 @@ def save_best(folder: Path, step: int, policy: Policy) -> None:
 
 
 def save_final(folder: Path, step: int, policy: Policy, *optimizers: torch.optim.Optimizer) -> None:
-    """RUN/final, the trained checkpoint, with LoRA merged (and the adapters alone in
-    final/adapter); the ones to resume from are then removed.
+    """RUN/final, the trained checkpoint, with LoRA merged (and the adapters in final/adapter); the
+    checkpoints to resume from are then removed.
 
-    Where it cannot be written, they stay, the state after `step` steps joins them, and the
-    program ends: --resume has nothing left to do but this.
+    If it cannot be written, they stay, the state after `step` steps is added, and the program ends:
+    --resume then only has to save final/.
     """
     unsaved, adapters, weights = None, policy.adapters, full_weights(policy)
     if adapters:  # they are small, and merging cannot be undone
@@ -121,8 +123,9 @@ def _writer(policy: Policy) -> Callable[[Path], None]:
 def _save(
     place: Path, write: Callable[[Path], None], write_own: Callable[[Path], None] | None = None
 ) -> WriteError | None:
-    """A sealed folder: the first rank writes, then every rank its own. Returns what went wrong,
-    on whichever rank, to all of them; what was begun is then removed."""
+    """Save a sealed folder: the first rank writes, then every rank its own part. Returns an error
+    on any rank to all of them; the partial folder is then removed.
+    """
     part, numbered = part_of(place), is_numbered(place)
 
     def begin() -> None:
@@ -153,8 +156,9 @@ def _save(
 
 @contextmanager
 def graceful_stop():
-    """Yields a function that gives the exit code once Ctrl-C or SIGTERM came, on whichever rank,
-    and 0 before: the step in hand is finished. A second Ctrl-C aborts."""
+    """Yields a function that returns the exit code once any rank has received Ctrl-C or SIGTERM,
+    and 0 before: the current step is finished. A second Ctrl-C aborts.
+    """
     came: list[int] = []
 
     def on_signal(number, _):
@@ -182,7 +186,7 @@ def stop_early(
     *optimizers: torch.optim.Optimizer,
     keep: int = 1,
 ) -> None:
-    """Leave a checkpoint behind and end the program with 130 after Ctrl-C, 75 after SIGTERM."""
+    """Save a checkpoint and end the program with 130 after Ctrl-C, 75 after SIGTERM."""
     save_checkpoint(folder, step, policy, *optimizers, keep=keep)
     say(f"stopped after step {step}; --resume continues from {newest(folder)}")
     sys.exit(code)

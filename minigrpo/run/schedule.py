@@ -8,9 +8,9 @@ if TYPE_CHECKING:  # the arguments are checked before torch is imported, with `r
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: float, schedule: str) -> float:
-    """Of step 0 .. steps - 1: a rise to the peak over the share `warmup` of the steps, then the
-    peak throughout (constant), or down to a tenth of it along a line or half a cosine. It depends
-    on nothing else, so a resumed run goes on at the same rate.
+    """The learning rate of step 0 .. steps - 1: a rise to the peak over the share `warmup` of the
+    steps, then the peak (constant), or a decay to a tenth of it along a line or half a cosine. It
+    depends on nothing else, so a resumed run continues at the same rate.
     """
     rise = rise_of(steps, warmup)
     if step < rise:
@@ -26,8 +26,8 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup: float, schedule
 
 
 def rise_of(steps: int, warmup: float) -> int:
-    """Steps of the warm-up; the last of them, and where there is only one the first step, is at the
-    peak.
+    """Steps of the warm-up; the last of them is at the peak, which is the first step if there is
+    only one.
     """
     return max(1, round(warmup * steps))
 

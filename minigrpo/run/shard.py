@@ -1,12 +1,12 @@
-"""--shard: the decoder layers of a model that no GPU holds whole, cut up over the ranks (FSDP2,
+"""--shard: the decoder layers of a model too large for one GPU, sharded across the ranks (FSDP2,
 Zhao et al. 2304.11277).
 
 Of each layer's weights, gradients and optimiser state a rank keeps 1 / N; embeddings, head and
 vision tower stay whole and go through distributed.py. A pass with gradient gathers a layer, uses it
-and lets it go, forward and backward: these are collectives, so all ranks must make the same passes
+and frees it, forward and backward: these are collectives, so all ranks must make the same passes
 (`same_passes_on_every_rank`). A pass without gradient runs inside `gathered_layers`, where every
-layer is there, or each decoded token would move all weights; ranks then need not wait for each
-other.
+layer is gathered, since otherwise each decoded token would move all weights; ranks then need not
+wait for each other.
 """
 
 import warnings
@@ -28,8 +28,8 @@ T = TypeVar("T")
 
 
 def shard(policy: Policy) -> Policy:
-    """Keep this rank's slices of the decoder layers; every rank has loaded the same weights. Alone,
-    do nothing.
+    """Keep this rank's slices of the decoder layers; every rank has loaded the same weights. With
+    one process, do nothing.
     """
     if ranks() == 1:
         return policy
@@ -38,7 +38,7 @@ def shard(policy: Policy) -> Policy:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     mesh = init_device_mesh(policy.device.type, (ranks(),))
     for layer in policy.language_model.layers:
-        # without the word, a layer called by itself stays gathered
+        # otherwise a layer that is called by itself stays gathered
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         # policy.py computes with a layer's parts; FSDP2 gathers around a call
         layer.forward = lambda work, *given: work(*given)
@@ -52,8 +52,8 @@ def shard(policy: Policy) -> Policy:
 
 @contextmanager
 def gathered_layers(policy: Policy):
-    """All layers gathered, for passes without gradient. All ranks enter together; inside, each goes
-    its own way.
+    """A context with all layers gathered, for passes without gradient. All ranks enter together;
+    inside, each works at its own pace.
     """
     layers = policy.language_model.layers if policy.sharded else ()
     try:
@@ -68,8 +68,9 @@ def gathered_layers(policy: Policy):
 def same_passes_on_every_rank(
     policy: Policy, mine: list[T], spare: Callable[[], list[T]] = list
 ) -> list[tuple[T, float]]:
-    """What this rank passes through sharded layers, each with weight 1, filled up to the most that
-    a rank has: with its own first, or the first of `spare` where it has none, at weight 0.
+    """The batches that this rank passes through sharded layers, each with weight 1, padded to the
+    largest number that any rank has by its own first, or the first of `spare` if it has none, with
+    weight 0.
     """
     missing = max(gathered(len(mine))) - len(mine) if policy.sharded else 0
     again = (mine or spare())[:1] * missing if missing else []
@@ -101,13 +102,13 @@ def optimizer_param_groups(parameters: list[torch.nn.Parameter]) -> list[dict]:
 
 
 def full(x: Tensor) -> Tensor:
-    """A sharded tensor whole, on the CPU; others as they are. A collective."""
+    """A sharded tensor gathered, on the CPU; others unchanged. A collective."""
     return x.full_tensor().cpu() if is_sharded(x) else x
 
 
 def full_weights(policy: Policy) -> dict[str, Tensor] | None:
-    """The weights of a sharded policy by name, whole, for the first rank to write; one by one. None
-    where nothing is sharded.
+    """The full weights of a sharded policy by name, one by one, for the first rank to write. None
+    if nothing is sharded.
     """
     if not policy.sharded:
         return None
@@ -120,8 +121,8 @@ def full_weights(policy: Policy) -> dict[str, Tensor] | None:
 
 
 def slice_like(p: torch.nn.Parameter, x: Tensor) -> Tensor:
-    """This rank's slice of x, which every rank has read, where p is sharded and x a figure of each
-    of its numbers.
+    """This rank's slice of x, which every rank has read, if p is sharded and x has a value for each
+    of its elements; otherwise x.
     """
     alike = is_sharded(p) and x.shape == p.shape
     return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if alike else x

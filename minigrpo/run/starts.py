@@ -1,7 +1,8 @@
-"""RUN/starts.jsonl: what a run was made of, in a line for its start and one for each --resume.
+"""RUN/starts.jsonl: arguments, versions and data of a run, with one line for its start and one for
+each --resume.
 
-A line holds the arguments, versions, and what the files held that the run learns from. What
-differs from an earlier start is said.
+A line has the arguments, the versions, and checksums of the files that the run learns from.
+Differences from an earlier start are reported.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ FREE = {
     "reward_timeout",
     "shard",
     "plan",
-}  # arguments whose change is nobody's concern
+}  # arguments that may change without a note
 
 
 def past_starts(folder: Path, first_args: dict) -> list[dict]:
@@ -61,7 +62,7 @@ def this_start(args, step: int, samples: Sequence[Sample]) -> dict:
 
 
 def add_start(folder: Path, now: dict) -> None:
-    """A line more; those before stay as they are, and a half one gets its end."""
+    """Append a line; earlier ones are not changed, and an incomplete last line is ended."""
     path = folder / FILE
     before = path.read_bytes() if path.exists() else b""
     end = b"\n" if before and not before.endswith(b"\n") else b""
@@ -69,7 +70,7 @@ def add_start(folder: Path, now: dict) -> None:
 
 
 def differences(before: list[dict], now: dict) -> list[str]:
-    """A note for everything that is not as it was at an earlier start, and since when."""
+    """A note for everything that differs from an earlier start, and since when."""
     notes = []
     for part, title in (("args", "--{}"), ("versions", "{}"), ("content", "the content of {}")):
         for name, value in now[part].items():
@@ -104,7 +105,9 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The clone's, "-dirty" behind it where files were changed; None for an installed package."""
+    """The clone's commit, with "-dirty" appended if files were changed; None for an installed
+    package.
+    """
 
     def git(*words: str) -> str:
         place = ["git", "-C", str(Path(minigrpo.__file__).parent)]
@@ -120,8 +123,9 @@ def commit() -> str | None:
 
 
 def content(args, samples: Sequence[Sample]) -> dict[str, str]:
-    """What is in the files that a run learns from, in words that differ where it does: of data
-    files, films (names and sizes), --model, and a module of the user's own reward."""
+    """Summaries of the files that a run learns from, which differ if the files do: data files,
+    films (names and sizes), --model, and the module of a user's own reward.
+    """
     checksums = {}
     for name in ("train_data", "eval_data"):
         if path := getattr(args, name):
@@ -149,8 +153,10 @@ def of_file(path: Path) -> str:
 
 
 def of_folder(folder: Path, *patterns: str) -> str:
-    """Names and sizes of all files, the bytes of small ones, among them the checksums of all in a
-    checkpoint of ours, and a sample of large ones: other weights of one model are as large."""
+    """A hash of names and sizes of all files, of the bytes of small ones (including the checksum
+    file of our checkpoints), and of a sample of large ones, since other weights of the same model
+    have the same size.
+    """
     paths = {path for pattern in patterns or ("*",) for path in folder.glob(pattern)}
     files = sorted(
         (str(path.relative_to(folder)), path.stat().st_size, path)
@@ -165,7 +171,7 @@ def of_folder(folder: Path, *patterns: str) -> str:
 
 
 def sampled(path: Path, size: int) -> str:
-    """A hash of 64 pieces of the file, evenly spread: training changes nearly all numbers."""
+    """A hash of 64 evenly spaced pieces of the file: training changes nearly all weights."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for place in range(64):

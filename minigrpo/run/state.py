@@ -1,4 +1,4 @@
-"""The optimiser's state in a checkpoint: figures by parameters' names, for any number of ranks."""
+"""The optimiser's state in a checkpoint: values by parameter name, for any number of ranks."""
 
 from itertools import cycle
 from pathlib import Path
@@ -14,7 +14,7 @@ ADAM = {"step", "exp_avg", "exp_avg_sq"}  # the figures of AdamW's state
 
 
 def check_optimizer(checkpoint: Path, args) -> None:
-    """ValueError where --optimizer is another than the one whose state the checkpoint holds."""
+    """ValueError if --optimizer is not the one whose state is in the checkpoint."""
     figures = {key.rsplit(":", 1)[1] for file in _files(checkpoint) for key in _keys(file)}
     before, now = "muon" if figures - ADAM else "adamw", getattr(args, "optimizer", "adamw")
     if figures and before != now:
@@ -26,10 +26,10 @@ def check_optimizer(checkpoint: Path, args) -> None:
 
 
 def optimizer_state(policy: Policy, optimizers) -> dict[str, torch.Tensor]:
-    """ "parameter:figure" -> tensor, by the parameters' names, so that any number of ranks can
-    share it out anew, sharded or not.
+    """ "parameter:figure" -> tensor, by parameter name, so that any number of ranks can divide it
+    among them, sharded or not.
 
-    Sharded parameters come together one by one, and the ranks take turns in keeping them.
+    Sharded parameters are gathered one by one, and the ranks take turns in keeping them.
     """
     name_of = {id(p): name for name, p in policy.model.named_parameters()}
     keeper = cycle(range(ranks()))
@@ -45,7 +45,7 @@ def optimizer_state(policy: Policy, optimizers) -> dict[str, torch.Tensor]:
 
 
 def load_optimizers(checkpoint: Path, policy: Policy, *optimizers: torch.optim.Optimizer) -> None:
-    """Put the checkpoint's optimiser states back, those of this rank's parameters."""
+    """Restore the optimiser states of this rank's parameters from the checkpoint."""
     place = {key: file for file in _files(checkpoint) for key in _keys(file)}
     name_of = {id(p): name for name, p in policy.model.named_parameters()}
     by_name: dict[str, list[str]] = {}

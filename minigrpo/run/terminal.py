@@ -1,4 +1,4 @@
-"""What a program takes from the command line and says on the terminal, whatever that terminal is.
+"""Command-line input and terminal output of a program, whatever the terminal.
 
 Imports no torch: the data tools use it too.
 """
@@ -14,7 +14,9 @@ from minigrpo.visible import messages, visible
 
 
 class Parser(argparse.ArgumentParser):
-    """Of the data tools: the module's docstring is the help, and `type=Path` knows ~."""
+    """The parser of the data tools: the module's docstring is the help, and `type=Path` expands
+    ~.
+    """
 
     def __init__(self, doc: str):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,8 +56,8 @@ def path_of(text: str) -> str:
 
 
 def speak_in_turn() -> None:
-    """Before an error message: the first rank of torchrun speaks at once, and ends the others; one
-    that failed alone speaks a little later.
+    """Before an error message: the first rank of torchrun prints at once, which ends the others; a
+    rank that failed alone prints a little later.
     """
     if int(os.environ.get("RANK", 0)):
         time.sleep(3)
@@ -68,9 +70,10 @@ def fail(text: str | Exception) -> NoReturn:
 
 
 class Steady:
-    """A stream that ends no program: what it cannot write (a full disk, a pipe that nobody reads
-    any more) is lost. What would command the terminal, in a model's answer or in a file's name, is
-    shown written out; a progress bar may go back to the start of its line."""
+    """A stream that never ends the program: output that it cannot write (a full disk, a closed
+    pipe) is lost. Control sequences, in a model's answer or a file's name, are shown escaped; a
+    progress bar may return to the start of its line.
+    """
 
     def __init__(self, stream):
         self._stream = stream

@@ -11,8 +11,8 @@ from minigrpo.run.terminal import fail
 
 def tracker(args, folder: Path, start: int) -> Callable[[dict], None]:
     """A function that logs a row of metrics.jsonl to all that --track names, on the first rank. A
-    resumed run continues its curves. One that cannot begin ends the program; one that fails later
-    is left out.
+    resumed run continues its curves. A tracker that cannot start ends the program; one that fails
+    later is dropped.
     """
     logs = {}
     for name in args.track if first() else ():

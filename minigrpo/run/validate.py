@@ -1,4 +1,4 @@
-"""Greedy answers and validation, shared out over the ranks."""
+"""Greedy answers and validation, divided among the ranks."""
 
 from collections.abc import Iterable
 
@@ -19,8 +19,8 @@ def greedy_answers(
     """Answers in the order of the samples, and which of them `max_new_tokens` cut off; the same on
     every rank.
 
-    Those of like length of question and task are generated together, in the same batches whatever
-    the number of ranks.
+    Samples of the same task with questions of similar length are batched together, in the same
+    batches whatever the number of ranks.
     """
     order = sorted(range(len(samples)), key=lambda i: (samples[i].task, len(samples[i].question)))
     batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
@@ -42,9 +42,10 @@ def greedy_answers(
 
 
 def mean_reward(policy: Policy, samples: list[Sample], reward, args) -> float | None:
-    """Of greedy answers to the samples, over those that could be scored in time; the first rank
-    scores. None where more than a share
-    --max_unscored could not: the mean of a few would pass for that of all, and become the best."""
+    """The mean reward of greedy answers to the samples, over those that could be scored in time;
+    the first rank scores. None if more than a share --max_unscored could not be: otherwise the mean
+    of a few could become the best.
+    """
     (answers, _), mean, problem = (
         greedy_answers(policy, samples, args.rollout_rows, args.max_new_tokens, show=False),
         None,
