@@ -3,7 +3,7 @@
     python -m minigrpo.ask --model runs/demo/grounding/final --image film.png \\
         --question "Where is the right lung?"
 
-Prints the answer; where it holds boxes, draws them into a copy of the film.
+Prints the answer; if it has boxes, draws them into a copy of the film.
 """
 
 from pathlib import Path
@@ -56,8 +56,8 @@ def main() -> None:
 
 
 def draw_boxes(film: Image.Image, boxes: list) -> Image.Image:
-    """A copy of the film with its boxes (0..1) in red; what leaves the film or is reversed can't be
-    drawn.
+    """A copy of the film with its boxes (0..1) in red; boxes that are outside the film or reversed
+    can't be drawn.
     """
     film = film.copy()
     pen, (width, height) = ImageDraw.Draw(film), film.size

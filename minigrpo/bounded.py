@@ -1,4 +1,4 @@
-"""A program that comes with a checkpoint, such as its chat template, tried out under bounds."""
+"""Programs that come with a checkpoint, such as its chat template, tried out within limits."""
 
 import os
 import resource
@@ -15,7 +15,7 @@ MEMORY = 2**28  # bytes, on top of what this process has
 
 def try_out(work: Callable[[], object]) -> None:
     """Run work() in a fork of this process, which the system ends beyond SECONDS or MEMORY.
-    ValueError with what it raised, or with the bound that it broke; what it returns is lost.
+    ValueError with what it raised, or with the limit that it exceeded; its result is lost.
     """
     reading, writing = os.pipe()
     with warnings.catch_warnings():

@@ -1,6 +1,6 @@
-"""A checkpoint against itself: whether its files belong together, and to a Qwen3-VL.
+"""Checks whether the files of a checkpoint belong together, and to a Qwen3-VL.
 
-A fault is a ValueError that names the file, what is wrong, and the mend.
+A fault is a ValueError that names the file, what is wrong, and what to do.
 """
 
 import math
@@ -77,7 +77,7 @@ COUNTS = {
 
 @dataclass
 class Checkpoint:
-    """What a folder holds."""
+    """The contents of a folder."""
 
     name: str
     folder: Path
@@ -99,7 +99,7 @@ class Checkpoint:
 
     @property
     def cuts(self) -> tuple[tuple, tuple]:
-        """How images are cut into patches, and how the vision tower takes them."""
+        """How images are cut into patches, and how the vision tower expects them."""
         images, tower = self.images, self.config.vision_config
         return (
             (images.patch_size, images.temporal_patch_size, images.merge_size),
@@ -108,7 +108,7 @@ class Checkpoint:
 
     @property
     def greys(self) -> tuple[float, float]:
-        """The least that the model sees of a black pixel, and the most of a white one."""
+        """The smallest model input for a black pixel, and the largest for a white one."""
         images = self.images
         scale = images.rescale_factor if images.do_rescale else 1.0
         if not images.do_normalize:
@@ -124,7 +124,7 @@ class Checkpoint:
         return self.tokenizer.get_vocab()
 
     def token(self, text: str | None) -> int | None:
-        """The id of what the tokenizer knows as one token."""
+        """The id of a text that the tokenizer has as one token."""
         return self.vocabulary.get(text)
 
     def ids(self, text: str) -> list[int]:
@@ -139,7 +139,7 @@ class Check(NamedTuple):
 
 
 def sections(text: Qwen3VLTextConfig) -> list[int]:
-    """How many frequencies of M-RoPE are of time, height and width."""
+    """The numbers of M-RoPE frequencies for time, height and width."""
     return text.rope_parameters["mrope_section"]
 
 
@@ -282,7 +282,9 @@ WHOLE = [
 
 @contextmanager
 def reading(what: str | Path, mend: str = ORIGIN):
-    """Whatever transformers, torch or a library in Rust raises in here is a fault of `what`."""
+    """A context: whatever transformers, torch or a Rust library raises in it is a fault of
+    `what`.
+    """
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its warnings repeat what a stranger wrote
     try:
@@ -297,12 +299,12 @@ def reading(what: str | Path, mend: str = ORIGIN):
 
 
 def is_fault(error: BaseException) -> bool:
-    """Not Ctrl-C or an exit. A panic in Rust is no Exception, and has a class of its own."""
+    """Not Ctrl-C or an exit. A panic in Rust is not an Exception but has a class of its own."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def check_counts(path: Path, content: dict) -> None:
-    """Numbers of layers, widths and so on in config.json, before anything is made of them."""
+    """Check numbers of layers, widths and so on in config.json, before they are used."""
     for part, counts in COUNTS.items():
         if not isinstance(content.get(part), dict):
             raise ValueError(f"{path} has no {part}: {ORIGIN}")
@@ -343,9 +345,9 @@ def _run(checks: list[Check], folder: Path, **of) -> None:
 
 
 def check_template(c: Checkpoint) -> None:
-    """It writes images, questions and answers where `Policy` looks for them, in time. A template is
-    a program: transformers' sandbox keeps it from files and from Python, `try_out` from loops
-    without end and strings of gigabytes.
+    """Check that it writes images, questions and answers where `Policy` looks for them, in time. A
+    template is a program: transformers' sandbox keeps it from files and from Python, `try_out` from
+    endless loops and strings of gigabytes.
     """
 
     def wrote(*turns, answer: bool = True) -> str:
@@ -380,8 +382,9 @@ def check_template(c: Checkpoint) -> None:
 
 
 def check_weights(c: Checkpoint, held: dict[str, tuple[tuple[int, ...], Path]]) -> list[str]:
-    """Names and sizes of the weights in their files against those that config.json asks for, before
-    memory is taken for them. Returns what is there and not asked for."""
+    """Compare names and shapes of the weights in their files with those that config.json requires,
+    before memory is allocated. Returns superfluous ones.
+    """
     path, asked = c.folder / "config.json", c.model.state_dict()
     if c.config.tie_word_embeddings:
         del asked["lm_head.weight"]
@@ -435,7 +438,7 @@ def is_tied(held: dict[str, tuple[tuple[int, ...], Path]]) -> bool:
 
 
 def check_finite(path: Path, model: torch.nn.Module) -> None:
-    """By the smallest and the largest number of each weight, which are NaN where one is."""
+    """Check the minimum and maximum of each weight, which are NaN if any element is."""
     for name, weight in (*model.named_parameters(), *model.named_buffers()):
         if not all(bound.isfinite() for bound in weight.aminmax()):
             raise ValueError(

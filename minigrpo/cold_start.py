@@ -1,5 +1,5 @@
-"""Traces of thought to start from: a teacher sees film, question and answer, and thinks aloud up to
-the answer.
+"""Thinking traces for a cold start: a teacher sees film, question and answer, and thinks aloud up
+to the answer.
 
     python -m minigrpo.cold_start data/phantom/train.jsonl --teacher drawing \\
         --output_file data/phantom/think.jsonl
@@ -8,11 +8,11 @@ the answer.
     python -m minigrpo.cold_start data/mimic/train.jsonl --teacher checkpoint \\
         --model Qwen/Qwen3-VL-8B-Instruct --output_file ...
 
-A trace is kept if its reply is one closed <think> block and then the answer, word for word, and if
-it does not let on that the answer was known; what is refused is counted by reason. The output holds
-every line of the file as it is, answered directly, and a line with "thinking" for each trace:
-train_sft.py asks those with ` /think`. Replies are kept beside the output, so that a stopped run
-goes on where it was.
+A trace is kept if the reply is one closed <think> block followed by the answer, word for word, and
+does not reveal that the answer was known; refused ones are counted by reason. The output has every
+line of the file unchanged, answered directly, and a line with "thinking" for each trace:
+train_sft.py appends ` /think` to their questions. Replies are cached beside the output, so that a
+stopped run can be resumed.
 """
 
 import base64
@@ -43,7 +43,7 @@ THINKING_TASKS = ("report", "grounding", "classification")
 def endpoint_teacher(
     endpoint: Endpoint, templates: dict, max_new_tokens: int
 ) -> Callable[[Sample], tuple[str, bool]]:
-    """Films go as data URLs, which every OpenAI-compatible server with vision reads."""
+    """Films are sent as data URLs, which every OpenAI-compatible server with vision reads."""
 
     def teach(sample: Sample) -> tuple[str, bool]:
         system, text = messages_for(sample, templates)
@@ -62,8 +62,8 @@ def endpoint_teacher(
 
 
 def data_url(path: str) -> str:
-    """The film as an 8-bit PNG: what 16-bit files and DICOM-born greys look like is decided here,
-    as for the student.
+    """The film as an 8-bit PNG: 16-bit files and greys from DICOM are converted here, as for the
+    student.
     """
     from io import BytesIO
 
@@ -77,8 +77,8 @@ def data_url(path: str) -> str:
 def checkpoint_teacher(
     model: str, templates: dict, max_new_tokens: int, device: str
 ) -> Callable[[list[Sample]], list[tuple[str, bool]]]:
-    """A Qwen3-VL on this machine; it has no system turn here, so that goes before the question.
-    Takes a batch.
+    """A Qwen3-VL on this machine; there is no system turn here, so that text goes before the
+    question. Takes a batch.
     """
     from minigrpo.generate import generate
     from minigrpo.policy import Policy
@@ -101,8 +101,9 @@ def checkpoint_teacher(
 def replies(
     args, endpoint: Endpoint | None, samples: list[Sample], chosen: list[Sample], templates: dict
 ) -> list[tuple[str, bool] | None]:
-    """(reply, whether it came to its end) for each chosen sample, from the cache where it was asked
-    before; None where an endpoint gave no answer."""
+    """(reply, whether it is complete) for each chosen sample, from the cache if it was asked
+    before; None if an endpoint gave no answer.
+    """
     if args.teacher == "drawing":
         return list(map(drawing_teacher(samples, templates), chosen))
     cache = args.cache or args.output_file.with_suffix(".cache.jsonl")

@@ -1,7 +1,8 @@
 """The command line: `minigrpo sft ...` is `python train_sft.py ...`, from any folder, in a clone
 or in an install.
 
-Imports nothing heavy: a list of the commands, a version or a misspelt command takes a moment.
+Imports nothing heavy, so that a list of the commands, a version or a misspelt command is answered
+at once.
 """
 
 import ast
@@ -102,7 +103,7 @@ def main() -> None:
 
 
 def overview(name: str, group: str = "") -> str:
-    """The commands of the group, a line each."""
+    """The commands of the group, one per line."""
     shown = {command: does for command, (_, does) in COMMANDS.items() if command.startswith(group)}
     lines = [
         f"usage: {name} COMMAND ...    ({name} COMMAND --help says what it takes; --version)",
@@ -112,8 +113,9 @@ def overview(name: str, group: str = "") -> str:
 
 
 def nearest(command: str) -> str:
-    """The command that was probably meant, also by the name of a program's file or module; empty
-    where nothing is near."""
+    """The command that was probably meant, also by the name of a program's file or module; empty if
+    nothing is similar.
+    """
     from difflib import get_close_matches
 
     meant = {
@@ -153,8 +155,8 @@ def as_commands(text: str, name: str) -> str:
 
 
 def python(line: list[str]) -> None:
-    """What `python LINE` does in a clone, in this process, from any folder and in an install: LINE
-    is a program and its arguments, `train_sft.py --model ...`, or `-m`, a module and its
+    """Do what `python LINE` does in a clone, in this process, from any folder and in an install:
+    LINE is a program and its arguments, `train_sft.py --model ...`, or `-m`, a module and its
     arguments."""
     program, *words = line[1:] if line[0] == "-m" else line
     sys.argv = [

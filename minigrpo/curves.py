@@ -1,12 +1,11 @@
-"""The curves of several runs, laid over one another in one picture.
+"""The curves of several runs in one picture.
 
     # curves.png, labelled a and b
     python -m minigrpo.curves runs/a runs/b
     python -m minigrpo.curves runs/*/report --output report.png
     python -m minigrpo.curves runs/a runs/b --labels "lr 1e-6" "lr 1e-5"
 
-A run's own picture is RUN/curves.png, which grows while it trains; so does this one each time it is
-drawn.
+The picture of a single run is RUN/curves.png, redrawn while it trains.
 """
 
 from pathlib import Path
@@ -60,8 +59,8 @@ def main() -> None:
 
 
 def shortest_names(folders: list[Path]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart: [a/report, b/report] rather than
-    [report, report].
+    """The last parts of the paths, as many as are needed to distinguish them: [a/report, b/report]
+    rather than [report, report].
     """
     parts = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts))):
@@ -72,7 +71,7 @@ def shortest_names(folders: list[Path]) -> list[str]:
 
 
 def check_output(path: Path) -> None:
-    """ValueError for what is no PNG's name, or a file that this program did not write."""
+    """ValueError for a name that is not a PNG's, or a file that this program did not write."""
     if path.suffix != ".png":
         raise ValueError(
             f"--output {path}: the picture is a PNG, so give it a name that ends in .png"

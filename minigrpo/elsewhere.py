@@ -1,5 +1,5 @@
-"""Our samples and rewards in the shapes that TRL's GRPOTrainer and verl expect; docs/node.md says
-when and how.
+"""Our samples and rewards in the formats of TRL's GRPOTrainer and verl; docs/node.md says when and
+how.
 
     python -m minigrpo.elsewhere --data mine/train.jsonl --output mine/train.parquet      # for verl
 """
@@ -26,7 +26,7 @@ from minigrpo.run.files import aside
 
 
 def packed(sample: Sample) -> str:
-    """A sample as one text, which every data frame carries unchanged."""
+    """A sample as one text, which every data frame keeps unchanged."""
     return json.dumps(asdict(sample))
 
 
@@ -38,8 +38,8 @@ def unpacked(text: str) -> Sample:
 
 
 def trl_rows(samples: list[Sample]) -> list[dict]:
-    """Rows of a datasets.Dataset: the prompt as TRL has it, the films as our loader shows them, and
-    the sample for the reward.
+    """Rows of a datasets.Dataset: the prompt in TRL's format, the films as our loader reads them,
+    and the sample for the reward.
     """
     return [
         {
@@ -53,7 +53,7 @@ def trl_rows(samples: list[Sample]) -> list[dict]:
 
 def trl_reward(spec: str, **settings) -> Callable:
     """One of GRPOTrainer's reward_funcs for a --reward such as report=gleu,grounding=soft_f1; None
-    where an answer has no score.
+    for an answer without a score.
     """
     reward = reward_fn(spec, **settings)
 
@@ -70,7 +70,7 @@ def trl_reward(spec: str, **settings) -> Callable:
 
 
 def verl_row(sample: Sample, index: int) -> dict:
-    """A row of verl's parquet files: `<image>` stands where a film goes."""
+    """A row of verl's parquet files: `<image>` marks the place of a film."""
     return {
         "data_source": f"minigrpo/{sample.task}",
         "ability": sample.task,
@@ -88,8 +88,8 @@ def compute_score(
     extra_info: dict | None = None,
     reward: str = "report=gleu,grounding=soft_f1",
 ) -> float:
-    """verl's custom_reward_function. It wants a number for every answer, so one that cannot be
-    scored ends the run: a made-up number would be learned from.
+    """verl's custom_reward_function. It needs a number for every answer, so one that cannot be
+    scored ends the run: the model would learn from an invented number.
     """
     scores = _reward(reward)([solution_str], [unpacked(extra_info["sample"])])
     if not scores.valid[0]:
@@ -106,8 +106,8 @@ def _reward(spec: str):
 
 
 def _png(path: str) -> bytes:
-    """As our loader shows it: other loaders turn films of more than 8 bits white, or leave them on
-    their side.
+    """As our loader reads it: other loaders turn films of more than 8 bits white, or do not rotate
+    them.
     """
     if header(path) in (("L", True), ("RGB", True)):
         return Path(path).read_bytes()

@@ -1,4 +1,4 @@
-"""A JSON object says each thing once. Python's own reader would take the last of two equal keys."""
+"""A JSON object has each key once. Python's own reader would take the last of two equal keys."""
 
 from collections import Counter
 from typing import Any

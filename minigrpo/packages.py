@@ -1,4 +1,4 @@
-"""Packages that may be absent, and what to type then. It imports none of them."""
+"""Optional packages, and how to install them. It imports none of them."""
 
 import re
 import shlex
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from minigrpo.programs import CLONE
 
-# What pip calls a package that is imported under another name, or that works in one version alone.
+# pip's name for a package that is imported under another name, or that works in only one version.
 PIP = {
     "PIL": "pillow",
     "yaml": "pyyaml",
@@ -26,8 +26,9 @@ EXTRAS = {
 
 
 class MissingPackage(ModuleNotFoundError, ValueError):
-    """A package that what the user asked for needs. A ValueError too: programs end with its
-    message, as with any input error."""
+    """A package that the user's request needs. It is also a ValueError: programs end with its
+    message, as with any input error.
+    """
 
 
 def need(purpose: str, *packages: str) -> None:
@@ -52,8 +53,9 @@ def how_to_install(package: str) -> str:
 
 
 def explain(error: ModuleNotFoundError) -> str:
-    """What to type where an import has failed; raises the error again if it is no absent package
-    that is at fault."""
+    """What to type after an import has failed; raises the error again if the cause is not a missing
+    package.
+    """
     package = (error.name or "").partition(".")[0]
     if isinstance(error, MissingPackage):
         return str(error)
@@ -68,8 +70,9 @@ def explain(error: ModuleNotFoundError) -> str:
 
 
 def left_out() -> list[str]:
-    """What a plain `pip install` of minigrpo would have brought and is not here; empty for a clone
-    that pip does not know."""
+    """What a plain `pip install` of minigrpo would have installed and is missing; empty for a clone
+    that pip does not know.
+    """
     absent = []
     try:
         requirements = [

@@ -1,14 +1,16 @@
-"""Where has GRPO room to gain? Greedy answers, sampled answers and the best of G, before any RL.
+"""Where does GRPO have room to gain? Greedy answers, sampled answers and the best of G, before any
+RL.
 
     python -m minigrpo.probe --model runs/demo/sft/final --data runs/demo/films/test.jsonl
 
 For each task, and each kind of question: the reward of the greedy answer, the mean of G sampled
-ones, the mean of the best of G, and the share of groups without spread, whose answers all earn the
-same and from which GRPO learns nothing. Between `sampled` and `best` lies what a group can teach: a
-task on which both are equal, or on which most groups have no spread, is the wrong one to train on.
+ones, the mean of the best of G, and the share of groups without spread, whose answers all get the
+same reward and from which GRPO learns nothing. The difference between `sampled` and `best` is what
+a group can teach: a task on which both are equal, or on which most groups have no spread, is the
+wrong one to train on.
 
-Run it again on the trained model: the questions and the seed are the same, so two files compare
-question by question.
+Run it again on the trained model: the questions and the seed are the same, so two files can be
+compared question by question.
 """
 
 import json
@@ -97,7 +99,7 @@ def probe(
     policy: Policy, samples: list[Sample], reward: Reward, args: ProbeArguments
 ) -> tuple[list[dict], list[str]]:
     """({"id", "task", "kind", "greedy": reward, "sampled": G rewards} of each sample, what the
-    reward raised). None in place of a reward that could not be given.
+    reward raised). None for a reward that could not be computed.
     """
     greedy, _ = greedy_answers(policy, samples, args.rollout_rows, args.max_new_tokens)
     size = max(1, args.rollout_rows // args.group_size)  # prompts at once
@@ -137,8 +139,8 @@ def probe(
 
 
 def figures_of(item: dict) -> dict[str, float]:
-    """`FIGURES` of one question, NaN where the reward gave nothing to compute it from. "no_spread"
-    is 1 where no two of its scored answers differ.
+    """`FIGURES` of one question, NaN where the reward gave no value. "no_spread" is 1 if no two of
+    its scored answers differ.
     """
     scored = [value for value in item["sampled"] if value is not None]
     return {
@@ -150,7 +152,7 @@ def figures_of(item: dict) -> dict[str, float]:
 
 
 def summarise(items: list[dict]) -> dict:
-    """{task: {"all" | kind: {"n", figure: interval}}} over the questions; kinds where a task has
+    """{task: {"all" | kind: {"n", figure: interval}}} over the questions; kinds only if a task has
     more than one.
     """
     results: dict = {}

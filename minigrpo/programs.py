@@ -1,7 +1,7 @@
 """train_sft, train_grpo and evaluate as modules, `minigrpo.programs.train_sft`, wherever the three
-files lie.
+files are.
 
-In a clone that is beside the package. An install has them in minigrpo/programs/ (pyproject.toml),
+In a clone they are beside the package. An install has them in minigrpo/programs/ (pyproject.toml),
 since a module `evaluate` in site-packages would hide another package of that name.
 """
 

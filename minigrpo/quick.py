@@ -1,12 +1,12 @@
-"""The first minute with GRPO: little pictures, one question, a reward of six lines, and a model
-that learns to earn it.
+"""A first minute with GRPO: small pictures, one question, a reward of six lines, and a model that
+learns to earn it.
 
     python -m minigrpo.quick --output_dir runs/quick --seed 0      # make quick
 
 Pictures show two to four things. SFT learns from captions as people write them: true, and most of
 them name one or two of the things. The reward asks for all of them, so GRPO has to find answers
-that no caption gave it the habit of. Beside it, on the other core, SFT simply goes on for as long.
-Leaves quick.png, results.md and results.json in output_dir.
+that the captions rarely show. Beside it, on the other core, SFT simply continues for the same time.
+Writes quick.png, results.md and results.json to output_dir.
 """
 
 import json
@@ -88,7 +88,7 @@ FURTHER = 1.65  # steps of SFT for each of GRPO: at least as many seconds
 
 
 def reward(answers: list[str], samples: list[Sample]) -> list[float]:
-    """The things that are named and there, as a share of those that are named or there: 0..1, a
+    """Things that are both named and in the picture, as a share of those that are either: 0..1, a
     float for each answer.
 
     A thing named twice counts as wrong the second time.
@@ -105,7 +105,7 @@ def reward(answers: list[str], samples: list[Sample]) -> list[float]:
 
 
 def draw_picture(rng: np.random.Generator) -> tuple[Image.Image, list[str]]:
-    """A picture of 96 x 64 pixels and the things in it, no two alike, such as "red fish", from the
+    """A picture of 96 x 64 pixels and the things in it, all different, such as "red fish", from the
     upper left on.
     """
     count = rng.integers(FEWEST, MOST + 1)
@@ -128,14 +128,14 @@ def draw_picture(rng: np.random.Generator) -> tuple[Image.Image, list[str]]:
 
 
 def write_caption(things: list[str], rng: np.random.Generator) -> str:
-    """From the upper left on, and soon tired: nothing false, and most often not everything."""
+    """From the upper left on, and often incomplete: nothing false, but usually not everything."""
     share = np.array(NAMED[: len(things)])
     return ", ".join(things[: 1 + rng.choice(len(share), p=share / share.sum())])
 
 
 def write_pictures(folder: Path, *, train: int, test: int, seed: int) -> None:
-    """folder/train.jsonl with CAPTIONS lines a picture, test.jsonl with one that names all things;
-    their pictures beside them.
+    """folder/train.jsonl with CAPTIONS lines per picture, test.jsonl with one that names all
+    things; the pictures beside them.
     """
     (folder / "pictures").mkdir(parents=True)
     for number, (split, count) in enumerate(zip(SPLITS, (train, test))):
@@ -169,8 +169,8 @@ def write_pictures(folder: Path, *, train: int, test: int, seed: int) -> None:
 
 
 def start(line: list, threads: int, log: Path | None = None) -> multiprocessing.Process:
-    """`python LINE` in a fork, which has torch and transformers loaded already; what it prints goes
-    to `log`, if there is one.
+    """Run `python LINE` in a fork, which has torch and transformers loaded already; its output goes
+    to `log`, if given.
     """
     words = [str(word) for word in line]
     print(f"\n$ {typed(words)}" + (f" > {log}" if log else ""), flush=True)
@@ -189,7 +189,7 @@ def run(words: list[str], threads: int, log: Path | None) -> None:
 
 
 def wait(process: multiprocessing.Process, what: str, *others: multiprocessing.Process) -> None:
-    """Until the process ends; where it fails, or Ctrl-C comes, the `others` end with it, and this
+    """Wait until the process ends; if it fails, or on Ctrl-C, the `others` end with it, and this
     program with a message.
     """
     try:
@@ -335,8 +335,8 @@ def answer(model: Path, test: list[Sample], seed: int) -> dict[str, list[str]]:
 
 
 def constant_answer(train: list[Sample]) -> str:
-    """The answer that earns most when it is given to every picture: kinds are added one by one,
-    each time the best; of all these answers the best.
+    """The answer with the highest reward when given to every picture: kinds are added greedily one
+    by one, and the best of these answers is returned.
     """
     pictures = list({sample.image: sample for sample in train}.values())[:CHOSEN_ON]
 
@@ -497,8 +497,8 @@ def draw(
 
 
 def answer_lines(title: str, answer: str, sample: Sample) -> list[HPacker]:
-    """An answer as lines of two things each, behind its title and its reward; things that are not
-    there in another colour, with a cross.
+    """An answer as lines of two things each, after its title and its reward; wrong things in
+    another colour, with a cross.
     """
     things, lines, size = answer.split(", "), [], 9.5
     for begin in range(0, len(things), 2):

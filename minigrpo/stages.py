@@ -1,13 +1,13 @@
-"""Several programs, one after another or side by side, that go on where they were stopped. For the
-demo and the study.
+"""Several programs, run one after another or side by side, that continue where they were stopped.
+For the demo and the study.
 
 Each runs in a fork of this process and in a folder of its own, where done.json is written last:
-what has none is not done. One that was stopped before goes on from its last checkpoint where it
-trains; all else, such as films and evaluations, is removed and begun anew. What a program prints
-goes to FOLDER.log.
+without it, the program is not done. A training program that was stopped continues from its last
+checkpoint; everything else, such as films and evaluations, is removed and started over. A program's
+output goes to FOLDER.log.
 
-Where this process dies, however it dies, the programs notice, end as after SIGTERM, and hold the
-lock until they have.
+If this process dies, in whatever way, the programs notice, end as after SIGTERM, and hold the lock
+until then.
 """
 
 import json
@@ -46,8 +46,8 @@ STATUS = 60.0  # seconds between two lines about progress where the output is no
 
 @dataclass
 class Run:
-    """One program. Its number of threads depends on nothing but the plan, or a run that was stopped
-    would end with other bits.
+    """One program. Its number of threads depends only on the plan; otherwise a resumed run would
+    not give the same bits.
     """
 
     name: str
@@ -82,8 +82,8 @@ def run_all(
     began: float,
     announce: Callable[[Run], str] = lambda run: run.name,
 ) -> None:
-    """Every run that is not done, each once what it needs is there, at most `jobs` at once, which
-    share the `threads`.
+    """Run everything that is not done, each as soon as its inputs are there, at most `jobs` at
+    once, which share the `threads`.
 
     `where` gives the folder of each, somewhere in `root`, which the caller has locked. `announce`
     gives the line before a run. `began`, of time.perf_counter(), is when this process started. A
@@ -154,7 +154,7 @@ def terminate(going: dict) -> None:
 
 
 def what_ended(code: int, run: Run, log: Path) -> str:
-    """What is said of a run that ended with this exit code, which is not 0."""
+    """The message about a run that ended with this exit code, which is not 0."""
     if code < 0 or code in STOP_CODES.values():
         return (
             f"{run.name} was stopped"
@@ -165,7 +165,7 @@ def what_ended(code: int, run: Run, log: Path) -> str:
 
 @contextmanager
 def noted_signals():
-    """Yields the list of those of Ctrl-C and SIGTERM that came: a KeyboardInterrupt could come
+    """Yields a list of the signals received, of Ctrl-C and SIGTERM: a KeyboardInterrupt could come
     between any two lines.
     """
     came: list[int] = []
@@ -181,8 +181,8 @@ def noted_signals():
 
 
 def startable(waiting: list[Run], done: set[str], going: list[Run], jobs: int) -> list[Run]:
-    """Which runs begin now, in their order. One that wants to be alone waits until nothing goes,
-    and holds back those behind it.
+    """The runs to start now, in order. One that must be alone waits until nothing else runs, and
+    holds back those after it.
     """
     chosen: list[Run] = []
     for run in waiting:
@@ -196,7 +196,7 @@ def startable(waiting: list[Run], done: set[str], going: list[Run], jobs: int) -
 
 
 def typed_for(run: Run, line: list[str]) -> str:
-    """What one would type for it."""
+    """The command to type for it."""
     text = typed(line)
     if run.ranks == 1:
         return text
@@ -205,7 +205,9 @@ def typed_for(run: Run, line: list[str]) -> str:
 
 
 def start(line: list[str], folder: Path, threads: int, ranks: int = 1) -> multiprocessing.Process:
-    """The program as a process: training goes on from its checkpoint, all else begins anew."""
+    """Start the program as a process: training continues from its checkpoint, everything else
+    starts over.
+    """
     if line[0].startswith("train_"):
         line = [*line, "--resume"]
     elif folder.exists():
@@ -235,9 +237,7 @@ def start(line: list[str], folder: Path, threads: int, ranks: int = 1) -> multip
         python(line)
 
     def all_ranks() -> None:
-        """Starts the ranks and ends as they do: where one fails, or SIGTERM comes, all get
-        SIGTERM.
-        """
+        """Starts the ranks and ends as they do: if one fails, or on SIGTERM, all get SIGTERM."""
         processes = [fork(target=program, args=(rank, port)) for rank in range(ranks)]
 
         def end_all(*_) -> None:
@@ -286,14 +286,14 @@ def end_with_parent() -> None:
 
 
 def log_of(folder: Path) -> Path:
-    """What its program printed, all starts one after another."""
+    """The output of its program, from all its starts."""
     return Path(f"{folder}.log")
 
 
 def hold(root: Path, patience: float = 60.0) -> IO:
     """The lock of a folder of runs, which the programs inherit: it is free once this process and
-    all of them have ended. ValueError where it is not free in time: at once where the one who began
-    them is still there, else after so many seconds.
+    all of them have ended. ValueError if it is not free in time: at once if the process that
+    started them still runs, otherwise after so many seconds.
     """
     end, told = time.monotonic() + patience, False
     while (held := lock(root / LOCK)) is None:
@@ -327,9 +327,8 @@ def is_alive(number: int) -> bool:
 
 
 class Spent:
-    """spent.json: seconds of work on each run and in all, over all starts. What a start did after
-    its last checkpoint and a kill threw away counts, since it was spent; a kill loses at most the
-    last BEAT seconds of the account.
+    """spent.json: seconds of work on each run and in total, over all starts. Work that was lost in
+    a kill counts, too; a kill loses at most the last BEAT seconds of the account.
     """
 
     def __init__(self, root: Path, began: float):
@@ -343,7 +342,7 @@ class Spent:
         self.figures["total"] += self.last - began
 
     def add(self, going: list[Path], *, save: bool) -> None:
-        """The time since the last call was spent on the runs in the folders `going`."""
+        """Add the time since the last call to the runs in the folders `going`."""
         now, runs = time.perf_counter(), self.figures["runs"]
         for folder in going:
             runs[self.key(folder)] = runs.get(self.key(folder), 0.0) + now - self.last
@@ -356,11 +355,11 @@ class Spent:
             write_aside(self.root / SPENT, json.dumps(self.figures, indent=1) + "\n")
 
     def forget(self, folder: Path) -> None:
-        """A run whose folder was removed begins anew."""
+        """Forget the time of a run whose folder was removed."""
         self.figures["runs"].pop(self.key(folder), None)
 
     def mark_done(self, folder: Path, command: list) -> float:
-        """done.json; what the run took, in seconds."""
+        """Write done.json; returns the seconds that the run took."""
         seconds = round(self.figures["runs"][self.key(folder)], 1)
         write_aside(folder / DONE, json.dumps({"seconds": seconds, "command": command}) + "\n")
         return seconds
@@ -382,9 +381,9 @@ def read_spent(root: Path) -> dict:
 
 
 class Screen:
-    """The stages as they come, and on a terminal below them the progress bar of each program at
-    work, read from its log: two that were drawn by two processes would write over each other.
-    Elsewhere the bars are printed once in a while.
+    """The stages in order, and on a terminal below them the progress bar of each running program,
+    read from its log: bars drawn by two processes would overwrite each other. Elsewhere the bars
+    are printed from time to time.
     """
 
     def __init__(self):
@@ -413,16 +412,14 @@ class Screen:
             self.say(*self.shown(200))
 
     def say(self, *lines: str) -> None:
-        """Print lines above the bars, and the bars anew; all of it at once, so that it does not
-        flicker.
-        """
+        """Print lines above the bars and redraw the bars, all at once, so that nothing flickers."""
         back = f"\x1b[{self.drawn}A\r\x1b[J" if self.drawn else ""
         bars = self.shown(shutil.get_terminal_size().columns) if self.terminal else []
         self.drawn = len(bars)
         print(back + "".join(f"{line}\n" for line in [*lines, *bars]), end="", flush=True)
 
     def shown(self, width: int) -> list[str]:
-        """The bars, without their graphics where there is no room for it."""
+        """The bars, without their graphics if there is no room."""
         bars = [f"{name}: {bar}" for name, bar in self.bars.items() if bar]
         return [
             (bar if len(bar) < width else re.sub(r"\|.*?\|", "", bar, count=1))[: width - 1]
@@ -431,8 +428,8 @@ class Screen:
 
 
 def last_bar(text: str) -> str:
-    """The last progress bar in what a program has printed, without its name, which is one word
-    (libraries draw some, too); empty where there is none.
+    """The last progress bar in a program's output, without its name, which is one word (libraries
+    also draw some); empty if there is none.
     """
     bars = (
         re.fullmatch(r"\w+: +(\d+%\|.*\]) *", part) for part in reversed(re.split(r"[\r\n]", text))

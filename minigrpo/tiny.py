@@ -5,8 +5,8 @@ in minutes.
 
 Vision tower with merger and DeepStack, interleaved M-RoPE, grouped-query attention with q/k norms,
 tied head; the tokenizer is byte-level BPE with Qwen's splitting rule, special tokens and chat
-layout, trained on the text at hand. What comes out is a checkpoint folder like that of
-`Qwen/Qwen3-VL-2B-Instruct`, and loads the same way.
+layout, trained on the given texts. The result is a checkpoint folder like that of
+`Qwen/Qwen3-VL-2B-Instruct` and loads the same way.
 """
 
 from pathlib import Path
@@ -86,8 +86,8 @@ def tiny_policy(
     layers: int = 3,
     pixels: int | None = None,
 ) -> Policy:
-    """A random tiny Qwen3-VL whose tokenizer was trained on the samples; images are seen at
-    `pixels` at most.
+    """A random tiny Qwen3-VL whose tokenizer was trained on the samples; images are shrunk to at
+    most `pixels`.
     """
     # "user" and "assistant" stand in every prompt, and would be 13 tokens otherwise.
     texts = [text for s in samples for text in (f"user\n{s.question}", f"assistant\n{s.answer}")]
@@ -153,12 +153,12 @@ def tiny_policy(
 
 @torch.no_grad()
 def initialise(model: Qwen3VLForConditionalGeneration) -> None:
-    """Weights from which a narrow model learns to see within hundreds of steps.
+    """Initial weights from which a narrow model learns to see within hundreds of steps.
 
-    0.02, the start of widths in the thousands, leaves narrow layers all but silent: here a weight's
-    spread is 1 / sqrt(inputs), smaller where a block adds to the residual, and patches know where
-    they lie from the start (the fixed sines and cosines of 1706.03762 over rows and columns, as
-    trainable weights).
+    A standard deviation of 0.02, which suits widths in the thousands, makes the outputs of narrow
+    layers too small: here it is 1 / sqrt(inputs), smaller where a block adds to the residual, and
+    patches have position embeddings from the start (the sines and cosines of 1706.03762 over rows
+    and columns, as trainable weights).
     """
     for name, weight in model.named_parameters():
         if name.endswith("embed_tokens.weight"):

@@ -1,8 +1,8 @@
-"""The files of a checkpoint folder from somewhere: they may bring no code and no pickles, and name
-no files outside. See SECURITY.md.
+"""The files of an untrusted checkpoint folder: they may contain no code and no pickles, and name no
+files outside. See SECURITY.md.
 
-They are read here, within bounds. transformers never sees the folder: `checkpoint.py` makes it
-another, with the entries that a Qwen3-VL needs and links to weights and vocabulary.
+They are read here, within limits. transformers never sees the folder: `checkpoint.py` makes another
+one for it, with the entries that a Qwen3-VL needs and links to weights and vocabulary.
 """
 
 import json
@@ -37,7 +37,7 @@ MOST_WEIGHTS = 20_000
 FETCH = "fetch it again, from its authors"
 BASE = "which cannot be trained: give the unquantised checkpoint"
 
-# Keys, anywhere in JSON, with what they ask for.
+# Keys, anywhere in JSON, with what they request.
 KEYS = {
     "auto_map": "to run code of its own",
     "custom_generate": "to run code of its own",
@@ -60,8 +60,9 @@ PARTS = {
 
 
 def read_folder(folder: Path) -> dict:
-    """Its small files by name: JSON as objects, other text as it is. ValueError, with the mend, for
-    what a checkpoint may not hold."""
+    """Its small files by name: JSON as objects, other text unchanged. ValueError, with what to do,
+    for anything that a checkpoint may not contain.
+    """
     if adapters := sorted(folder.glob("adapter_*")):
         raise ValueError(
             f"{folder} holds {adapters[0].name!r} of an adapter: give --model the base "
@@ -90,11 +91,11 @@ def read_text(path: Path) -> str | None:
 
 
 def is_there(path: Path) -> bool:
-    """ValueError for what is no plain file, and for a pointer to one.
+    """ValueError for anything but a regular file, and for a Git-LFS pointer.
 
-    Links stay in the folder, or go to the hub's cache: what is read here is saved again with the
-    trained model, and might be any file of yours. Of weights only tensors are read, so they may lie
-    elsewhere.
+    Links must stay in the folder or lead to the hub's cache: files read here are saved again with
+    the trained model, and a link might lead to any file of yours. Of weights only tensors are read,
+    so they may be elsewhere.
     """
     try:
         target, home = path.resolve(strict=True), path.parent.resolve()
@@ -154,7 +155,7 @@ def entries(value, depth: int = 0) -> Iterator[tuple]:
 
 
 def shown(text) -> str:
-    """What a stranger wrote, without what a terminal would obey."""
+    """Untrusted text without control characters."""
     return printable(str(text)[:100])
 
 
@@ -178,8 +179,9 @@ def check_entry(path: Path, key: str, value) -> None:
 
 
 def check_tokenizer(path: Path, content: dict) -> None:
-    """A byte-level BPE, as Qwen3-VL's. Other parts can make a gigabyte of a word, and a pattern
-    that repeats a repetition can search for ever."""
+    """Check that it is a byte-level BPE like Qwen3-VL's. Other parts can turn a word into a
+    gigabyte, and a pattern with nested repetition can search forever.
+    """
     for part, kinds in PARTS.items():
         for key, value in entries({part: content.get(part)}):
             if (
@@ -218,8 +220,9 @@ def weight_files(folder: Path, files: dict) -> list[Path]:
 
 
 def read_headers(paths: list[Path]) -> dict[str, tuple[tuple[int, ...], Path]]:
-    """Size and file of each weight; no number is read. ValueError for a file that is missing, cut
-    off, a pickle, or holds what are no floats."""
+    """Shape and file of each weight; no values are read. ValueError for a file that is missing, cut
+    off, a pickle, or contains anything but floats.
+    """
     held = {}
     for path in paths:
         if not is_there(path):

@@ -1,4 +1,4 @@
-"""Text from elsewhere as it may be shown: what a terminal would obey is written out instead."""
+"""Untrusted text made safe to show: terminal control sequences are escaped."""
 
 import re
 import unicodedata
@@ -12,13 +12,14 @@ OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud80
 
 
 def visible(text: str) -> str:
-    r"""ESC becomes \x1b, four characters, and so on; all else stays as it is."""
+    r"""ESC becomes \x1b, four characters, and so on; everything else is unchanged."""
     return OBEYED.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def printable(text: str) -> str:
-    """For a terminal: control characters, line ends and what turns the direction of writing are
-    shown as their escapes."""
+    """For a terminal: control characters, line ends and characters that change the writing
+    direction are escaped.
+    """
     return "".join(
         char if char == " " or unicodedata.category(char)[0] not in "CZ" else ascii(char)[1:-1]
         for char in text
@@ -26,7 +27,7 @@ def printable(text: str) -> str:
 
 
 def text_of(error: object) -> str:
-    """str(error), of which a foreign class may know nothing."""
+    """str(error), which may fail for a foreign class."""
     try:
         return str(error)
     except Exception:
@@ -39,8 +40,7 @@ def messages(text: object) -> str:
 
 
 def message(text: str) -> str:
-    """One line of a message: `printable`, and cut in its middle where what it quotes is longer than
-    anyone reads."""
+    """One line of a message: `printable`, and shortened in the middle if it is too long to read."""
     return printable(
         text if len(text) <= LONGEST else f"{text[: LONGEST - 500]} [...] {text[-400:]}"
     )
