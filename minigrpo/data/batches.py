@@ -10,8 +10,8 @@ T = TypeVar("T")
 
 
 def batch_at(items: list[T], step: int, size: int, seed: int) -> list[T]:
-    """What step 0, 1, 2... trains on: reshuffled every epoch, none dropped, and a function of
-    (seed, step) alone, so that a resumed run goes on where it was.
+    """The samples that step 0, 1, 2... trains on: reshuffled every epoch, none dropped, and a
+    function of (seed, step) alone, so that a resumed run continues where it stopped.
     """
     batch = []
     for position in range(step * size, (step + 1) * size):
@@ -21,11 +21,11 @@ def batch_at(items: list[T], step: int, size: int, seed: int) -> list[T]:
 
 
 def prefetch(make: Callable[[int], T], steps: range) -> Iterator[tuple[int, T]]:
-    """(step, make(step)) for steps that go up by one, the next one made in a thread while the
-    caller works on this one.
+    """(step, make(step)) for consecutive steps, the next one made in a thread while the caller
+    works on the current one.
 
-    The thread does torch's work without helpers: with more threads than cores OpenMP waits asleep,
-    and every operation of the caller pays for waking.
+    The thread uses a single torch thread: with more threads than cores OpenMP sleeps while waiting,
+    and every operation of the caller would pay for waking it.
     """
     import torch  # as below
 
@@ -43,8 +43,8 @@ def prefetch(make: Callable[[int], T], steps: range) -> Iterator[tuple[int, T]]:
 
 
 def group_by_image(samples: list[Sample]) -> list[list[Sample]]:
-    """The samples about each image, in the order in which the images first appear; those without
-    image stay alone.
+    """The samples about each image, in the order in which the images first appear; those without an
+    image form groups of one.
     """
     by_image: dict[tuple, list[Sample]] = {}
     for sample in samples:

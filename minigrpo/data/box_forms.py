@@ -1,5 +1,6 @@
-"""Boxes of an answer beside the true ones: whether they are the same, and if not, in which form
-they may be written."""
+"""Compares the boxes in an answer with the true ones: whether they are the same, and if not, in
+which form they may be written.
+"""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +32,9 @@ SCALES = {"": 1, " in 0..1000": 1000, " in percent": 100}
 
 
 def contradiction(answer: str, boxes: Boxes) -> str | None:
-    """What is wrong, with its mend, where the boxes written in `answer` are not `boxes` by more
-    than rounding. Both must hold some."""
+    """What is wrong, and what to do, if the boxes written in `answer` differ from `boxes` by more
+    than rounding. Both must have some.
+    """
     said = parse_boxes(answer)
     coarse = all(abs(value - round(value, 1)) < 1e-9 for box in said for value in box)
     near = (COARSE if coarse else ROUNDED) + 1e-6
@@ -50,8 +52,9 @@ def contradiction(answer: str, boxes: Boxes) -> str | None:
 
 
 def same_boxes(said: Boxes, boxes: Boxes, near: float) -> bool:
-    """Whether each box stands once on either side, in any order, no number further off than
-    `near`."""
+    """Whether each box is once on either side, in any order, with no number further off than
+    `near`.
+    """
     if len(said) != len(boxes):
         return False
     a, b = np.asarray(said, float), np.asarray(boxes, float)  # [N, 4]
@@ -64,7 +67,9 @@ def same_boxes(said: Boxes, boxes: Boxes, near: float) -> bool:
 
 
 def guesses(said: Boxes, boxes: Boxes, near: float) -> Iterator[str]:
-    """In which form the answer's boxes, or else "boxes", would agree; both are equally many."""
+    """The forms in which the answer's boxes, or else "boxes", would agree; both have the same
+    number.
+    """
     for scale_name, scale in SCALES.items():
         for name, form in FORMS.items():
             if same_boxes([[value / scale for value in form(*box)] for box in said], boxes, near):
@@ -115,8 +120,9 @@ def scale_note(
     template_opens_think: bool = False,
     box_scale: float = 1.0,
 ) -> str | None:
-    """What to say where most boxes that a model wrote, for the grounding samples, are read at the
-    wrong scale."""
+    """A note if most boxes that a model wrote, for the grounding samples, are read at the wrong
+    scale.
+    """
     texts = [
         split_thinking(answer, template_opens_think)[1]
         for answer, sample in zip(answers, samples)

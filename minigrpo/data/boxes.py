@@ -34,7 +34,7 @@ def parse_boxes(text: str, scale: float = 1.0) -> list[Box]:
     """Every group of four finite numbers in brackets, divided by `scale` (1000 for an untuned
     Qwen3-VL), in text order.
 
-    A group that is reversed or lies outside 0..1 is kept: it overlaps nothing, and so counts as a
+    A group that is reversed or outside 0..1 is kept: it overlaps nothing and therefore counts as a
     false positive.
     """
     boxes = []
@@ -47,13 +47,13 @@ def parse_boxes(text: str, scale: float = 1.0) -> list[Box]:
 
 
 def split_thinking(text: str, template_opens_think: bool = False) -> tuple[str, str, bool]:
-    """(thinking, answer, ok), both stripped and in Unicode's form C, as a `Sample`'s texts are,
-    with which answers are compared. `template_opens_think`: the chat template already wrote the
+    """(thinking, answer, ok), both stripped and in Unicode's form NFC, like the texts of a `Sample`
+    that answers are compared with. `template_opens_think`: the chat template already wrote the
     first `<think>`.
 
     ok holds for a text without think tags, and for one with exactly one closed block at its start.
-    Otherwise (unclosed, doubled, stray or late tags) the answer is what stands between the last
-    `</think>` and the next `<think>`, and the thinking is all the rest: an unclosed block is all
+    Otherwise (unclosed, doubled, stray or late tags) the answer is the text between the last
+    `</think>` and the next `<think>`, and the thinking is the rest: an unclosed block is all
     thinking and no answer.
     """
     text = OPEN * template_opens_think + one_spelling(text)

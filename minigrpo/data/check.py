@@ -1,16 +1,16 @@
-"""Look at data before a run does: everything that a run would read, all errors at once.
+"""Check data before a run: everything that a run would read, all errors at once.
 
     python -m minigrpo.data.check data/phantom/train.jsonl data/phantom/test.jsonl \\
         --model models/tiny
 
 Prints for each file its counts, lengths, film sizes, boxes and labels, then every error as
-`file:line: what, and how to mend it`, and draws a contact sheet of films with their boxes. Each
-film is decoded once, in parallel, as a run decodes it. Exit status 1 if there is an error.
+`file:line: what is wrong, and what to do`, and draws a contact sheet of films with their boxes.
+Each film is decoded once, in parallel, as a run decodes it. Exit status 1 if there is an error.
 
-Leakage is looked for between sides: the same id, patient, or film (by a hash of its pixels,
-whatever it is called) on two sides is an error. A file is for train, valid or test as its name or
-its folder says (train/mine.jsonl, val/mine.jsonl); others are one side for each name. Which file
-was taken for which side is printed.
+It also looks for leakage between sides: the same id, patient, or film (by a hash of its pixels,
+whatever its name) on two sides is an error. A file belongs to train, valid or test by its name or
+its folder (train/mine.jsonl, val/mine.jsonl); other names form one side each. The output says which
+file was assigned to which side.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ WHITE, BLACK = 0.3, 0.75
 
 @dataclass
 class Film:
-    """What one decoding of an image file tells."""
+    """The results of decoding an image file once."""
 
     size: tuple[int, int] = (0, 0)  # width, height
     digest: bytes = b""  # of size, mode and pixels
@@ -66,7 +66,7 @@ FAULTS = {
 
 @dataclass
 class File:
-    """One JSONL file: what is right in it, and what is not."""
+    """One JSONL file: its valid samples, and its errors."""
 
     path: Path
     samples: list[Sample]
@@ -124,8 +124,8 @@ def look_at_all(files: list[File], workers: int) -> dict[str, Film]:
 
 
 def find_oddities(file: File, films: dict[str, Film]) -> None:
-    """What may be meant but should be known, as notes: samples and films that stand twice, films on
-    which nothing is to be seen.
+    """Notes on what may be intended but should be known: duplicate samples and films, films on
+    which nothing can be seen.
     """
     said = Counter((tuple(s.images), s.question, s.answer) for s in file.samples)
     if again := sum(said.values()) - len(said):
@@ -158,16 +158,18 @@ def hides(text: str) -> bool:
 
 
 def note(file: File, text: str, lines: list[tuple[str, int]]) -> None:
-    """One of the file's notes, if it is of anything: how many, and the first ten by name; `lines`:
-    (name, line)."""
+    """Add a note to the file, if there are any `lines` (name, line): how many, and the first ten by
+    name.
+    """
     if lines:
         names = ", ".join(f"{name} (line {line})" for name, line in lines[:10])
         file.notes.append(f"{len(lines):,} {text}: {names}{', ...' if len(lines) > 10 else ''}")
 
 
 def find_leaks(files: list[File], films: dict[str, Film]) -> None:
-    """Errors for ids, patients and films that stand on two sides; named once each, in the later
-    file."""
+    """Errors for ids, patients and films that are on two sides, each named once, in the later
+    file.
+    """
     side = {file.path: side_of(file.path, [other.path for other in files]) for file in files}
     first_use: dict[tuple, tuple[File, int]] = {}
     for file in files:
@@ -215,7 +217,7 @@ def texts_of(sample: Sample) -> list[list[str]]:
 
 
 def summary(file: File, films: dict[str, Film], tokenizer=None, processor=None) -> str:
-    """The figures of one file, a line each."""
+    """The figures of one file, one per line."""
     samples = file.samples
     unit = "tokens" if tokenizer else "words"
 

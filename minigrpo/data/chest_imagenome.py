@@ -5,10 +5,10 @@
 
 DIR holds `silver_dataset/splits/{train,valid,test}.csv` and
 `silver_dataset/scene_graph/DICOM_SceneGraph.json`; MIMIC holds the films and
-`mimic-cxr-2.0.0-metadata.csv` with their Rows and Columns. `--regions` grounding samples a film,
-drawn from its objects by the film's own seed: the same regions each time. The split file of that
-name is the only one that is used, and the films of the gold set (`images_to_avoid.csv`, if it lies
-there) are left out. Wu et al., 2108.00316.
+`mimic-cxr-2.0.0-metadata.csv` with their Rows and Columns. `--regions` grounding samples per film,
+chosen from its objects by the film's own seed: the same regions each time. Only the split file of
+that name is used, and the films of the gold set (`images_to_avoid.csv`, if present) are left out.
+Wu et al., 2108.00316.
 """
 
 from pathlib import Path
@@ -96,7 +96,7 @@ def read(
 
 
 def find_gold(folder: Path) -> set[str]:
-    """The dicom_ids that the authors ask to keep out of training, where the file lies."""
+    """The dicom_ids that the authors ask to keep out of training, if the file is present."""
     path = folder / "images_to_avoid.csv"
     return (
         {row["dicom_id"] for _, row in read_csv(path, ("dicom_id",))} if path.is_file() else set()

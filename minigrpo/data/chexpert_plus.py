@@ -5,7 +5,7 @@
 DIR holds `df_chexpert_plus_240401.csv` (path_to_image, frontal_lateral, split, section_findings,
 ...) and the films at `path_to_image` below DIR, or below `PNG/` and as .png. One report sample for
 each frontal film with a findings section (about a quarter of all rows have one), up to the heading
-of another section, if it holds one. The official split has train and valid alone, so a tenth of the
+of another section, if it has one. The official split has only train and valid, so a tenth of the
 training patients, by hash, is test. Chambon et al., 2405.19538.
 """
 
@@ -61,7 +61,7 @@ def patient_of(path: str) -> str:
 
 
 def film_path(root: Path, path: PurePosixPath) -> Path:
-    """Where the film lies: the releases differ in folder and in suffix."""
+    """The path of the film: the releases differ in folder and suffix."""
     places = [
         root / folder / path.with_suffix(suffix)
         for folder in ("", "PNG", "PNG/PNG")

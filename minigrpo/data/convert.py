@@ -1,9 +1,9 @@
-"""The program that every adapter is: read a set's own files, write `OUT/SPLIT.jsonl` and its films,
-say what became of each row.
+"""The program behind every adapter: read the files of a data set, write `OUT/SPLIT.jsonl` and its
+films, and report what became of each row.
 
 An adapter is a function (root, split, ledger) -> drafts; `convert` reads the films in parallel,
-writes what can be read, closes the ledger and prints it. It is no program by itself: each set has
-its own, such as
+writes what can be read, closes the ledger and prints it. It is not a program by itself: each data
+set has its own, such as
 
     python -m minigrpo.data.openi --help
 """
@@ -33,7 +33,7 @@ Reader = Callable[[Path, str, Ledger], list[Draft]]
 
 
 def shrink(film: Image.Image, pixels: int) -> Image.Image:
-    """`film` in at most so many pixels, its aspect kept; a smaller one stays as it is."""
+    """`film` in at most so many pixels, keeping its aspect ratio; a smaller one is unchanged."""
     scale = math.sqrt(pixels / (film.width * film.height))
     if scale >= 1:
         return film
@@ -48,7 +48,7 @@ def write_film(
 ) -> tuple[str, str | None]:
     """(suffix of the film written as `stem` + suffix, None), or ("", the reason why there is none).
 
-    A fitting 8-bit PNG or JPEG is copied byte for byte; all else becomes an 8-bit grey PNG.
+    An 8-bit PNG or JPEG that fits is copied byte for byte; anything else becomes an 8-bit grey PNG.
     """
     if not source.is_file():
         return "", "film missing"
@@ -84,8 +84,8 @@ def convert(
     load=load_image,
     workers: int | None = None,
 ) -> Ledger:
-    """Write one split of one set; the ledger of its rows. A split or a film that is there already
-    is never written over.
+    """Write one split of one data set; returns the ledger of its rows. Existing splits and films
+    are never overwritten.
     """
     target, films = out / f"{split}.jsonl", out / "films"
     if not root.is_dir():
@@ -132,7 +132,7 @@ def convert(
 
 
 def check_drafts(drafts: list[Draft]) -> None:
-    """Ids and film names must be the adapter's own doing, each for one thing."""
+    """Check that ids and film names are unique."""
     twice = [name for name, n in Counter(draft.sample["id"] for draft in drafts).items() if n > 1]
     if twice:
         raise ValueError(

@@ -15,7 +15,9 @@ FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")  # of a window
 
 
 def _read(path: str | os.PathLike, **settings):
-    """The data set. A deflated one is refused: some megabytes of it can unpack to all of memory."""
+    """The DICOM data set. A deflated one is refused: a few megabytes of it can unpack to fill all
+    memory.
+    """
     need("a DICOM film", "pydicom")
     import pydicom
 
@@ -36,7 +38,7 @@ def load_dicom(path: str | os.PathLike) -> Image.Image:
 
     The order is the standard's (DICOM PS3.3 C.11): modality LUT or rescale; then the window (or VOI
     LUT) if the file has one, else the range of its own values; then MONOCHROME1, whose small values
-    are white, is inverted. Padding is black and no part of the range. A tag without a usable value
+    are white, is inverted. Padding is black and not part of the range. A tag without a usable value
     counts as absent.
     """
     film = _read(path)
@@ -56,7 +58,7 @@ def load_dicom(path: str | os.PathLike) -> Image.Image:
 
 
 def check_film(film, path: str | os.PathLike) -> None:
-    """Before any pixel is decoded: ValueError for what is no film, or too much of one."""
+    """Before any pixel is decoded: ValueError for anything that is not a film, or too large."""
     check_size(int(film.Columns), int(film.Rows))
     frames, samples = (int(film.get(name) or 1) for name in ("NumberOfFrames", "SamplesPerPixel"))
     if frames != 1 or samples != 1:
@@ -72,7 +74,7 @@ def check_film(film, path: str | os.PathLike) -> None:
 
 
 def numbers(film, name: str) -> list[float]:
-    """The values of a tag, NaN for each that is no number; [] where it is absent or empty."""
+    """The values of a tag, NaN for each that is not a number; [] if it is absent or empty."""
     try:
         value = film.get(name)
         values = value if isinstance(value, MutableSequence) else [value]
@@ -84,8 +86,9 @@ def numbers(film, name: str) -> list[float]:
 
 
 def drop_unusable(film) -> None:
-    """Mend what pydicom would stop at: an empty slope is 1, a window of width 0 is none, an empty
-    table is none."""
+    """Repair what pydicom would stop at: an empty slope becomes 1, a window of width 0 and an empty
+    table are removed.
+    """
     for name, default in (("RescaleSlope", 1), ("RescaleIntercept", 0)):
         value = (numbers(film, name) or [math.nan])[0]
         rescaled = "RescaleSlope" in film or "RescaleIntercept" in film
@@ -131,8 +134,9 @@ def shown_blocks(film, pixels: np.ndarray) -> Iterator[tuple[slice, np.ndarray, 
 
 
 def stored_values(film, pixels: np.ndarray) -> np.ndarray:
-    """The pixels with the bits beyond the stored ones, which pydicom clears, and with them padding
-    such as 65535 in 12 bits."""
+    """The pixels including the bits beyond the stored ones, which pydicom clears together with
+    padding such as 65535 in 12 bits.
+    """
     syntax = film.file_meta.TransferSyntaxUID
     if syntax.is_encapsulated or film.BitsAllocated != 8 * pixels.dtype.itemsize:
         return pixels
@@ -141,8 +145,9 @@ def stored_values(film, pixels: np.ndarray) -> np.ndarray:
 
 
 def is_padding(film, stored: np.ndarray) -> np.ndarray:
-    """Which pixels lie around the film: of PixelPaddingValue (up to its limit), or with all bits
-    set where fewer are stored."""
+    """Which pixels are padding: those of PixelPaddingValue (up to its limit), or with all bits set
+    where fewer are stored.
+    """
     bits = stored.dtype.itemsize * 8
     around = np.zeros(stored.shape, bool)
     if stored.dtype.kind == "u" and film.BitsStored < bits:
@@ -175,8 +180,9 @@ def shown_range(film, pixels: np.ndarray) -> tuple[float, float]:
 
 
 def own_range(parts: Iterator[np.ndarray]) -> tuple[float, float]:
-    """The extremes of all parts; where a few pixels lie far beyond all others, as hot ones do,
-    those of the others."""
+    """The extremes of all parts, or, if a few (hot) pixels lie far beyond all others, those of the
+    others.
+    """
     low, high, least, most = robust_range(parts)
     near = (high - low) / 4
     return (least if low - least <= near else low), (most if most - high <= near else high)

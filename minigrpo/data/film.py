@@ -1,6 +1,5 @@
-"""A film's file, opened and decoded: the one place where an image is read. Files come from
-anywhere, so formats, size, and what decoding may cost in time and memory are bounded before a pixel
-is decoded.
+"""Opens and decodes the file of a film: the only place where an image is read. Files are untrusted,
+so formats, size, and the cost of decoding in time and memory are limited before a pixel is decoded.
 """
 
 import mmap
@@ -72,8 +71,9 @@ def header(path: str | os.PathLike) -> tuple[str, bool]:
 
 @contextmanager
 def _named(path: str | os.PathLike) -> Iterator[None]:
-    """Whatever goes wrong inside is a ValueError that names the image: decoders raise a dozen
-    kinds."""
+    """A context: any error inside becomes a ValueError that names the image, since decoders raise a
+    dozen kinds.
+    """
     try:
         yield
     except Exception as error:
@@ -84,7 +84,7 @@ def _named(path: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[tuple[Image.Image, BinaryIO]]:
-    """An image whose header is read and fit; no pixel is decoded yet."""
+    """An image whose header has been read and checked; no pixel is decoded yet."""
     if not os.path.isfile(path):  # a pipe would be waited for, a device has no end
         raise ValueError("no such file" if not os.path.exists(path) else "it is not a file")
     with open(path, "rb") as file:
@@ -122,7 +122,7 @@ def check_image(image: Image.Image) -> None:
 
 
 def check_size(width: int, height: int) -> None:
-    """ValueError for a film that is too large to decode, or no film."""
+    """ValueError for a film that is too large to decode, or not a film."""
     size = f"{width} x {height} pixels"
     if width * height > MOST_PIXELS:
         raise ValueError(f"{size}, more than {MOST_PIXELS // 10**6} million: make it smaller")
@@ -204,10 +204,10 @@ def _read(path: str | os.PathLike) -> tuple[Image.Image, str]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's note on how a camera lay: 1 for upright, as viewers show the image, and as boxes were
-    drawn on it.
+    """EXIF's orientation: 1 for upright. Viewers show the image upright, and boxes were drawn on it
+    so.
 
-    `ImageOps.exif_transpose` would write all other notes anew, and fails on a broken one."""
+    `ImageOps.exif_transpose` would rewrite all other tags, and fails on a broken one."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # the notes may be broken in many ways, and are then none
@@ -219,8 +219,8 @@ def to_8_bits(image: Image.Image, stated: int | None = None) -> tuple[Image.Imag
     """Grey of more than 8 bits as "L", and its depth in words. Pillow alone would clip it at 255: a
     white film.
 
-    Values that are negative, or above 16 bits, say nothing of black and white: then the film's own
-    range is shown.
+    Values that are negative, or above 16 bits, do not tell what is black and white: then the film's
+    own range is shown.
     """
     counts = histogram(image)
     bits = depth_of(counts, stated)
@@ -240,10 +240,10 @@ def depth_of(counts: np.ndarray, stated: int | None = None) -> int | None:
     """The bits of the detector, from `histogram`'s counts [65538]; None where there are more, or a
     sign.
 
-    The fewest that hold the film, and the `stated` white of its tags, if it has one. Not every
-    pixel needs to fit: a hot one in a film of 12 bits would leave it at a sixteenth of its
-    brightness. So one in a thousand, at most a hundred, may lie beyond, and one in a hundred where
-    all of these are at least four times as bright: letters burnt in at white.
+    The fewest that fit the film, and the `stated` white of its tags, if it has one. Not every pixel
+    needs to fit: a single hot one in a film of 12 bits would reduce it to a sixteenth of its
+    brightness. So one in a thousand, at most a hundred, may lie beyond, or one in a hundred if all
+    of these are at least four times as bright (burnt-in white letters).
     """
     pixels = int(counts.sum())
     defects = min(pixels // 1000, 100)
@@ -293,9 +293,9 @@ def blocks(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def stated_white(image: Image.Image, file: BinaryIO) -> int | None:
-    """The largest value that the file's tags speak of: PNG's sBIT, TIFF's BitsPerSample or
-    (S)MaxSampleValue. None where they say no more than that there are 16 bits. (A PNG of which the
-    bits were moved up, as the standard has it, has larger values, and these count.)"""
+    """The largest value that the file's tags state: PNG's sBIT, TIFF's BitsPerSample or
+    (S)MaxSampleValue. None if they only say that there are 16 bits. (A PNG whose bits were shifted
+    up, as the standard says, has larger values, and these count.)"""
     if image.format == "PNG":
         bits = significant_bits(file)
         return 2**bits - 1 if 0 < bits < 16 else None

@@ -1,4 +1,4 @@
-"""Boxes of several readers as one: weighted boxes fusion (Solovyev, Wang, Gabruseva, 1910.13302)
+"""Fuses the boxes of several readers: weighted boxes fusion (Solovyev, Wang, Gabruseva, 1910.13302)
 with equal scores.
 """
 

@@ -1,11 +1,11 @@
-"""Several JSONL files as one, some of them more than once.
+"""Join several JSONL files, some of them more than once.
 
     python -m minigrpo.data.join data/mimic/train.jsonl data/vindr/train.jsonl=3 \\
         --output_file data/sft/train.jsonl
 
-`FILE=3` takes each of its lines three times: a small set that an epoch should meet more often.
-Image paths are rewritten for where the output lies; a line's second copy is named ID-2, and an id
-that two files share is an error.
+`FILE=3` takes each of its lines three times, for a small data set that should be seen more often in
+an epoch. Image paths are rewritten relative to the output; a line's second copy is named ID-2, and
+an id that two files share is an error.
 """
 
 from pathlib import Path

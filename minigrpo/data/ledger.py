@@ -1,5 +1,5 @@
 """What became of every row that an adapter read: kept, or dropped for a named reason. Nothing
-disappears in silence.
+disappears silently.
 """
 
 from collections import Counter
@@ -9,8 +9,8 @@ KEPT = "kept"
 
 
 class Ledger:
-    """Double entry: the readers enter a row, an adapter or the writer closes it; `table` refuses a
-    row that nobody closed.
+    """Double-entry bookkeeping: the readers enter a row, an adapter or the writer closes it;
+    `table` refuses a row that was not closed.
     """
 
     def __init__(self, unit: str):
@@ -25,7 +25,7 @@ class Ledger:
         self.fate[row] = None
 
     def drop(self, rows: Iterable[Hashable], reason: str) -> None:
-        """The first reason stands; a row that another sample keeps stays kept."""
+        """The first reason counts; a row that another sample keeps stays kept."""
         for row in rows:
             if self.fate[row] is None:
                 self.fate[row] = reason
@@ -46,7 +46,7 @@ class Ledger:
         return {KEPT: kept} | dict(fates.most_common())
 
     def table(self) -> str:
-        """What `counts` says, a line each, and the notes."""
+        """`counts` and the notes, one per line."""
         rows = [(f"{self.unit} read", len(self.fate))]
         rows += [
             (f"  {name if name == KEPT else f'dropped, {name}'}", count)

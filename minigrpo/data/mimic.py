@@ -1,5 +1,5 @@
-"""What the three sets on MIMIC-CXR films share: where a film lies, whose it is, and the official
-split.
+"""What the three data sets on MIMIC-CXR films share: the path of a film, its patient, and the
+official split.
 """
 
 from pathlib import Path
@@ -12,8 +12,8 @@ def film_path(root: Path, subject: str, study: str, dicom: str) -> Path:
 
 
 def patient_id(subject: str) -> str:
-    """The same name in every set on MIMIC films, so that `minigrpo.data.check` sees one person in
-    two of them.
+    """The same name in every data set on MIMIC films, so that `minigrpo.data.check` recognises a
+    person in two of them.
     """
     return f"mimic-{subject}"
 

@@ -5,8 +5,8 @@
 DIR holds `mimic-cxr-2.0.0-split.csv`, `mimic-cxr-2.0.0-metadata.csv`, the films
 `files/p10/p10000032/s50414267/DICOM.jpg` and, there or under --reports_root (also in
 `mimic-cxr-reports/`), the reports `files/p10/p10000032/s50414267.txt`. One report sample for each
-frontal film (PA, AP), the FINDINGS section alone (`sections.py`; FINDINGS AND IMPRESSION where it
-is all there is, which is counted), by the official split. `--classification` adds one sample a film
+frontal film (PA, AP), only the FINDINGS section (`sections.py`; FINDINGS AND IMPRESSION if there is
+nothing else, which is counted), by the official split. `--classification` adds one sample per film
 that lists the positive labels of `mimic-cxr-2.0.0-chexpert.csv`. Johnson et al., Scientific Data
 6:317, 2019; 1901.07042.
 """

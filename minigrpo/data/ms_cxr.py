@@ -4,8 +4,8 @@
 
 DIR holds `MS_CXR_Local_Alignment_v1.0.0.csv` (x, y, w, h, image_width, image_height, label_text,
 dicom_id, category_name, path); MIMIC holds the films and `mimic-cxr-2.0.0-split.csv`. All boxes of
-one film with the same text are one sample; the split is MIMIC's own, so that no film is tested on
-that a model of MIMIC reports was trained on. Boecking et al., ECCV 2022, 2204.09817.
+one film with the same text are one sample; the split is MIMIC's own, so that no model trained on
+MIMIC reports is tested on its training films. Boecking et al., ECCV 2022, 2204.09817.
 """
 
 from collections import defaultdict

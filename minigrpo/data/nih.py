@@ -7,10 +7,10 @@ DIR holds `BBox_List_2017.csv` (Image Index, Finding Label, Bbox [x, y, w, h] in
 Wang et al., CVPR 2017, 1705.02315.
 
 Splits: the official lists (`train_val_list.txt`, `test_list.txt`) were made for classification, and
-in the release as we know it all films with boxes are in the test list. Where the lists lie in DIR
-and divide the films with boxes, they are honoured (and a tenth of the training patients is valid);
-else the patients with boxes are split 80 / 10 / 10 by hash, which the output says. A model trained
-on that must not be evaluated by the official classification test.
+in the release as we know it all films with boxes are in the test list. If the lists are in DIR and
+do split the films with boxes, they are used (and a tenth of the training patients is valid);
+otherwise the patients with boxes are split 80 / 10 / 10 by hash, as the output says. A model
+trained on that split must not be evaluated on the official classification test.
 """
 
 from collections import defaultdict

@@ -4,8 +4,8 @@
 
 DIR holds `indiana_reports.csv` (uid, findings, ...), `indiana_projections.csv` (uid, filename,
 projection) and the films as PNG in any folder below. One report sample for each frontal film with
-findings. A uid is one study of one person, and nobody has two; there are no official splits, so 80
-/ 10 / 10 by a hash of the uid. Demner-Fushman et al., JAMIA 23:304-310, 2016.
+findings. A uid is one study of one person, and nobody has two. There are no official splits, so
+films are split 80 / 10 / 10 by a hash of the uid. Demner-Fushman et al., JAMIA 23:304-310, 2016.
 """
 
 from pathlib import Path

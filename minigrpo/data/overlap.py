@@ -34,10 +34,10 @@ def side_of(path: Path, among: Sequence[Path]) -> str:
 def check_apart(
     train: Sequence[Sample], others: Sequence[Sample], names: tuple[str, str]
 ) -> str | None:
-    """ValueError where all the others are trained on; a note where some of their films or patients
-    are. `names`: the arguments'.
+    """ValueError if all the others are also training samples; a note if some of their films or
+    patients are. `names`: those of the arguments.
 
-    Films are the same if they are one file or hold the same bytes, whatever they are called.
+    Films are the same if they are one file or have the same bytes, whatever their names.
     """
     twin = same_files(film_paths(train), film_paths(others))
     plain = {

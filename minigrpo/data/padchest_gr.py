@@ -79,7 +79,7 @@ def read(root: Path, split: str, ledger: Ledger) -> list[Draft]:
 
 
 def corners(box) -> list[float]:
-    """The four numbers of a box; NaN where it holds something else."""
+    """The four numbers of a box; NaN for anything else."""
     return (
         [number(str(value)) for value in box]
         if isinstance(box, list) and len(box) == 4

@@ -1,9 +1,9 @@
-"""Ask a model at any OpenAI-compatible endpoint, to rewrite reports or what else; answers are kept,
-so that a run can stop and go on.
+"""Ask a model at any OpenAI-compatible endpoint, to rewrite reports or for other purposes; answers
+are cached, so that a stopped run can be resumed.
 
-The server is not trusted: an answer is bounded in size, time and depth, and one that cannot be
-read, or does not come, is asked for again a few times. A question that gets none is counted, and
-the others go on.
+The server is not trusted: an answer is limited in size, time and depth, and if it is unreadable or
+missing, the question is asked again a few times. A question without an answer is counted, and the
+others continue.
 """
 
 import hashlib
@@ -51,19 +51,20 @@ LEAST_KEY = 4  # characters of a key that is blanked: "x" would blank half of a 
 
 
 class NoAnswer(ValueError):
-    """A question that got no answer which could be used, and why."""
+    """A question without a usable answer, and why."""
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the request to an address that nobody checked."""
+    """Refuses redirects: they would send the request to an unchecked address."""
 
     def redirect_request(self, *args):
         return None
 
 
 class Connection(http.client.HTTPConnection):
-    """One that another thread can end at any moment, by its `handle`: a server that sends a byte a
-    second never times out."""
+    """A connection that another thread can end at any moment, by its `handle`: a server that sends
+    one byte per second never times out.
+    """
 
     handle: socket.socket | None = None
 
@@ -73,7 +74,7 @@ class Connection(http.client.HTTPConnection):
 
 
 class SecureConnection(http.client.HTTPSConnection, Connection):
-    """The handle is there before the handshake."""
+    """The handle exists before the handshake."""
 
 
 def _kept(
@@ -129,7 +130,7 @@ class Endpoint:
         self._opener = urllib.request.build_opener(NoRedirect, Http, Https, *no_proxy)
 
     def rewrite(self, text: str) -> str:
-        """The model's version of one report, "" where it found nothing to keep."""
+        """The model's version of one report, "" if there was nothing to keep."""
         said, whole = self.chat(
             [{"role": "system", "content": PROMPT}, {"role": "user", "content": text}]
         )
@@ -147,8 +148,7 @@ class Endpoint:
         return report
 
     def chat(self, messages: list[dict], **settings) -> tuple[str, bool]:
-        """(what the model says, whether it came to its end). NoAnswer where it says nothing that
-        can be used."""
+        """(the model's answer, whether it is complete). NoAnswer if it is not usable."""
         question = {"model": self.model, "temperature": 0, "messages": messages} | settings
         body, url = json.dumps(question).encode(), f"{self.address.rstrip('/')}/chat/completions"
         headers = {"Content-Type": "application/json"} | (
@@ -183,8 +183,9 @@ class Endpoint:
         raise NoAnswer(problem)
 
     def _read(self, request: urllib.request.Request, seconds: float) -> bytes:
-        """The body of the answer, of at most MOST_BYTES. After `seconds` the connection is cut,
-        wherever it is."""
+        """The body of the answer, of at most MOST_BYTES. After `seconds` the connection is
+        closed.
+        """
 
         def cut():
             handle = getattr(getattr(request, "connection", None), "handle", None)
@@ -232,14 +233,15 @@ class Endpoint:
         return text.replace(self.key, "[key]") if self.key and len(self.key) >= LEAST_KEY else text
 
     def _blank(self, text: str) -> str:
-        """Text of the server as a message may show it: without the key, of one line, 300 characters
-        at most."""
+        """Text of the server, safe to show in a message: without the key, on one line, at most 300
+        characters.
+        """
         return visible(" ".join(self._without_key(text).split()))[:300]
 
 
 def is_loopback(address: str) -> bool:
-    """Whether the address is this machine, by what is written: a name other than localhost could be
-    resolved anew to any place.
+    """Whether the address is literally this machine: a name other than localhost could later
+    resolve to any other.
     """
     host = urlsplit(address).hostname or ""
     try:
@@ -249,8 +251,8 @@ def is_loopback(address: str) -> bool:
 
 
 def check_address(address: str, sources: Sequence[str | None], what: str, allowed: bool) -> None:
-    """Reports and films leave this machine only if they may, or if the user says so; `sources`: the
-    set of each sample sent.
+    """Reports and films leave this machine only if that is allowed, or if the user says so;
+    `sources`: the data set of each sample sent.
     """
     if is_loopback(address) or allowed:
         return
@@ -277,7 +279,7 @@ def rewrite_all(
 
 
 def key_of(*parts) -> str:
-    """What an answer depends on, as the name under which it is kept."""
+    """A key for the cache, made of everything that an answer depends on."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -341,7 +343,7 @@ def is_text(answer: object) -> bool:
 
 
 def unusable(answer: str, thinking: str | None = None) -> str | None:
-    """Why a file with this answer in a line would be refused as a whole, if it would."""
+    """Why a file with this answer in a line would be refused, or None."""
     line = {
         "id": "asked",
         "image": None,
@@ -354,19 +356,20 @@ def unusable(answer: str, thinking: str | None = None) -> str | None:
 
 
 def is_report(answer: object) -> bool:
-    """Whether it is what `Endpoint.rewrite` gives: "", or a text that a report may be."""
+    """Whether it is a result of `Endpoint.rewrite`: "", or a text that is allowed in a report."""
     return is_text(answer) and not (answer and unusable(answer))
 
 
 def is_reply(answer: object) -> bool:
-    """Whether it is what `Endpoint.chat` gives: a text, and whether it came to its end."""
+    """Whether it is a result of `Endpoint.chat`: a text, and whether it is complete."""
     pair = isinstance(answer, list | tuple) and len(answer) == 2
     return pair and is_text(answer[0]) and isinstance(answer[1], bool)
 
 
 def read_cache(cache: Path, fits: Callable[[object], bool]) -> dict:
-    """Answers of earlier runs; a line that a killed run left half written, or that holds something
-    else, is asked again."""
+    """Answers of earlier runs; a line that is incomplete after a kill, or invalid, is asked
+    again.
+    """
     known = {}
     for line in (
         cache.read_text(encoding="utf-8", errors="replace").split("\n") if cache.is_file() else []

@@ -1,5 +1,5 @@
-"""What the adapters share when they read: tables, boxes in pixels, seeded wordings, and the samples
-that come of them.
+"""What the adapters share for reading: tables, boxes in pixels, seeded wordings, and the resulting
+samples.
 """
 
 import csv
@@ -27,7 +27,9 @@ UNREADABLE = (csv.Error, UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipF
 
 @dataclass
 class Draft:
-    """A sample before its film is read; `rows` are the ledger's rows that live or fall with it."""
+    """A sample before its film is read; `rows` are the ledger's rows that are kept or dropped with
+    it.
+    """
 
     rows: list[Hashable]
     film: Path  # where the film lies
@@ -51,9 +53,9 @@ def read_csv(
     path: Path, columns: Sequence[str]
 ) -> Iterator[tuple[tuple[str, int], dict[str, str]]]:
     """((file name, row number from 1), row) of a CSV file with a header; quoted newlines and a
-    byte-order mark are no trouble.
+    byte-order mark are allowed.
 
-    `columns` must be there. Cells come stripped; a missing one is "".
+    `columns` must be present. Cells are stripped; a missing one is "".
     """
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", newline="", encoding="utf-8-sig") as file:
@@ -125,10 +127,9 @@ def unit_box(
     x1: float, y1: float, x2: float, y2: float, width: float, height: float, ledger: Ledger
 ) -> list[float] | str:
     """A box in pixels as [x1, y1, x2, y2] in 0..1, cut at the film's edge; or the reason why it is
-    none.
+    not valid.
 
-    The text of an answer has two decimals, so a box that is thinner than that would be taught as a
-    line.
+    The text of an answer has two decimals, so a thinner box would be written as a line.
     """
     if not all(map(math.isfinite, (x1, y1, x2, y2, width, height))):
         return "a box that is not four numbers"
@@ -147,7 +148,7 @@ def unit_box(
 
 
 def number(text: str) -> float:
-    """A cell as a float; NaN for an empty one and for anything else that is no number."""
+    """A cell as a float; NaN for an empty one and for anything else that is not a number."""
     try:
         return float(text)
     except ValueError:
@@ -155,8 +156,8 @@ def number(text: str) -> float:
 
 
 def sample_rng(sample_id: str) -> np.random.Generator:
-    """A stream of the sample's own: the same wording and the same drawn region in every conversion,
-    whatever else is in the set.
+    """A random stream of the sample's own: the same wording and the same region in every
+    conversion, whatever else is in the data set.
     """
     return np.random.default_rng(int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8]))
 
@@ -196,9 +197,7 @@ def grounding_sample(
 
 
 def readable(label: str) -> str:
-    """A label as it stands within a sentence: "Aortic enlargement" in small letters, "ILD" as it
-    is.
-    """
+    """A label as written within a sentence: "Aortic enlargement" in lower case, "ILD" unchanged."""
     return label if label.isupper() else label.lower()
 
 

@@ -1,5 +1,5 @@
-"""One sample, and the JSONL file it comes from. All that can be wrong with a file is said before
-training starts.
+"""One sample, and the JSONL file it comes from. Every error in a file is reported before training
+starts.
 """
 
 import json
@@ -23,7 +23,7 @@ LONGEST = 16_000_000  # bytes of a line: a sample with a long conversation has s
 
 
 class DataError(ValueError):
-    """Something in a data file is wrong; the message names file, line and mend."""
+    """An error in a data file; the message names file, line and what to do."""
 
 
 @dataclass
@@ -48,8 +48,9 @@ class Sample:
     line: int = 0
 
     def __post_init__(self):
-        """One spelling of each character, so that an answer that says the same is the same; ids and
-        paths stay as they are."""
+        """Normalise the spelling of each character, so that equal answers compare equal; ids and
+        paths are unchanged.
+        """
         for name in ("question", "answer", "thinking"):
             setattr(self, name, getattr(self, name) and one_spelling(getattr(self, name)))
         self.turns = self.turns and [[one_spelling(text) for text in turn] for turn in self.turns]
@@ -68,7 +69,8 @@ class Sample:
 
 def load_film(sample: Sample, path: str) -> Image.Image:
     """`load_image` of one of the sample's images; DataError names file and line, since a film may
-    vanish in the middle of a run."""
+    disappear during a run.
+    """
     try:
         return load_image(path)
     except ValueError as error:
@@ -95,8 +97,8 @@ def _raise(file: Path, errors: list[tuple[int, str]]) -> None:
 
 
 def _records(file: Path, errors: list[tuple[int, str]]) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of every line that holds one; the others go to `errors`, blank lines
-    nowhere.
+    """(line number, object) of every line that has one; the others go to `errors`, and blank lines
+    are ignored.
     """
     with file.open("rb") as stream:
         for line, raw in enumerate(iter(lambda: stream.readline(LONGEST + 1), b""), 1):
@@ -121,8 +123,8 @@ def _records(file: Path, errors: list[tuple[int, str]]) -> Iterator[tuple[int, d
 def scan_jsonl(
     path: str | os.PathLike,
 ) -> tuple[list[Sample], list[tuple[int, str]], dict[str, int]]:
-    """The samples of the lines that are right; (line, what is wrong and its mend) of all others;
-    and the first line of each image that exists.
+    """The samples of the valid lines; (line, what is wrong and what to do) of all others; and the
+    first line of each image that exists.
 
     No image is opened. A conversation without question and answer takes those of its first turn.
     """
@@ -179,10 +181,10 @@ def read_jsonl(
     """The samples of one JSONL file, all lines checked and, with `verify_images`, each distinct
     image decoded once.
 
-    Processes that read the same file can share out the decoding: `part` (k, n) decodes every n-th
+    Processes that read the same file can divide the decoding: `part` (k, n) decodes every n-th
     image, from the k-th. `task` keeps the samples of one task. A conversation without question and
     answer takes those of its first turn. Image paths are absolute or relative to the file.
-    DataError tells up to ten errors, each with file, line and mend.
+    DataError reports up to ten errors, each with file, line and what to do.
     """
     if task not in ("all", *TASKS):
         raise ValueError(f"unknown task {task!r}: choose one of all, {', '.join(TASKS)}")
