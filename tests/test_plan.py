@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_made_to(hub):
         room: explain(arguments(hub[0], plan=room), make, "").splitlines()[-1].split()
         for room in (7.0, 5.9, 3.0, 0.5)
     }
-    assert last[7.0] == ["fits"] and last[0.5][:4] == ["nothing", "more", "to", "save"]
+    assert last[7.0] == ["fits"] and last[0.5][:4] == ["no", "other", "setting", "saves"]
     assert last[5.9] == ["--micro_tokens", "4096", "--rollout_rows", "256", "5.41", "GB", "fits"]
     assert last[3.0] == ["--lora_rank", "16", "2.64", "GB", "fits"]
 

@@ -1,4 +1,4 @@
-"""Percentile bootstrap over items: how far would a metric move, had other items been drawn? 2,000
+"""Percentile bootstrap over items: how far a metric would move if other items had been drawn. 2,000
 resamples, 95%.
 
 An item's value is a float, or a row of statistics of which a corpus metric is computed once they
@@ -17,8 +17,8 @@ Score = Callable[[np.ndarray], np.ndarray]  # summed statistics [..., K] -> metr
 
 
 def _rows(values) -> np.ndarray:
-    """[N] or [N, K] -> float [N, K]; a NaN would poison every resample, so it is an error. Short
-    rows end in zeros.
+    """[N] or [N, K] -> float [N, K]; a NaN would spoil every resample, so it is an error. Short
+    rows are padded with zeros.
     """
     if len(values) and isinstance(values[0], list):
         values = list(zip(*zip_longest(*values, fillvalue=0.0)))

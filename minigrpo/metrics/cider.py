@@ -1,4 +1,4 @@
-"""CIDEr-D: n-grams in common, those that many references share counting little."""
+"""CIDEr-D: common n-grams, where those that many references share count little."""
 
 import math
 from collections import Counter
@@ -11,7 +11,7 @@ SIGMA = 6.0  # of the length penalty, in words
 
 
 def words(text: str) -> list[str]:
-    """Lower-case runs of letters and digits, as rouge-score takes them: "effusion." is the word
+    """Lower-case runs of letters and digits, as in rouge-score: "effusion." is the word
     "effusion".
     """
     return tokenize(text, None)

@@ -1,9 +1,9 @@
-"""What a report says of the patient: RadGraph F1, CheXbert F1, BERTScore and RadCliQ, joined for
+"""The clinical content of a report: RadGraph F1, CheXbert F1, BERTScore and RadCliQ, for
 evaluate.py.
 
 The scorers and their weights are those of the rewards (`minigrpo.rewards`), and so are the floors:
-an answer without text is not shown to a scorer. A scorer whose weights are absent is left out, with
-a line that says so.
+an answer without text is not passed to a scorer. A scorer whose weights are absent is left out,
+with a line that says so.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ RADCLIQ = {"model": "distilroberta-base", "layer": 5, "baseline": 0.8473319}
 
 @dataclass
 class Clinical:
-    """The scorers that could be loaded; None where one could not."""
+    """The scorers that could be loaded; None for the others."""
 
     radgraph: Any = None
     chexbert: Any = None
@@ -33,8 +33,8 @@ class Clinical:
     def score(self, predictions: list[str], references: list[str]) -> list[dict]:
         """[N] dicts. "bertscore": about 0..1, floor -2 (F = 0); "radgraph_simple",
         "radgraph_partial", "radgraph_complete": 0..1; "chexbert": `chexbert_statistics`; "radcliq":
-        -1.44..3, lower is better, needs the other scorers. What a scorer can't score (None or NaN)
-        is left out of its item.
+        -1.44..3, lower is better, needs the other scorers. Scores that a scorer can't give (None or
+        NaN) are left out of the item.
         """
         filled = [i for i, text in enumerate(predictions) if text]
         hyps, refs = [predictions[i] for i in filled], [references[i] for i in filled]
@@ -83,7 +83,7 @@ class Clinical:
 
 
 def load_clinical(weights_dir: str, device: str = "cpu") -> tuple[Clinical, list[str]]:
-    """The scorers whose weights the folder holds, and a line for each that it doesn't."""
+    """The scorers whose weights are in the folder, and a line for each that is missing."""
     if not Path(weights_dir).is_dir():
         raise ValueError(
             f"--reward_weights {weights_dir} is not a folder: name the one with the weights of the"
@@ -146,8 +146,8 @@ def cosines(chexbert, predictions: list[str], references: list[str]) -> list[flo
 
 def chexbert_statistics(chexbert, predictions: list[str], references: list[str]) -> list[list[int]]:
     """For each item 3 x 14 zeros and ones: true positive, false positive, false negative of each
-    condition. Positive and uncertain count as present. A prediction without text mentions
-    nothing.
+    condition. Positive and uncertain count as present. A prediction without text mentions no
+    condition.
     """
     expected = present(chexbert.labels(references))
     predicted = np.zeros_like(expected)
@@ -168,7 +168,7 @@ def present(labels) -> np.ndarray:
 
 def condition_f1(statistics: np.ndarray) -> np.ndarray:
     """F1 of each condition of summed `chexbert_statistics`, [..., 3 C] -> [..., C]; 0 for one that
-    is nowhere.
+    does not occur.
     """
     hit, extra, missed = np.moveaxis(
         np.asarray(statistics, float).reshape(*statistics.shape[:-1], 3, -1), -2, 0
@@ -177,9 +177,9 @@ def condition_f1(statistics: np.ndarray) -> np.ndarray:
 
 
 def f1_of(five: bool, macro: bool):
-    """A score of summed `chexbert_statistics`: F1 over 14 or 5 conditions, their mean (macro) or of
-    all decisions (micro). Range 0..1. Source: Smit et al. 2020 (arXiv 2004.09167); f1chexbert's
-    "rrg" reading, in which an absent condition's F1 of 0 enters the macro mean.
+    """A score of summed `chexbert_statistics`: F1 over 14 or 5 conditions, their mean (macro) or
+    over all decisions (micro). Range 0..1. Source: Smit et al. 2020 (arXiv 2004.09167);
+    f1chexbert's "rrg" reading, in which an absent condition's F1 of 0 enters the macro mean.
     """
 
     def score(statistics: np.ndarray) -> np.ndarray:
@@ -200,7 +200,7 @@ def conditions() -> tuple[str, ...]:
 
 
 def five_columns() -> list[int]:
-    """Where CheXpert's five stand among the fourteen."""
+    """The columns of CheXpert's five among the fourteen."""
     return [conditions().index(name) for name in FIVE]
 
 

@@ -1,5 +1,5 @@
-"""What a model reaches that never looks at the film: one fixed answer. A trained model must beat
-these.
+"""The score of a model that never looks at the film: one fixed answer. A trained model must beat
+it.
 """
 
 import random
@@ -20,8 +20,7 @@ def _some(items: list, most: int) -> list:
 
 def _best_boxes(samples: list[Sample]) -> str:
     """The text of the boxes with the highest mean soft F1 over these samples: the median or mean
-    box, or one sample's whole set or single box. Compared as the text that will be written, after
-    rounding.
+    box, or one sample's whole set or single box. Compared as written, after rounding.
     """
     every = [box for sample in samples for box in sample.boxes]
     sets = [sample.boxes for sample in _some(samples, CANDIDATES // 2)]
@@ -43,9 +42,9 @@ def _keys(sample: Sample) -> list[tuple[str, str]]:
 
 
 def constant_boxes(train: list[Sample], test: list[Sample]) -> list[str]:
-    """For each test sample the best constant answer of its label in train; of its kind where train
-    has no such label (most phrases), of all grounding where it has no such kind. Boxes are written
-    in 0..1. Only the grounding samples of train that have boxes count; test holds nothing but
+    """For each test sample the best constant answer for its label in train; for its kind if train
+    has no such label (most phrases), and for all grounding if it has no such kind. Boxes are
+    written in 0..1. Only the grounding samples of train that have boxes count; all of test must be
     grounding.
     """
     groups: dict[tuple[str, str], list[Sample]] = {}

@@ -1,7 +1,7 @@
-"""What a report of a drawn film says, judged by what was drawn: findings named, missed, invented.
+"""Judges a report of a drawn film by what was drawn: findings named, missed, invented.
 
-The reference report is one way to say it; the drawing is the truth itself. Nothing here needs a
-network: the words of phantom reports are few.
+The reference report is one way to say it; the drawing is the ground truth. Nothing here needs a
+network: phantom reports use few words.
 """
 
 import re
@@ -34,8 +34,8 @@ Finding = tuple[str, str | None]  # label and side
 
 
 def named_findings(text: str) -> set[Finding]:
-    """(label, side) of each finding that a phantom report states and does not deny; side None for
-    the heart and the tubes, and where a sided finding is named without a side. A denial reaches to
+    """(label, side) of each finding that a phantom report states and does not deny; side is None
+    for the heart and the tubes, and for a sided finding named without a side. A denial extends to
     the end of its sentence.
     """
     return {finding for sentence in text.lower().split(".") for finding in _stated(sentence)}
@@ -66,8 +66,8 @@ def _stated(sentence: str) -> set[Finding]:
 
 
 def drawn_findings(sample: Sample) -> set[Finding] | None:
-    """(label, side) of each finding that was drawn on the sample's film; None where the sample is
-    no phantom's report.
+    """(label, side) of each finding that was drawn on the sample's film; None if the sample is not
+    a report of a phantom.
     """
     if sample.source != "phantom" or not isinstance(sample.findings, list):
         return None

@@ -42,7 +42,7 @@ def match_statistics(predicted: Boxes, reference: Boxes) -> list[float]:
 
 def matched_iou(statistics: np.ndarray) -> np.ndarray:
     """Mean IoU of the matched pairs of summed `match_statistics`, [..., 2] -> [...]. Range 0..1; 0
-    without a pair. It says how well found boxes sit, and nothing of those that were missed.
+    without a pair. It says how well the found boxes fit, and nothing about those that were missed.
     """
     return statistics[..., 0] / np.maximum(statistics[..., 1], 1)
 

@@ -1,15 +1,15 @@
-"""Rewards: answers in, one float an answer out. `reward_fn` reads the --reward argument:
+"""Rewards: answers in, one float per answer out. `reward_fn` reads the --reward argument:
 
     gleu                     one reward, on the tasks it applies to
     0.9*gleu+0.1*soft_f1     a weighted sum; each term enters on the tasks it applies to
     report=gleu,grounding=0.5*soft_f1+0.5*dice
                              one sum for each task
-    my_module:my_reward      your own, anywhere a name may stand: callable(answers, samples) -> a
+    my_module:my_reward      your own, anywhere a name can be: callable(answers, samples) -> a
                              list of numbers (None: not scored) or a `Scores`
 
-A built-in scores answers without their thinking and gives an empty one its floor. What a scorer
-can't do, by an exception or NaN, is marked as not scored, and is no fault of the model.
-docs/rewards.md has each reward's formula, range, floor and cost.
+A built-in reward scores answers without their thinking and gives an empty one its floor. An answer
+on which a scorer fails, by an exception or NaN, is marked as not scored, since the model is not at
+fault. docs/rewards.md has each reward's formula, range, floor and cost.
 """
 
 import math
@@ -52,15 +52,14 @@ LARGEST = 1e15  # of a reward: fp32, which compares them, overflows at the squar
 
 
 class BadReward(ValueError):
-    """A reward returned what is no score of each answer. The message names the reward and says what
-    to return."""
+    """A reward did not return one score per answer. The message names the reward and says what to
+    return.
+    """
 
 
 @dataclass
 class Scores:
-    """What a reward says of N answers, in their order; every list has N entries, but for
-    `errors`.
-    """
+    """A reward's result for N answers, in order; every list has N entries, except `errors`."""
 
     values: list[float]  # 0.0 where valid is False, so that no NaN travels on
     valid: list[bool]  # False: could not be scored, and must not count as a bad answer
@@ -125,8 +124,8 @@ class Reward:
         texts: list[str],
         samples: list[Sample],
     ) -> Callable:
-        """callable(rows) -> the term's scores of these rows. A function of one's own gets the
-        answers as written.
+        """callable(rows) -> the term's scores of these rows. A user's own function gets the answers
+        as written.
         """
         own = name not in REWARDS
         raw = own or name == "format"
@@ -142,9 +141,9 @@ class Reward:
 
 
 def scored(call: Callable, rows: list[int], name: str, errors: list[str]) -> Scores:
-    """`call(rows)`. Where it raises, halves are tried, down to the single rows that can't be
-    scored: these are NaN. Four single failures before any success mean that the scorer itself is
-    broken: the rest is NaN untried.
+    """`call(rows)`. If it raises, halves are tried, down to the single rows that can't be scored,
+    which get NaN. Four single failures before any success mean that the scorer itself is broken:
+    the rest gets NaN untried.
     """
     failed, succeeded = 0, 0
 
@@ -191,9 +190,10 @@ def _note(errors: list[str], text: str) -> None:
 
 
 def _at_home(call: Callable, part: list[int], name: str) -> Any:
-    """call(part), and then what the run relies on as it was before: a reward that leaves the
-    working directory would take the run's files along, and torch's defaults decide in which
-    precision all else is computed."""
+    """call(part), then restore the state that the run relies on: a reward that changes the working
+    directory would redirect the run's files, and torch's defaults decide the precision of
+    everything else.
+    """
     before = _surroundings()
     try:
         return call(part)
@@ -249,8 +249,9 @@ def as_scores(result: Any, count: int, name: str) -> Scores:
 
 
 def _floats(given: Any, count: int, name: str) -> list[float]:
-    """A list, a tuple, or a vector of NumPy, torch or pandas -> floats, NaN for None and for what
-    is not finite."""
+    """A list, a tuple, or a vector of NumPy, torch or pandas -> floats, NaN for None and for
+    anything not finite.
+    """
     vector = getattr(given, "ndim", None) == 1 and hasattr(given, "tolist")
     flat = given.tolist() if vector else given
     wrong = not isinstance(flat, list | tuple)
@@ -306,7 +307,8 @@ def reward_fn(
     An answer whose think block is broken counts as empty, which is each built-in's floor.
     `template_opens_think`: the chat template already wrote <think>. `box_scale`: what the model's
     coordinates are divided by. `weights_dir` (None: the hub) and `device` are for the clinical
-    rewards, whose models are loaded here; `cache`: file that keeps their references between runs.
+    rewards, whose models are loaded here; `cache`: a file that keeps their scored references
+    between runs.
     """
     terms, scorers = parse_spec(spec), Scorers(weights_dir, device, cache)
     for name in {name for task in terms.values() for _, name, _ in task if name in CLINICAL}:

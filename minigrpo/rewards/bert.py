@@ -1,4 +1,4 @@
-"""Texts through an encoder, in batches of like length."""
+"""Runs texts through an encoder, in batches of similar length."""
 
 from collections.abc import Callable
 

@@ -1,5 +1,5 @@
-"""BERTScore (Zhang et al. 2020, arXiv 1904.09675): each token of one text matched to the most
-similar of the other.
+"""BERTScore (Zhang et al. 2020, arXiv 1904.09675): each token of one text is matched to the most
+similar one of the other.
 """
 
 import torch
@@ -26,8 +26,8 @@ class BertScore:
         )
         self.layer, self.baseline, self.prefix = layer, baseline, prefix
         self.longest = min(tokenizer.model_max_length, 512)
-        # Token vectors are large (about 0.2 MB a report) and cheap to make anew: kept in memory,
-        # not on disk.
+        # Token vectors are large (about 0.2 MB per report) and cheap to recompute: cached in
+        # memory, not on disk.
         self.references = Cached(self._embed, "", limit=1024)
 
     @classmethod
@@ -43,8 +43,8 @@ class BertScore:
         """The default is RadCliQ's. The folder holds the model's own: DIR/distilroberta-base/ with
         config, tokenizer, weights.
 
-        `layer`: whose output is compared. `baseline`: the F of unrelated sentences for that layer
-            (bert-score's tables).
+        `layer`: the layer whose output is compared. `baseline`: the F of unrelated sentences for
+            that layer (bert-score's tables).
         """
 
         def load(source):
@@ -71,8 +71,8 @@ class BertScore:
         return cls(encoder, tokenizer, layer=layer, baseline=baseline, prefix=prefix, device=device)
 
     def _embed(self, texts: list[str]) -> list[tuple[Tensor, Tensor]]:
-        """Of each text the unit vectors of its tokens [T, d], and which of them count [T]: special
-        tokens match, but weigh 0.
+        """For each text the unit vectors of its tokens [T, d], and which of them count [T]: special
+        tokens match, but have weight 0.
         """
         clean = [self.prefix + text.strip() if text.strip() else "" for text in texts]
         ids = self.tokenizer(clean, truncation=True, max_length=self.longest)["input_ids"]
@@ -91,8 +91,8 @@ class BertScore:
     @torch.inference_mode()
     def score(self, hyps: list[str], refs: list[str]) -> list[float]:
         """Rescaled F1 of each pair, (F - baseline) / (1 - baseline): at most 1, about 0 for
-        unrelated texts; a blank text has F = 0. Each distinct text is encoded once, references are
-        remembered from call to call.
+        unrelated texts; a blank text has F = 0. Each distinct text is encoded once; references are
+        cached between calls.
         """
         if len(hyps) != len(refs):
             raise ValueError(f"{len(hyps)} hypotheses for {len(refs)} references: give pairs")
@@ -107,8 +107,8 @@ class BertScore:
         """F of n pairs, [n]. Precision: the mean over the hypothesis' tokens of their best cosine;
         recall: the reference's.
 
-        Padding can't be the best match, so a pair's score is its own; in bert-score it counts as a
-        cosine of 0.
+        Padding can't be the best match, so a pair's score does not depend on the batch; in
+        bert-score padding counts as a cosine of 0.
         """
         (hyp, hyp_weight), (ref, ref_weight) = (
             [pad_sequence(part, batch_first=True) for part in zip(*side)] for side in zip(*pairs)

@@ -1,8 +1,8 @@
-"""What a scorer made of a reference, kept: in memory for the run, on disk for the next one.
+"""A cache of scored references: in memory for the run, on disk for the next one.
 
-A step asks for each reference G times and later steps ask again; its annotation changes with the
-text and the model alone, so these two are the key. SQLite makes each write whole or absent, also
-under a kill and with several processes.
+A step needs each reference G times, and later steps need it again; its annotation depends only on
+the text and the model, so these two are the key. SQLite makes each write atomic, even if a process
+is killed or several write at once.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import Any
 
 
 class Cached:
-    """`score(texts) -> values` with a memory. `model` names what the values depend on besides the
+    """`score(texts) -> values` with a cache. `model` names what the values depend on besides the
     text.
 
     `path` None: in memory only, the last `limit` texts. Values on disk go through `pack` and
@@ -41,11 +41,11 @@ class Cached:
         )
         self.memory: OrderedDict[str, Any] = OrderedDict()
         self.disk = _open(path) if path else None
-        self.scored = 0  # texts that went to the scorer
+        self.scored = 0  # texts sent to the scorer
 
     def __call__(self, texts: list[str]) -> list:
-        """One value for each text, in order; each distinct unknown text is scored once, all in one
-        call.
+        """One value for each text, in order; each distinct text not in the cache is scored once,
+        all in one call.
         """
         distinct = list(dict.fromkeys(texts))
         known = {text: self.memory[text] for text in distinct if text in self.memory}
@@ -75,7 +75,7 @@ class Cached:
                 ).fetchone()
                 if row:
                     scores[text] = self.unpack(row[0])
-            # a damaged row is a missing one: it is scored and written anew
+            # a damaged row counts as missing: it is scored and written again
             except (sqlite3.Error, ValueError) as error:
                 _warn(error)
         return scores

@@ -1,5 +1,5 @@
 """CheXbert (Smit et al. 2020, arXiv 2004.09167): fourteen findings of a report, and its vector. A
-BERT with a linear head each.
+BERT with a linear head for each finding.
 """
 
 import re
@@ -123,7 +123,8 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def label_f1(predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """F1 of the findings of each pair of reports, [N, 14] -> [N], in 0..1. Positive and uncertain
-    both count as there, as in the paper's metric. No finding in either report is full agreement: 1.
+    both count as present, as in the paper's metric. No finding in either report is full agreement:
+    1.
     """
     a, b = ((labels == POSITIVE) | (labels == UNCERTAIN) for labels in (predicted, reference))
     both, either = (a & b).sum(-1), a.sum(-1) + b.sum(-1)

@@ -1,10 +1,10 @@
-"""Rewards of reports that read the text with a model. Each takes (answers, samples, scorers):
+"""Rewards for reports that read the text with a model. Each takes (answers, samples, scorers):
 answers without thinking.
 
-`Scorers` loads what the --reward names, once, and remembers references. A blank answer gets the
-floor here; what a scorer can't do is an exception or NaN, which `Reward` turns into "could not be
-scored". The models' modules are imported where they are loaded: they take seconds, and who rewards
-boxes needs none of them.
+`Scorers` loads the models that --reward names, once, and caches references. A blank answer gets the
+floor here; a failing scorer raises or returns NaN, which `Reward` turns into "could not be scored".
+The models' modules are imported only when they are loaded: they take seconds, and rewards for boxes
+need none of them.
 """
 
 import json
@@ -33,7 +33,7 @@ SHORTEST, LONGEST = 5, 2048  # characters, of the authors' text mode
 
 @dataclass
 class Scorers:
-    """The models, each loaded on first use, and what they made of the references."""
+    """The models, each loaded on first use, and their scored references."""
 
     weights_dir: str | None = None  # None: the hub
     device: str = "cpu"
@@ -81,7 +81,7 @@ class Scorers:
 
 
 class Graphs:
-    """RadGraph with its references remembered."""
+    """RadGraph with its references cached."""
 
     def __init__(self, model: "RadGraph", disk: Path | None):
         self.model = model
@@ -104,7 +104,7 @@ class Graphs:
 
 
 class Findings:
-    """CheXbert with its references remembered."""
+    """CheXbert with its references cached."""
 
     def __init__(self, model: "CheXbert", disk: Path | None):
         self.model = model
@@ -141,8 +141,8 @@ def _array(value: bytes, dtype, size: int) -> np.ndarray:
 
 
 def with_floor(floor: float, usable: Callable[[str], bool] = str.strip) -> Callable:
-    """Makes a reward of pairs (answers, references, scorers) one of (answers, samples, scorers): an
-    answer that is not `usable` gets `floor` and never meets the scorer.
+    """Turns a reward of (answers, references, scorers) into one of (answers, samples, scorers): an
+    answer that is not `usable` gets `floor` and is not passed to the scorer.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -165,7 +165,7 @@ def with_floor(floor: float, usable: Callable[[str], bool] = str.strip) -> Calla
 
 
 def authors_text(text: str) -> str:
-    """As RadVLM-GRPO scores a text: lower-cased, its first 2,048 characters."""
+    """The text as RadVLM-GRPO scores it: lower-cased, its first 2,048 characters."""
     return text.lower()[:LONGEST]
 
 
@@ -182,7 +182,7 @@ def _radcliq(hyps: list[str], refs: list[str], graphs: Graphs, scorers: Scorers)
 
 @with_floor(RADCLIQ_FLOOR, lambda text: len(text.strip()) > SHORTEST)
 def radcliq(hyps: list[str], refs: list[str], scorers: Scorers) -> list[float]:
-    """Minus RadCliQ-v1 as RadVLM-GRPO takes it: RadGraph-XL, texts lower-cased and cut at 2,048
+    """Minus RadCliQ-v1 as RadVLM-GRPO uses it: RadGraph-XL, texts lower-cased and cut at 2,048
     characters. Range -3..1.44; floor -3, also for at most 5 characters. Source: Yu et al. 2023
     (Patterns 4:100802), arXiv 2512.10691.
     """
@@ -196,7 +196,7 @@ def radcliq(hyps: list[str], refs: list[str], scorers: Scorers) -> list[float]:
 
 @with_floor(RADCLIQ_FLOOR)
 def radcliq_published(hyps: list[str], refs: list[str], scorers: Scorers) -> list[float]:
-    """Minus RadCliQ-v1 as published: RadGraph 1.0, texts as they are. Range -3..1.44, floor -3.
+    """Minus RadCliQ-v1 as published: RadGraph 1.0, texts unchanged. Range -3..1.44, floor -3.
     Source: Yu et al. 2023.
     """
     return _radcliq(hyps, refs, scorers.radgraph, scorers)
@@ -224,9 +224,9 @@ def bertscore(hyps: list[str], refs: list[str], scorers: Scorers) -> list[float]
 
 @with_floor(0.0)
 def chexbert(hyps: list[str], refs: list[str], scorers: Scorers) -> list[float]:
-    """F1 of the pair's CheXbert findings, all 14, positive and uncertain as there. Range 0..1,
-    floor 0. Source: Smit et al. 2020 (arXiv 2004.09167). It reads findings, not text: a list of
-    words can please it.
+    """F1 of the pair's CheXbert findings, all 14, positive and uncertain as present. Range 0..1,
+    floor 0. Source: Smit et al. 2020 (arXiv 2004.09167). It sees findings, not prose: a list of
+    words can score well.
     """
     return scorers.chexbert.f1(hyps, refs)
 

@@ -1,4 +1,4 @@
-"""Is an answer in the form that was asked for? Nothing about what it says."""
+"""Whether an answer has the required form, whatever it says."""
 
 from ..data.boxes import CLOSE, parse_boxes, split_thinking
 from ..data.sample import Sample
@@ -26,8 +26,8 @@ def format_reward(
     answers: list[str], samples: list[Sample], template_opens_think: bool, box_scale: float
 ) -> list[float]:
     """`well_formed` as 0 or 1, floor 0; `answers` as the model wrote them. Source: the format
-    reward of DeepSeek-R1 (2501.12948). Not in the paper. Every answer of a trained model gets it,
-    so it soon stops teaching.
+    reward of DeepSeek-R1 (2501.12948). Not in the paper. Every answer of a trained model gets 1, so
+    it soon teaches nothing.
     """
     return [
         float(well_formed(answer, sample, template_opens_think, box_scale))

@@ -12,15 +12,15 @@ Boxes = Sequence[Sequence[float]]  # each x1, y1, x2, y2 in 0..1
 
 
 def _proper(boxes: Boxes) -> np.ndarray:
-    """[N, 4], with zeros in place of a box that is reversed or leaves 0..1."""
+    """[N, 4], with zeros in place of a box that is reversed or not within 0..1."""
     boxes = np.asarray(boxes, dtype=float).reshape(-1, 4)
     ok = (boxes >= 0).all(1) & (boxes <= 1).all(1) & (boxes[:, :2] < boxes[:, 2:]).all(1)
     return np.where(ok[:, None], boxes, 0.0)
 
 
 def iou_matrix(predicted: Boxes, reference: Boxes) -> np.ndarray:
-    """Intersection over union of each pair, [P, N]. A box that is reversed, empty or leaves 0..1
-    overlaps nothing.
+    """Intersection over union of each pair, [P, N]. A box that is reversed, empty or not within
+    0..1 overlaps nothing.
     """
     a, b = _proper(predicted)[:, None], _proper(reference)[None]  # [P, 1, 4], [1, N, 4]
     inner = (
@@ -47,8 +47,8 @@ def match(predicted: Boxes, reference: Boxes) -> np.ndarray:
 def soft_f1(predicted_boxes: Boxes, reference_boxes: Boxes) -> float:
     """2T / (T + FP + n_ref), T the matched IoU, FP the boxes matched to nothing. Range 0..1; floor
     0, also without any predicted or reference box. Source: the paper (arXiv 2512.10691). Its
-    loophole: a box that overlaps an unmatched reference by 1% is no false positive, so junk is
-    nearly free; `dice` charges for it.
+    loophole: a box that overlaps an unmatched reference by 1% is not a false positive, so junk is
+    nearly free; in `dice` it is not.
     """
     if not len(predicted_boxes) or not len(reference_boxes):
         return 0.0
@@ -69,9 +69,9 @@ def dice(predicted_boxes: Boxes, reference_boxes: Boxes) -> float:
 
 
 def dice_or_none(answer: str, reference_boxes: Boxes, box_scale: float = 1.0) -> float:
-    """`dice` of the boxes in `answer`; where there is nothing to find, 1 for a text without a box
-    and 0 for a box or no text. Range 0..1; floor 0, for an empty answer too. Source: ours, so that
-    "there is none" can be the right answer: `soft_f1` and `dice` give 0 to whatever is said there.
+    """`dice` of the boxes in `answer`; if there is nothing to find, 1 for a text without a box and
+    0 for a box or no text. Range 0..1; floor 0, for an empty answer too. Source: ours, so that
+    "there is none" can be the right answer: `soft_f1` and `dice` give 0 to every answer there.
     """
     boxes = parse_boxes(answer, box_scale)
     if not len(reference_boxes):

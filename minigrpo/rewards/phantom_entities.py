@@ -1,10 +1,10 @@
-"""RadGraph's F1 on phantom reports: their words are few, so rules find what the network finds in
+"""RadGraph's F1 on phantom reports: they use few words, so rules can find what the network finds in
 real ones, without its weights.
 
     --reward minigrpo.rewards.phantom_entities:complete        or :partial, :simple
 
 `annotate` gives RadGraph's annotation of a text, and `radgraph_f1` compares two of them. For real
-reports take RadGraph itself; words that are not in the lists below are no entities here.
+reports use RadGraph itself; words that are not in the lists below are not entities here.
 """
 
 import re
@@ -42,10 +42,9 @@ def annotate(text: str) -> dict:
     id], ...]}}}, words counted from 0.
 
     A run of places is one region: its last word is modified by those before it. Modifiers modify
-        the next observation. That is located
-    at the region right before it ("left pneumothorax"), at the next one ("nodule in the left upper
-    zone"), or else at the last one ("the heart is enlarged"). Behind a denial a sentence's
-    observations are absent.
+        the next observation. That is located at the region right before it ("left pneumothorax"),
+        at the next one ("nodule in the left upper zone"), or else at the last one ("the heart is
+        enlarged"). After a denial, the observations of the sentence are absent.
     """
     words, entities, first = re.findall(r"[\w-]+|[^\w\s]", text.lower()), {}, 0
     for end in [i for i, word in enumerate(words) if word == "."] + [len(words)]:

@@ -1,8 +1,8 @@
-"""RadGraph: the entities and relations of a report, and how far two reports share them.
+"""RadGraph: the entities and relations of a report, and how far two reports agree in them.
 
 The model is that of the `radgraph` package (DyGIE++ on a BERT). The package annotates one report at
-a time; here a batch goes through one forward, with the package's own modules, and the same
-annotations come out.
+a time; here a batch takes one forward pass, with the package's own modules and the same
+annotations.
 """
 
 import tempfile
@@ -215,8 +215,8 @@ class RadGraph:
         scores [K].
 
         The model allows the best-scored spans, half as many as words. The package scores all their
-        pairs and then drops those that join no two entities; leaving these out before changes
-        nothing and spares nearly all of the work.
+        pairs and then drops those that do not join two entities; leaving these out beforehand
+        changes nothing and saves nearly all of the work.
         """
         relation = self.model._relation
         # (S,)
@@ -278,8 +278,9 @@ def _source_and_config(source: str) -> tuple[str, PretrainedConfig]:
 
 
 def _build(name: str, archive: Archive, source: str) -> SimpleNamespace:
-    """The package's reader and model, without weights, as its RadGraph class holds them; built of
-    the archive's numbers alone."""
+    """The package's reader and model, without weights, as its RadGraph class has them; built only
+    from the archive's numbers.
+    """
     from radgraph.allennlp.common import cached_transformers
     from radgraph.allennlp.data import Vocabulary
     from radgraph.allennlp.data.token_indexers import PretrainedTransformerMismatchedIndexer
@@ -314,8 +315,8 @@ def _spans(words: int, width: int) -> Tensor:
 
 
 def _batches(rows: dict[str, tuple], longest: int) -> list[list[str]]:
-    """Texts of like length together, TOKENS_IN_BATCH padded tokens at most. One longer than the
-    encoder goes alone.
+    """Batches of texts of similar length, at most TOKENS_IN_BATCH padded tokens each. A text longer
+    than the encoder is a batch of its own.
     """
     batches, open_batch = [], []
     for text in sorted(rows, key=lambda text: len(rows[text][0]), reverse=True):
@@ -339,12 +340,11 @@ def radgraph_f1(hyp: Annotation, ref: Annotation) -> dict[str, float]:
     """How far two reports agree, four times; each in 0..1, and 0 where either set is empty.
 
     simple: entities (tokens, label). partial: with a flag whether the entity has a relation.
-        complete: (tokens, label,
-    relation, target's tokens), and (tokens, label) for entities without one. These are the levels
-    of the package's F1RadGraph 0.1.18, its letter case included: `complete` lower-cases entities
-    that have relations, and no others. radcliq: the mean of F1 over (tokens, label) and F1 over
-    ((tokens, label), (tokens, label), type), as RadCliQ takes it (Yu et al. 2023, Patterns
-    4:100802).
+        complete: (tokens, label, relation, target's tokens), and (tokens, label) for entities
+    without one. These are the levels of the package's F1RadGraph 0.1.18, its letter case included:
+    `complete` lower-cases entities that have relations, and no others. radcliq: the mean of F1 over
+    (tokens, label) and F1 over ((tokens, label), (tokens, label), type), as RadCliQ uses it (Yu et
+    al. 2023, Patterns 4:100802).
     """
     sets = [_sets(annotation["entities"]) for annotation in (hyp, ref)]
     scores = {level: _f1(sets[0][level], sets[1][level]) for level in sets[0]}

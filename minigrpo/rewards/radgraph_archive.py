@@ -1,10 +1,10 @@
-"""What a RadGraph archive may say: the numbers and names listed here. Everything else in it is
+"""The allowed contents of a RadGraph archive: the numbers and names listed here. Everything else is
 refused by name.
 
 The radgraph package builds what an archive's config.json names, and imports any dotted `type`:
-`subprocess.Popen` as the type of a regularizer is a command that runs. So no part of the file
-reaches the package. It is read here against lists of keys, types and ranges, and the model is built
-from the numbers that come out.
+`subprocess.Popen` as the type of a regularizer is a command that runs. So the package never sees
+the file. It is checked here against lists of keys, types and ranges, and the model is built from
+the values that pass.
 """
 
 import json
@@ -39,7 +39,7 @@ class Archive:
 
 
 def read_archive(folder: Path) -> Archive:
-    """The unpacked archive in `folder`. ValueError names what does not belong into one."""
+    """The unpacked archive in `folder`. ValueError names anything that does not belong there."""
     path = folder / "config.json"
     try:
         config = json.loads(_text(path, MOST_CONFIG))
@@ -120,7 +120,7 @@ def _check(value: Any, allowed: dict | Callable | None, path: Path, where: str) 
 
 
 def _plain(value: Any, path: Path, where: str) -> None:
-    """What is not read may name no code all the same: other programs could read it."""
+    """Entries that are not read must not name code either: other programs could read them."""
     waiting = [(where, value)]
     while waiting:
         where, part = waiting.pop()

@@ -1,7 +1,7 @@
-"""What radgraph 0.1.18 needs to run on transformers 5, in one place and ready to go upstream.
+"""What radgraph 0.1.18 needs to run on transformers 5, in one place and ready for upstream.
 
 Its copy of AllenNLP calls two tokenizer methods that transformers 5 removed. In upstream's code the
-mend is one line each: `tokenizer.encode_plus(...)` becomes `tokenizer(...)`, and
+fix is one line each: `tokenizer.encode_plus(...)` becomes `tokenizer(...)`, and
 `build_inputs_with_special_tokens(ids)` puts the special tokens around ids that the class has
 already found (`single_sequence_start_tokens`, `single_sequence_end_tokens`). Here the same is given
 to the tokenizers that radgraph makes, and to no other. Upstream should also declare `requests`,
@@ -14,7 +14,7 @@ from ..packages import how_to_install, need
 
 
 def import_radgraph():
-    """The radgraph package, mended. ValueError if it is not installed, or does not fit what is
+    """The radgraph package, patched. ValueError if it is not installed, or does not fit what is
     installed.
     """
     need("RadGraph", "radgraph", "requests")  # radgraph does not say that it needs the latter

@@ -1,4 +1,4 @@
-"""The --reward argument, read: which rewards enter on which task, with which weight."""
+"""Parses the --reward argument: which rewards apply to which task, with which weight."""
 
 import difflib
 import importlib

@@ -25,22 +25,22 @@ def gleu(prediction: str, reference: str) -> float:
 
 
 def gleu_reward(answers: list[str], samples: list[Sample], box_scale: float) -> list[float]:
-    """`gleu` of each answer with its sample's. Range 0..1, floor 0. Table 3 of the paper: nearly as
-    good as RadCliQ.
+    """`gleu` of each answer with the reference of its sample. Range 0..1, floor 0. Table 3 of the
+    paper: nearly as good as RadCliQ.
     """
     return [gleu(answer, sample.answer) for answer, sample in zip(answers, samples, strict=True)]
 
 
 def length(prediction: str, reference: str) -> float:
     """Words of the shorter text over words of the longer. Range 0..1; floor 0, for an empty text.
-    Source: ours, against rewards that are hacked by shortening or by padding.
+    Source: ours, against hacking a reward by short or padded answers.
     """
     words = sorted((len(prediction.split()), len(reference.split())))
     return words[0] / words[1] if words[0] else 0.0
 
 
 def length_reward(answers: list[str], samples: list[Sample], box_scale: float) -> list[float]:
-    """`length` of each answer beside its sample's. Range 0..1, floor 0. Knows nothing of content: a
-    small weight in a mix.
+    """`length` of each answer compared with the reference of its sample. Range 0..1, floor 0. It
+    ignores content: for a small weight in a mix.
     """
     return [length(answer, sample.answer) for answer, sample in zip(answers, samples, strict=True)]

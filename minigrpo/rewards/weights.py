@@ -1,7 +1,7 @@
 """Where the clinical scorers' weights come from: a folder that you name (--reward_weights), or the
 Hugging Face hub.
 
-The folder holds the files as they are published; each scorer asks for those it needs and says what
+The folder has the files as they are published; each scorer looks for those it needs and says what
 is missing:
 
     DIR/radgraph-xl.tar.gz   RadGraph-XL, 416 MB (unpacked beside it on first use);
@@ -93,8 +93,9 @@ def find_file(weights_dir: str | None, name: str) -> Path:
 
 
 def load_encoder(weights_dir: str | None, name: str, load: Callable[[str], T], size: str) -> T:
-    """`load(folder)` of the encoder `name`, once its settings are known to be harmless. `size` says
-    what it holds."""
+    """`load(folder)` of the encoder `name`, after a check that its settings are harmless. `size`
+    says what it contains.
+    """
     source = name if weights_dir is None else str(Path(weights_dir) / name.split("/")[-1])
     if weights_dir is not None and not os.path.isdir(source):
         raise ValueError(
@@ -150,8 +151,9 @@ def check_encoder(folder: Path) -> None:
 
 
 def load_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
-    """The tensors that a .pth or .th file holds (under `key`), and nothing else: a pickle that
-    names any other thing is refused, and so is a file that would unpack to far more than it is."""
+    """The tensors in a .pth or .th file (under `key`), and nothing else: a pickle that names
+    anything else is refused, and so is a file that would unpack to far more than its size.
+    """
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as packed:
@@ -179,8 +181,9 @@ def load_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """`folder` with the files that `archive` holds. It appears whole or not at all, and nothing is
-    written outside it."""
+    """Unpack `archive` into `folder`. It appears complete or not at all, and nothing is written
+    outside it.
+    """
     if not folder.is_dir():
         scratch = None
         try:
@@ -203,8 +206,7 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 
 class _Bounded(gzip.GzipFile):
-    """What is read of an archive, until it is more than MOST_UNPACKED: a small one can hold a full
-    disk."""
+    """Reads an archive up to MOST_UNPACKED bytes: a small one can fill a disk."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= MOST_AT_ONCE:
@@ -244,8 +246,8 @@ def cache_dir() -> Path:
 
 
 def fingerprint(*parts: Path | str | list) -> str:
-    """Changes with the content of each file and with each setting: what a cached score belongs
-    to.
+    """A hash that changes with the content of each file and each setting; part of the key of a
+    cached score.
     """
     digest = hashlib.sha256()
     for part in parts:
