@@ -3,68 +3,102 @@ machine do not.
 """
 
 import json
+import re
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from minigrpo.data import clean, read_jsonl
-from minigrpo.data.clean import COMPARES, clean_report
+from minigrpo.data.clean import clean_report
+from minigrpo.data.clean_rules import COMPARES, RULES, Rule
+from minigrpo.data.findings import stated_findings
 from minigrpo.data.rewrite import PROMPT, Endpoint, is_loopback, key_of, rewrite_all
+from tests.finding_stems import stems
 
+LINES = (Path(__file__).parent / "data/clean_reports.txt").read_text().splitlines()
 CASES = [
-    (
-        "Unchanged small left pleural effusion. Heart normal.",
-        "Small left pleural effusion. Heart normal.",
-    ),
-    ("The heart is unchanged. The lungs are clear.", "The lungs are clear."),  # not "The heart is."
-    (
-        (
-            "As compared to the previous radiograph, there is no relevant change. Moderate"
-            " cardiomegaly."
-        ),
-        "Moderate cardiomegaly.",
-    ),
-    (
-        (
-            "Compared to the prior study, the left effusion has increased. Small right effusion,"
-            " unchanged from prior."
-        ),
-        "Small right effusion.",
-    ),
-    ("In comparison with the study of ___, there is little change.", ""),
-    ("Stable cardiomegaly without edema.", "Cardiomegaly without edema."),
-    (
-        "There is a new opacity in the right lower lobe. No pneumothorax.",
-        "There is an opacity in the right lower lobe. No pneumothorax.",
-    ),
-    ("No new focal consolidation.", ""),  # an old one may be there
-    ("Previously noted nodule is not seen. The heart is enlarged.", "The heart is enlarged."),
-    ("Mild edema has improved since the prior exam. Low lung volumes.", "Low lung volumes."),
-    ("There is again a large hiatal hernia.", "There is a large hiatal hernia."),
-    (
-        "Findings were discussed with Dr. Smith by phone at 3 p.m. Lungs are clear.",
-        "Lungs are clear.",
-    ),
-    (
-        "XXXX sternotomy. ET tube tip is 3.5 cm above the carina.",
-        "ET tube tip is 3.5 cm above the carina.",
-    ),
-    ("Lungs are clear, without significant change.", "Lungs are clear."),
-    ("Old healed rib fractures, stable.", "Old healed rib fractures."),
+    tuple(part.strip() for part in line.split("=>")) for line in LINES if not line.startswith("#")
 ]
 
 
 @pytest.mark.parametrize("text, expected", CASES)
-def test_rules(text, expected):
+def test_sentences_of_real_style(text, expected):
     assert clean_report(text) == expected
+    assert clean_report(expected) == expected
 
 
-@pytest.mark.parametrize("text, _", CASES)
-def test_what_is_left_compares_nothing_and_stays_as_it_is(text, _):
-    once = clean_report(text)
-    assert not COMPARES.search(once.replace("without change", "")) and clean_report(once) == once
+def test_there_are_enough_of_them():
+    assert len(CASES) >= 145 and sum(not after for _, after in CASES) > 20
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_each_rule_both_ways(rule):
+    assert rule(rule.example) != rule.example
+    assert clean_report(rule.example) == rule.result
+    assert rule(rule.untouched) == rule.untouched
+
+
+def test_no_finding_is_lost():
+    """By a second reader that shares nothing with the cleaner's own."""
+    lost = [(a, stems(a) - stems(b)) for a, b in CASES if stems(a) - stems(clean_report(a))]
+    assert not lost
+    assert sum(bool(stems(a)) for a, _ in CASES) > 90, "and there was much to lose"
+
+
+BROKEN = re.compile(
+    r"\s[,.;:]|[,;:]\s*\.|\.\.|  |XXXX|___|\b(?:and|or|but|with|without|of|the|an?|is|are|to|"
+    r"from)\.$|"
+    r"\ban (?=[bcdfghjklmnpqrstvwyz])|\ba (?=[aeio])|^[a-z]|[^.]$"
+)
+
+
+def test_no_sentence_is_broken_and_none_compares():
+    for text, _ in CASES:
+        after = clean_report(text)
+        assert not after or not BROKEN.search(after), (text, after)
+        assert not COMPARES.search(after), (text, after)
+
+
+def test_a_finding_that_the_rules_would_lose_keeps_its_sentence(monkeypatch):
+    """Whatever a rule does: the labeller looks at each sentence again."""
+    greedy = Rule("greedy", r"effusion", "", "", "", "")
+    monkeypatch.setattr(clean, "RULES", [*RULES, greedy])
+    assert clean_report("There is a stable left effusion.") == "There is a stable left effusion."
+    assert clean_report("There is no effusion.") == "There is no."
+
+
+@pytest.mark.parametrize(
+    "text, stated",
+    [
+        ("Cardiomegaly without effusion or edema.", {"cardiomegaly"}),
+        ("No effusion, but a small nodule.", {"nodule"}),
+        ("No pneumothorax. Left effusion.", {"effusion"}),
+        ("The effusion has resolved.", set()),
+        ("The heart is mildly enlarged.", {"cardiomegaly", "enlargement"}),
+        ("No change in the hiatal hernia.", {"hernia"}),
+        ("The lungs are free of consolidation.", set()),
+        ("Right PICC, removal of the chest tube.", {"device"}),
+    ],
+)
+def test_stated_findings(text, stated):
+    assert stated_findings(text) == stated
+
+
+def test_the_command_prints_a_ledger(tmp_path, monkeypatch, capsys):
+    rows = [
+        {"id": str(k), "image": None, "task": "report", "question": "Report.", "answer": answer}
+        for k, answer in enumerate(("Stable cardiomegaly.", "The left effusion has resolved. Clear "
+                                    "lungs.", "Cardiomegaly. A left effusion is seen."))
+    ]  # fmt: skip
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["clean", str(tmp_path / "in.jsonl"), "--output_file", str(tmp_path / "out.jsonl")]
+    monkeypatch.setattr(sys, "argv", command)
+    clean.main()
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["cardiomegaly", "2", "2", "0"] in table and ["effusion", "1", "1", "0"] in table
 
 
 def test_reports_of_one_film_stay_word_for_word(samples):

@@ -18,100 +18,94 @@ from pathlib import Path
 
 from minigrpo.run.files import write_jsonl
 from minigrpo.run.terminal import Parser, fail
+from minigrpo.visible import message
 
+from .clean_rules import ADVICE, COMPARES, GONE, HEADLESS, NOT_NEW, PAST, RULES, TALK
+from .findings import count_findings, stated_findings
 from .rewrite import Endpoint, check_address, rewrite_all
 from .rows import one_paragraph
 from .sample import read_jsonl
 
-
-def words(*patterns: str) -> re.Pattern:
-    return re.compile(rf"\b(?:{'|'.join(patterns)})\b", re.I)
-
-
-# Words that a sentence can lose and still be true of this film: "Unchanged small effusion." ->
-# "Small effusion."
-LOOSE = re.compile(
-    r"\b(?:(?:grossly|essentially|relatively|once|still)"
-    r" )?(?:unchanged|stable|persistent|persisting|again|new)\b[ ,]*",
+# A dot that ends no sentence, in a report: it stands for the dot until the sentences are cut.
+ABBREVIATION = re.compile(
+    r"\b(?:dr|mr|mrs|ms|vs|approx|e\.g|i\.e)\.(?=\s+\S)|"
+    r"\b(?:etc|a\.m|p\.m|st|fig|min|max)\.(?=\s+(?-i:[a-z0-9]))|"
+    r"(?<=\d)\.(?=\d)|\b[A-Z]\.(?=\s?[A-Z]\.)",
     re.I,
 )
-# Not after a no: "No new consolidation." does not say that there is none.
-NEGATED = words("no", "not", "without", "nor", "neither")
-# Clauses that speak of other films, from the comma or the word that opens them to the next comma or
-# the end.
-OPENERS = words(
-    r"(?:as |when |in |by )?(?:compar(?:ed|ison)|relative) (?:to|with)",
-    "since",
-    "in the (?:interim|interval)",
-    "as before",
-    "(?:from|as on|similar to) (?:the )?(?:prior|previous)",
-    "with(?:out| no) (?:significant |relevant |interval )*changes?",
-)
-CLAUSE = re.compile(rf"[, ]*{OPENERS.pattern}[^,;]*", re.I)
-# What is left and still compares: the whole sentence goes, since the verbs of change can't be taken
-# out of it.
-COMPARES = words(
-    "prior",
-    "previous(?:ly)?",
-    "comparison",
-    "compared",
-    "unchanged",
-    "stable",
-    "changed?",
-    "interval",
-    "again",
-    "new(?:ly)?",
-    "since",
-    "earlier",
-    "former",
-    "(?:in|de)creas(?:ed?|es|ing)",
-    "improv(?:ed?|es|ing|ement)",
-    "wors(?:e|ened?|ens|ening)",
-    "progress(?:ed|es|ion|ive(?:ly)?)",
-    "resol(?:ved?|ves|ving|ution)",
-    "enlarg(?:ing|es)",
-    "remov(?:ed|al)",
-    "remain(?:s|ed)?",
-    "has (?:developed|cleared|appeared|been (?:placed|withdrawn|advanced))",
-    "persist(?:s|ed)?",
-    "no longer",
-    "re-?demonstrated",
-    "follow-?up",
-)
-# Talk, not film: who was told, what should be done, and what de-identification left blank.
-TALK = re.compile(
-    r"___|XXXX|\bdr\.|\b(?:discussed with|communicated|telephoned|notified|paged|by"
-    r" phone|recommend(?:ed|s|ation)?|dictated|"
-    r"is advised)\b",
+SENTENCE = re.compile(r"(?<=[.!?])\s+")
+# Where a sentence that compares falls into two.
+CLAUSES = re.compile(
+    r",? but (?=(?:the|there|an?|no)\b)|; |,? (?:and|while|although) (?=(?:the|there|no|an?) "
+    r"[^,.;]*"
+    r"\b(?:is|are|has|have|persist\w*|remain\w*)\b)",
     re.I,
 )
-# The subject of a predicate: "The heart is unchanged." must not become "The heart is."
-PREDICATE = words(
-    r"(?:is|are|was|were|remains?|appears?|has|have)\s+(?:\w+ly\s+)?(?:unchanged|stable|persistent)"
+VERB = re.compile(
+    r"\b(?:is|are|was|were|has|have|there|seen|noted|present|appears?|shows?|normal|clear|intact|"
+    r"unremarkable|within|no|not|without|low|large|small|increased|prominent|mild\w*)\b",
+    re.I,
 )
-SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9_\"(])")
 
 
 def clean_report(text: str) -> str:
     """The sentences of a report that speak of this film alone; "" if none do."""
-    text = one_paragraph(text).replace("Dr. ", "Dr.")  # its dot ends no sentence
-    kept = [clean_sentence(sentence) for sentence in SENTENCE.split(text)]
+    text = re.sub(r"\.{2,}", ".", one_paragraph(text))
+    text = ABBREVIATION.sub(lambda found: found[0].replace(".", "\0"), text)
+    kept = [clean_sentence(part.replace("\0", ".")) for part in SENTENCE.split(text)]
     return " ".join(filter(None, kept))
 
 
 def clean_sentence(sentence: str) -> str:
-    """The sentence without its comparison, or "" where that is all it says."""
-    if TALK.search(sentence) or PREDICATE.search(sentence):
+    """The sentence without its comparison, or "" where that is all it says. One that states a
+    finding on this film keeps it: where the rules would lose it, the sentence stays as it was.
+    """
+    if COMPARES.search(sentence) or GONE.search(sentence):
+        parts = CLAUSES.split(sentence)
+        if len(parts) > 1:  # "stable, but there is an effusion" says two things
+            return " ".join(filter(None, (clean_sentence(tidy(part, "")) for part in parts)))
+    stated = stated_findings(sentence)
+    if ADVICE.search(sentence) or (GONE.search(sentence) and PAST.search(sentence) and not stated):
         return ""
-    short = CLAUSE.sub("", sentence)
-    short = LOOSE.sub(lambda word: word[0] if NEGATED.search(short[: word.start()]) else "", short)
-    short = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", short)  # "a new opacity", "an opacity"
-    if COMPARES.search(short) or len(re.findall(r"[A-Za-z]{2,}", short)) < 2:
-        return ""
-    if short == sentence:
-        return sentence
-    short = re.sub(r"\s+([,.;])", r"\1", re.sub(r"\s{2,}", " ", short)).strip(" ,;.") + "."
-    return short[:1].upper() + short[1:]
+    short = sentence
+    for rule in RULES:
+        short = rule(short)
+    short = tidy(short, sentence)
+    if stated - stated_findings(short):
+        return sentence if ends(sentence) else tidy(sentence, "")
+    if stated:
+        return short
+    rest = any(said.search(short) for said in (TALK, COMPARES, NOT_NEW, HEADLESS))
+    # without its comparison "Stable heart size" says nothing; what lost nothing stays
+    return short if (short == sentence or VERB.search(short)) and not rest else ""
+
+
+def ends(sentence: str) -> bool:
+    return sentence.endswith((".", "!", "?")) and sentence[0].isupper()
+
+
+def tidy(short: str, before: str) -> str:
+    """Grammar after words have gone: articles, ends that hang, blanks, a capital, a dot."""
+    if short == before and ends(short):
+        return short
+    short = re.sub(r"\b(?:the|an?) (?=(?:the|an?) )", "", short, flags=re.I)
+    short = re.sub(r"\b([Aa])n? (?=([a-z])?)", article, short)
+    short = re.sub(r"\s+", " ", short)
+    short = re.sub(r"\s+([,.;:])", r"\1", re.sub(r"(?:[,;:]\s*)+([,.;:])", r"\1", short))
+    loose = r"(?:but|and|or|with|without|the|an?|of|in|to|from|than|at|which|is|are|as|appears?)"
+    short = short.strip(" ,;:.!?")
+    while re.search(rf"(?:[,;:]|\b{loose})$", short, re.I):
+        short = re.sub(rf"\s*(?:[,;:]|\b{loose})$", "", short, flags=re.I).strip(" ,;:")
+    short = re.sub(r"^(?:but|and|or|with|of|in|which|,|;)\s+(?=there )", "", short, flags=re.I)
+    return short[:1].upper() + short[1:] + "." if re.search(r"[A-Za-z]{3}", short) else ""
+
+
+def article(found: re.Match) -> str:
+    """ "a" or "an" as the next letter wants it; what sounds otherwise than it looks stays."""
+    letter, rest = found[2], found.string[found.end() :]
+    if letter is None or rest.startswith(("one", "uni", "use", "hour", "eu", "x-ray")):
+        return found[0]
+    return found[1] + ("n " if letter in "aeiou" else " ")
 
 
 def lines_of(path: Path, target: Path) -> list[dict]:
@@ -134,6 +128,17 @@ def lines_of(path: Path, target: Path) -> list[dict]:
             else None
         )
     return records
+
+
+def ledger(before: list[str], after: list[str]) -> str:
+    """For each finding the reports that state it before and after, and up to two of which it is
+    gone: on this film it is not, or the rules have lost it.
+    """
+    lines = [f"  {'finding':<20}{'before':>8}{'after':>8}{'gone':>8}"]
+    for name, (first, second, gone) in count_findings(before, after).items():
+        lines.append(f"  {name:<20}{first:>8,}{second:>8,}{len(gone):>8,}")
+        lines += [f"    gone from: {message(before[i][:160])}" for i in gone[:2]]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -198,6 +203,7 @@ def main() -> None:
         answer not in (record["answer"], None) for answer, record in zip(answers, reports)
     )
     unanswered = answers.count(None)
+    before = [record["answer"] for record in reports]
     for record, answer in zip(reports, answers):
         # one that the server did not answer may still compare: it is left out
         record["answer"] = answer or ""
@@ -216,6 +222,7 @@ def main() -> None:
         f" report{f', or no answer: {unanswered:,}' if unanswered else ''}); {len(reports):,}"
         f" reports, {changed:,} changed"
     )
+    print(ledger(before, [record["answer"] for record in reports]))
 
 
 if __name__ == "__main__":
