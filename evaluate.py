@@ -2,14 +2,14 @@
 
     python evaluate.py --model runs/report/final --data data/phantom/test.jsonl \\
         --output_dir runs/report/test --baseline runs/sft/test
-    # stored answers scored anew: no model, no GPU
+    # score stored answers again: no model, no GPU
     python evaluate.py --predictions runs/report/test --data data/phantom/test.jsonl \\
         --output_dir runs/report/clinical --reward_weights weights
 
 `--baseline OTHER_EVALUATION` adds the paired difference to another model's answers to the same
-file. `--model constant` answers the same whatever the film shows, as well as one can: the best box
-of each label and the best report of `--train_data`. What does not beat it has not looked at the
-film. Open report.html to look at single answers.
+file. `--model constant` ignores the film and gives the best constant answers: the best box of each
+label and the best report of `--train_data`. A model that does not beat them has not used the film.
+Open report.html to look at single answers.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ DRAWN = ("phantom", "scenes")  # sources of samples that show no patient
 def main() -> None:
     with input_errors():
         args = parse_args(EvaluateArguments, __doc__)
-        join_device(args)  # the other processes of torchrun share out the questions
+        join_device(args)  # the processes of torchrun divide the questions among them
         folder = Path(args.output_dir)
         check_empty(folder)
         gathered(None)  # all have looked before one writes
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def read_samples(args: EvaluateArguments) -> list[Sample]:
-    """The samples of --data; each rank looks at its part of the images."""
+    """The samples of --data; each rank checks its part of the images."""
     samples = read_jsonl(args.data, task=args.task, part=(rank(), ranks()))
     if args.published and (drawn := sum(sample.source in DRAWN for sample in samples)):
         raise ValueError(
@@ -107,8 +107,9 @@ def read_samples(args: EvaluateArguments) -> list[Sample]:
 
 
 def answers_of(args: EvaluateArguments, samples: list[Sample]) -> Callable[[], tuple]:
-    """Look at where the answers come from, --predictions or --model, and load it. What is returned
-    gives (answers, which were cut off or None, what metrics.json said of them)."""
+    """Load the source of the answers, --predictions or --model. The returned function gives
+    (answers, which were cut off or None, what metrics.json says of them).
+    """
     if args.predictions:
         stored = read_answers(args.predictions, samples, "--predictions")
         return lambda: stored

@@ -105,8 +105,8 @@ def summary(row: dict) -> dict[str, str]:
 
 
 def load_data(args: GrpoArguments, reward: Callable) -> tuple[list[Sample], list[Sample], int]:
-    """The samples that the reward covers, for training and for validation, and how many for
-    training it does not.
+    """The samples that the reward covers, for training and for validation, and the number of
+    training samples that it does not cover.
     """
     everything, validation = read_samples(args)
     train = [sample for sample in everything if sample.task in reward.tasks]

@@ -2,8 +2,8 @@
 
     python train_sft.py --model tiny --train_data data/phantom/train.jsonl --output_dir runs/sft
 
-The same `policy.score` that GRPO optimises through: the questions about one film share its pass
-through the model, and the loss covers answer tokens alone.
+It uses the same `policy.score` that GRPO optimises through: the questions about one film share its
+pass through the model, and the loss covers only answer tokens.
 """
 
 from functools import partial
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def load_policy(args: SftArguments, checkpoint: Path | None, train: list[Sample]) -> Policy:
-    """The policy to train: --model, or where the run goes on from, with adapters and shards."""
+    """The policy to train: --model, or the checkpoint to resume from, with adapters and shards."""
 
     def load(model: str | Path) -> Policy:
         return Policy.from_pretrained(
