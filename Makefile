@@ -16,14 +16,14 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch .venv/installed
 
-# The first minute: a reward that climbs while one watches. Leaves quick.png, results.md and
-# results.json in OUT.
+# The first minute: a reward that climbs while you watch. Writes quick.png, results.md and
+# results.json to OUT.
 quick: OUT ?= runs/quick
 quick: install
 	$(BIN)/python -m minigrpo.quick --output_dir $(OUT) --seed $(SEED)
 
 # From nothing to a trained model and its pictures in OUT: phantom films, SFT, GRPO for both tasks,
-# evaluation. Stopped and run again, it goes on; FRESH=1 removes what was there and begins anew.
+# evaluation. If stopped, run it again to continue; FRESH=1 removes what is there and starts over.
 FRESH_FLAG := $(if $(filter-out 0,$(FRESH)),--fresh)
 demo demo-real: OUT ?= runs/demo
 demo: install
@@ -34,8 +34,8 @@ demo-real: install
 	$(BIN)/python -m minigrpo.demo --output_dir $(OUT)-real --seed $(SEED) --data "$(DATA)" \
 		--model $(OUT)/sft/final $(FRESH_FLAG)
 
-# The study of docs/study.md: an hour and a half; stopped and run again, it goes on. From cache it
-# renders in seconds.
+# The study of docs/study.md: an hour and a half; if stopped, run it again to continue. From
+# cache it renders in seconds.
 study: install
 	$(BIN)/python -m minigrpo.study
 
@@ -59,14 +59,14 @@ test: install
 test-slow: install
 	$(PYTEST)
 
-# Our loss against TRL's own code, CIDEr-D against pycocoevalcap's. They join the same .venv; the
-# constraints keep torch and transformers as they are.
+# Compares our loss with TRL's own code and CIDEr-D with pycocoevalcap's. They go into the same
+# .venv; the constraints keep torch and transformers at their versions.
 test-peers: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,peers]'
 	$(BIN)/python -m pytest -q -rP -m peers
 
-# Beside transformers and TRL, into benchmarks/results and the tables of docs/performance.md. On a
-# busy machine: OMP_NUM_THREADS=1.
+# Compares with transformers and TRL, into benchmarks/results and the tables of docs/performance.md.
+# On a busy machine: OMP_NUM_THREADS=1.
 bench: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,peers]'
 	$(BIN)/python -m benchmarks.step

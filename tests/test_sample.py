@@ -499,7 +499,7 @@ def test_an_answer_that_contradicts_its_boxes(write, answer, guess):
         read_jsonl(write(REPORT, BOX | {"answer": f"Seen at {answer}.", "boxes": TWO}))
     assert ':2: the boxes in the answer are not "boxes" (' in str(error.value)
     assert guess in str(error.value)
-    assert f"write {FIRST} and {SECOND} in the answer, or mend" in str(error.value)
+    assert f"write {FIRST} and {SECOND} in the answer, or correct" in str(error.value)
 
 
 @pytest.mark.parametrize(

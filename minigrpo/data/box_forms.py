@@ -47,7 +47,7 @@ def contradiction(answer: str, boxes: Boxes) -> str | None:
         guess = next(guesses(said[:MOST_PAIRED], boxes[:MOST_PAIRED], near), "the boxes differ")
     return (
         f'the boxes in the answer are not "boxes" ({guess}): write {mend} in the answer, or '
-        'mend "boxes"'
+        'correct "boxes"'
     )
 
 

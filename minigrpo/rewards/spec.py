@@ -59,7 +59,7 @@ def _load(name: str, spec: str) -> tuple[Callable, set[str]]:
         mend = (
             "write module:function, and put the module's folder on PYTHONPATH"
             if absent
-            else f"mend {module}"
+            else f"correct {module}"
         )
         raise _error(
             spec, f"cannot load {name!r} ({type(error).__name__}: {text_of(error)}): {mend}"
