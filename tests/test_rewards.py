@@ -522,7 +522,7 @@ def test_a_reward_s_module_that_fails_is_named(tmp_path, monkeypatch, code, reas
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError) as error:
         reward_fn("broken_rewards:f")
-    assert reason in str(error.value) and str(error.value).endswith("mend broken_rewards")
+    assert reason in str(error.value) and str(error.value).endswith("correct broken_rewards")
 
 
 def test_rows_are_scored_alone():
