@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minigrpo.choices import SCALES, Scale
-from minigrpo.masked import as_bool, exact, one_of, tensors, unmasked
+from minigrpo.masked import as_bool, check_tensors, exact, one_of, unmasked
 
 
 def soft_overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int) -> Tensor:
@@ -67,7 +67,7 @@ def group_advantages(
     Raises: ValueError for other shapes or choices, TypeError for what is no tensor.
     """
     one_of("scale", scale, SCALES)
-    tensors(rewards=rewards)
+    check_tensors(rewards=rewards)
     if valid is not None:
         valid = as_bool("valid", valid)
     for name, x in (("valid", valid), ("lengths", lengths)):
@@ -133,7 +133,7 @@ def decoupled_advantages(
 
     Raises: ValueError for other shapes, TypeError for what is no tensor.
     """
-    tensors(rewards=rewards, weights=weights)
+    check_tensors(rewards=rewards, weights=weights)
     if rewards.dim() != 3 or weights.shape not in (rewards.shape[:1], rewards.shape[:2]):
         raise ValueError(
             "decoupled_advantages needs rewards [K, B, G] and weights [K] or [K, B], got"

@@ -30,12 +30,12 @@ from minigrpo.choices import (
 )
 from minigrpo.masked import (
     as_bool,
+    check_tensors,
     exact,
     finite_exp,
     masked_mean,
     one_of,
     same_shape,
-    tensors,
     unmasked,
 )
 from minigrpo.surrogates import OF_SINGLE_TOKENS, surrogate_function, surrogate_settings
@@ -197,7 +197,7 @@ def policy_loss(
             f" {', '.join(known) or 'none'}"
         )
     same_shape(logprob=logprob, old_logprob=old_logprob, mask=mask)
-    tensors(advantage=advantage)
+    check_tensors(advantage=advantage)
     if logprob.dim() != 2 or advantage.shape != logprob.shape[:1]:
         raise ValueError(
             f"advantage must be [R] for logprob [R, T], got {tuple(advantage.shape)} and"
@@ -284,8 +284,9 @@ def off_policy_rows(
 
 
 def next_entropy_coef(coef: float, entropy: float, target: float, step: float = 0.005) -> float:
-    """The adaptive weight of an entropy bonus: it rises by `step` while the entropy is below the
-    target, and falls to 0 above it. Source: Skywork-OR1 (2505.22312), eq. 4.
+    """The adaptive weight of an entropy bonus: it rises by `step` while the entropy is at the
+    target or below, and falls above it. Source: Skywork-OR1 (2505.22312), section 3.2.5, where it
+    is 0 at once above the target.
 
     Args:
         coef: what it was, 0 or more.
@@ -294,7 +295,7 @@ def next_entropy_coef(coef: float, entropy: float, target: float, step: float = 
 
     Returns: what it is next, 0 or more.
     """
-    return max(0.0, coef + step if entropy < target else coef - step)
+    return max(0.0, coef + step if entropy <= target else coef - step)
 
 
 # ---- the whole loss ------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""Masked tensors, and checks of what comes in, for loss.py and advantages.py: masked places are never
-read, and everything is computed in fp32 or better.
+"""Masked tensors, and checks of what comes in, for loss.py and advantages.py: masked places are
+never read, and everything is computed in fp32 or better.
 """
 
 import math
@@ -37,7 +37,7 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def tensors(**values: Tensor) -> None:
+def check_tensors(**values: Tensor) -> None:
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -45,7 +45,7 @@ def tensors(**values: Tensor) -> None:
 
 def as_bool(name: str, mask: Tensor) -> Tensor:
     """Only a mask that is not bool already is looked at: on a GPU, looking waits for it."""
-    tensors(**{name: mask})
+    check_tensors(**{name: mask})
     if mask.dtype == torch.bool:
         return mask
     other = mask[(mask != 0) & (mask != 1)]
@@ -57,7 +57,7 @@ def as_bool(name: str, mask: Tensor) -> Tensor:
 def same_shape(optional: dict[str, Tensor | None] | None = None, **tensors: Tensor) -> None:
     """`optional` ones may be None."""
     given = tensors | {k: x for k, x in (optional or {}).items() if x is not None}
-    tensors(**given)
+    check_tensors(**given)
     if len({x.shape for x in given.values()}) > 1:
         shapes = ", ".join(f"{k} {tuple(x.shape)}" for k, x in given.items())
         raise ValueError(f"these must have one shape, [R, T]: {shapes}")

@@ -1,5 +1,5 @@
-"""What each token of an answer contributes to the loss, by which its probability is raised or lowered:
-one function for each paper, chosen by name.
+"""What each token of an answer contributes to the loss, by which its probability is raised or
+lowered: one function for each paper, chosen by name.
 
 Each is a function of [R, T] tensors: the ratio rho (of the token, or of its answer), the advantage
 A, and the log-probs of now and of when the answer was sampled; what is masked has ratio 1, and 0 in
@@ -129,7 +129,8 @@ def sapo(
         raise ValueError(
             f"sapo_tau_up and sapo_tau_down must be above 0, got {sapo_tau_up} and {sapo_tau_down}"
         )
-    tau = torch.where(advantage > 0, sapo_tau_up, sapo_tau_down)
+    up, down = advantage.new_tensor(sapo_tau_up), advantage.new_tensor(sapo_tau_down)
+    tau = torch.where(advantage > 0, up, down)
     return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage, {}
 
 
