@@ -83,7 +83,7 @@ FULL = Size(
     grpo_steps={"report": 100, "grounding": 140},
     prompts=16,
     group=8,
-    longest=224,
+    longest=192,
     seeds=3,
 )
 SMOKE = Size(
