@@ -26,6 +26,7 @@ if __name__ == "__main__":
 from minigrpo.data import Sample, ask_to_think
 from minigrpo.grpo import grpo_step
 from minigrpo.lora import add_adapters
+from minigrpo.loss import next_entropy_coef
 from minigrpo.policy import Policy
 from minigrpo.rewards import reward_fn
 from minigrpo.rewards.weights import cache_dir
@@ -85,6 +86,11 @@ def main() -> None:
     def validate() -> float | None:
         return node.fit("rollout_rows", lambda: mean_reward(policy, validation, reward, args))
 
+    if past := list(run.log.past("entropy_coef")):  # where a run goes on
+        args.entropy_coef = next_entropy_coef(
+            past[-1], list(run.log.past("entropy"))[-1], args.entropy_target
+        )
+
     with run.training(policy, optimizer, memory=LESS_MEMORY):
         for step in run.steps():
             node.begin(step)
@@ -93,6 +99,11 @@ def main() -> None:
             if step == run.start and (note := node.scale_note()):
                 say(f"note: {note}")
             row = node.row(policy, done)
+            if args.entropy_target:
+                row["entropy_coef"] = args.entropy_coef
+                args.entropy_coef = next_entropy_coef(
+                    args.entropy_coef, row["entropy"], args.entropy_target
+                )
             rollouts.write({"step": step, "groups": node.rollouts(done)})
             run.end_step(step, row, validate if validation else None, **summary(row))
 

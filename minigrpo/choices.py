@@ -6,12 +6,13 @@ from typing import Literal, get_args
 
 # loss.py
 RatioLevel = Literal["token", "sequence"]
-Surrogate = Literal["clip", "cispo"]
-Scale = Literal["group", "batch", "none"]
+SURROGATES = ("clip", "cispo", "dppo", "sapo")
+Scale = Literal["group", "batch", "mean", "none"]
 Estimator = Literal["k1", "k2", "k3"]
 Aggregation = Literal["token-mean", "sequence-mean", "constant"]
-RATIO_LEVELS, SURROGATES, SCALES, ESTIMATORS, AGGREGATIONS = map(
-    get_args, (RatioLevel, Surrogate, Scale, Estimator, Aggregation)
+Outside = Literal["cut", "drop"]
+RATIO_LEVELS, SCALES, ESTIMATORS, AGGREGATIONS, OUTSIDES = map(
+    get_args, (RatioLevel, Scale, Estimator, Aggregation, Outside)
 )
 SCHEDULES = ("constant", "linear", "cosine")  # run/schedule.py
 TASKS = ("report", "grounding", "classification", "conversation")  # data/schema.py

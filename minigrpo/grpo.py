@@ -26,6 +26,7 @@ from torch import Tensor
 from minigrpo.generate import generate
 from minigrpo.lora import adapters_off
 from minigrpo.loss import (
+    decoupled_advantages,
     denominator_of,
     group_advantages,
     grpo_loss,
@@ -123,10 +124,7 @@ def grpo_step(
     if args.overlong_filter:
         mask = overlong_filter(mask, rollout.finished)
 
-    # A = (r - mean) / (std + eps), each answer compared with its group.
-    advantage = group_advantages(
-        groups.rewards, valid=groups.valid, total=node.total, **args.advantage_settings()
-    )  # (B, G)
+    advantage = advantages(groups, args, node)  # (B, G), each answer compared with its group
     step = Step(groups, mask, advantage)
     advantage = advantage.flatten().to(policy.device)  # (R,)
 
@@ -165,6 +163,7 @@ def grpo_step(
                     advantage[rows],
                     mask[rows],
                     ref_logprob=None if ref_logprob is None else ref_logprob[rows],
+                    entropy=entropy,
                     rollout_logprob=rollout.logprob[rows] if args.rollout_cap else None,
                     denominator=denominator,
                     **args.loss_settings(),
@@ -188,6 +187,22 @@ def grpo_step(
         if norm is not None:
             step.figures += [*figures, (1, {"loss": node.total(loss), "grad_norm": norm})]
     return step
+
+
+def advantages(groups, args, node=Node()) -> Tensor:
+    """A = (r - mean) / (std + eps) [B, G] of the step's groups, or as args say."""
+    if args.advantage_scale == "decoupled":
+        rewards, weights, valid = groups.terms(args.reward)
+        return decoupled_advantages(rewards, weights, valid=valid, total=node.total)
+    lengths = groups.rollout.mask.sum(1).view(groups.rewards.shape).cpu()
+    return group_advantages(
+        groups.rewards,
+        scale=args.advantage_scale,
+        leave_one_out=args.leave_one_out,
+        lengths=lengths if args.length_baseline else None,
+        valid=groups.valid,
+        total=node.total,
+    )
 
 
 def score_all(policy, prompts, rollout, args) -> Tensor:

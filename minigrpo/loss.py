@@ -1,5 +1,5 @@
-"""The loss of GRPO and its common variants, as pure functions of tensors; top to bottom as the
-papers have it.
+"""The loss of GRPO and its common variants, as pure functions of tensors. What an answer is worth
+beside its group is in advantages.py, what each surrogate makes of it in surrogates.py.
 
 B prompts, G answers each, R = B G rows, T answer tokens. A is the advantage, rho = exp(logp -
 logp_old) the ratio, m the mask, |o| the tokens of an answer, sg stops the gradient. Log-probs and
@@ -11,40 +11,54 @@ or `denominator=`. Wrong shapes, masks that hold anything but 0 and 1, and setti
 each other raise ValueError; what is no tensor raises TypeError.
 """
 
-import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from minigrpo.advantages import decoupled_advantages, group_advantages, soft_overlong_penalty
 from minigrpo.choices import (
     AGGREGATIONS,
     ESTIMATORS,
+    OUTSIDES,
     RATIO_LEVELS,
-    SCALES,
-    SURROGATES,
     Aggregation,
     Estimator,
+    Outside,
     RatioLevel,
-    Scale,
-    Surrogate,
 )
+from minigrpo.masked import (
+    as_bool,
+    check_tensors,
+    exact,
+    finite_exp,
+    masked_mean,
+    one_of,
+    same_shape,
+    unmasked,
+)
+from minigrpo.surrogates import OF_SINGLE_TOKENS, surrogate_function, surrogate_settings
 
 __all__ = [
     "PRESETS",
     "aggregate",
+    "decoupled_advantages",
     "denominator_of",
     "group_advantages",
     "grpo_loss",
     "kl_penalty",
+    "next_entropy_coef",
+    "off_policy_rows",
     "overlong_filter",
     "policy_loss",
+    "rollout_weights",
     "soft_overlong_penalty",
 ]
 
 # What each paper sets of `grpo_loss`, as in grpo_loss(..., **PRESETS["dapo"]). Dr. GRPO and RLOO
 # want max_tokens as well, and other advantages: group_advantages(rewards, scale="none"), and with
-# leave_one_out=True for RLOO.
+# leave_one_out=True for RLOO. IcePop and MIS want the sampler's log-probs as rollout_logprob.
 PRESETS: dict[str, dict] = {
     # 2512.10691
     "radvlm": dict(clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coef=0.01),
@@ -62,25 +76,26 @@ PRESETS: dict[str, dict] = {
     "cispo": dict(surrogate="cispo", cispo_cap=5.0),
     # 2402.14740
     "rloo": dict(clip_low=0.2, clip_high=0.2, aggregation="constant"),
+    # 2602.04879
+    "dppo": dict(surrogate="dppo", dppo_delta=0.2),
+    # 2511.20347
+    "sapo": dict(
+        surrogate="sapo", sapo_tau_up=1.0, sapo_tau_down=1.05, aggregation="sequence-mean"
+    ),
+    # 2510.18855
+    "icepop": dict(
+        clip_low=0.2, clip_high=0.28, rollout_floor=0.5, rollout_cap=2.0, rollout_outside="drop"
+    ),
+    # 2512.02556
+    "deepseek-v3.2": dict(
+        clip_low=0.2,
+        clip_high=0.2,
+        kl_coef=0.01,
+        kl_ratio=True,
+        off_policy_delta=0.1,
+        aggregation="sequence-mean",
+    ),
 }
-
-
-def soft_overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int) -> Tensor:
-    """What is added to the reward of a long answer: 0 up to max_tokens - buffer tokens, from there
-    linear to -1 at max_tokens. Source: DAPO (2503.14476), eq. 13.
-
-    Args:
-        lengths: of the answers in tokens, of any shape and dtype.
-        max_tokens: the longest answer.
-        buffer: tokens before it in which the penalty grows, 1..max_tokens.
-
-    Returns: the penalty, fp32, of the shape of `lengths`, in -1..0.
-
-    Raises: ValueError for a buffer out of range.
-    """
-    if not 1 <= buffer <= max_tokens:
-        raise ValueError(f"buffer must lie in 1..max_tokens = {max_tokens}, got {buffer}")
-    return ((max_tokens - buffer - _exact(lengths)) / buffer).clamp(-1, 0)
 
 
 def overlong_filter(mask: Tensor, finished: Tensor) -> Tensor:
@@ -95,75 +110,13 @@ def overlong_filter(mask: Tensor, finished: Tensor) -> Tensor:
 
     Raises: ValueError for other shapes or values, TypeError for what is no tensor.
     """
-    mask, finished = _as_bool("mask", mask), _as_bool("finished", finished)
+    mask, finished = as_bool("mask", mask), as_bool("finished", finished)
     if mask.dim() != 2 or finished.shape != mask.shape[:1]:
         raise ValueError(
             f"finished must be [R] for mask [R, T], got {tuple(finished.shape)} and"
             f" {tuple(mask.shape)}"
         )
     return mask & finished[:, None]
-
-
-def group_advantages(
-    rewards: Tensor,
-    *,
-    scale: Scale = "group",
-    leave_one_out: bool = False,
-    eps: float = 1e-6,
-    valid: Tensor | None = None,
-    total: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Tensor:
-    """A = (r - mean) / (std + eps) within each group, the std with n - 1. Source: DeepSeekMath
-    (2402.03300), section 4.1.2.
-
-    Args:
-        rewards: [B, G], any real numbers.
-        scale: "group" divides by the group's std; "batch" by the std of all valid rewards
-            (2508.08221); "none" by nothing (Dr. GRPO, 2503.20783).
-        leave_one_out: compare with the mean of the others, a factor n / (n - 1) before scaling
-            (RLOO, 2402.14740).
-        eps: added to the std.
-        valid: [B, G], 0 where an answer could not be scored: it gets A = 0, and enters neither mean
-            nor std.
-        total: for scale "batch", the sum of a tensor over all processes. Without it, the batch is
-            that of this process.
-
-    Returns: A [B, G], in fp32 or better. Equal rewards give exactly 0, and so does a group with
-        fewer than two valid answers.
-
-    Raises: ValueError for other shapes or choices, TypeError for what is no tensor.
-    """
-    _one_of("scale", scale, SCALES)
-    _tensors(rewards=rewards)
-    if valid is not None:
-        valid = _as_bool("valid", valid)
-    shape = None if valid is None else tuple(valid.shape)
-    if rewards.dim() != 2 or not rewards.shape[1] or shape not in (None, tuple(rewards.shape)):
-        raise ValueError(
-            "group_advantages needs rewards [B, G] and valid of the same shape, got"
-            f" {tuple(rewards.shape)} and {shape}"
-        )
-    valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
-    r = _unmasked(rewards, valid)
-    n = valid.sum(1, keepdim=True)  # (B, 1)
-    # The mean of equal floats may miss them by an ulp, which a tiny std would blow up to any size.
-    lowest = r.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
-    highest = r.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
-    centred = torch.where(
-        valid & ~(lowest >= highest), r - r.sum(1, keepdim=True) / n.clamp(min=1), 0.0
-    )
-    advantage = centred * n / (n - 1).clamp(min=1) if leave_one_out else centred
-    if scale == "none":
-        return advantage
-    if scale == "group":
-        squares, count = centred.square().sum(1, keepdim=True), n
-    else:
-        count = total(valid.sum())
-        mean = total(r.sum()) / count.clamp(min=1)
-        squares = total(torch.where(valid, r - mean, 0.0).square().sum())
-    variance = squares / (count - 1).clamp(min=1)
-    std = torch.where(variance == 0, 1.0, variance).sqrt()  # where it is 0, so is A, whatever eps
-    return advantage / (std + eps)
 
 
 def kl_penalty(
@@ -187,16 +140,16 @@ def kl_penalty(
 
     Raises: ValueError for other shapes or choices, TypeError for what is no tensor.
     """
-    _one_of("estimator", estimator, ESTIMATORS)
-    _same_shape({"ratio": ratio}, logprob=logprob, ref_logprob=ref_logprob)
-    d = _exact(ref_logprob) - _exact(logprob)
+    one_of("estimator", estimator, ESTIMATORS)
+    same_shape({"ratio": ratio}, logprob=logprob, ref_logprob=ref_logprob)
+    d = exact(ref_logprob) - exact(logprob)
     if estimator == "k1":
         kl = -d  # mean gradient 0: it holds nothing
     elif estimator == "k2":
         kl = d.square() / 2  # that of KL(policy || reference)
     else:
         kl = d.expm1() - d  # that of KL(reference || policy), on the logits policy - reference
-    return kl if ratio is None else _exact(ratio) * kl
+    return kl if ratio is None else exact(ratio) * kl
 
 
 def policy_loss(
@@ -205,82 +158,147 @@ def policy_loss(
     advantage: Tensor,
     mask: Tensor,
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    dual_clip: float | None = None,
+    surrogate: str | Callable = "clip",
     ratio_level: RatioLevel = "token",
-    surrogate: Surrogate = "clip",
-    cispo_cap: float = 5.0,
+    **settings: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Per-token loss max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)). Source: PPO
-    (1707.06347), eq. 7; clip_high from DAPO (2503.14476).
+    """The loss of each token, by the surrogate that is chosen.
 
     Args:
         logprob: [R, T] in nats, of the policy; alone has a gradient.
         old_logprob: [R, T] in nats, of the policy that sampled.
         advantage: [R], one for each answer.
         mask: [R, T], 1 on the tokens of the answers.
-        clip_low, clip_high: how far rho may fall and rise, 0 or more.
-        dual_clip: where A < 0, the loss is at most -dual_clip A (1912.09729); above 1 + clip_high.
-            None: off.
+        surrogate: a name of `SURROGATES`: "clip", "cispo", "dppo", "sapo"; or a function like
+            theirs, surrogate(ratio, advantage, logprob, old_logprob, **settings) of [R, T] tensors,
+            which returns the loss [R, T], or it and {name: [R, T] for the log}.
         ratio_level: "token", or "sequence": rho is the geometric mean of the answer's ratios, at
             every token of it (GSPO, 2507.18071).
-        surrogate: "clip", or "cispo": -sg(min(rho, cispo_cap)) A logp, without the clips
-            (MiniMax-M1, 2506.13585).
-        cispo_cap: the largest weight of "cispo".
+        settings: of the surrogate; see there.
 
     Returns: the loss [R, T], 0 where masked, and statistics, scalars without gradient over the
-        tokens of the mask: "clip_high", "clip_low", "clip_dual", the shares whose gradient each
-        clip took, and "ratio_deviation", the mean of |rho - 1|. With "cispo" "clip_high" is the
-        share whose weight the cap cut, and the other two are absent, as is "clip_dual" without
-        dual_clip.
+        tokens of the mask: for each name that the surrogate gave the share of tokens ("clip_high",
+        "clip_low", "clip_dual": whose gradient each clip took; of "cispo" "clip_high" is the share
+        whose weight the cap cut), and "ratio_deviation", the mean of |rho - 1|.
 
-    Raises: ValueError for other shapes, values or choices, TypeError for what is no tensor.
+    Raises: ValueError for other shapes, values, choices or settings, TypeError for what is no
+        tensor.
     """
-    _one_of("ratio_level", ratio_level, RATIO_LEVELS)
-    _one_of("surrogate", surrogate, SURROGATES)
-    if ratio_level == "sequence" and surrogate == "cispo":
+    one_of("ratio_level", ratio_level, RATIO_LEVELS)
+    function, known = surrogate_function(surrogate), surrogate_settings(surrogate)
+    if ratio_level == "sequence" and function in OF_SINGLE_TOKENS:
         raise ValueError(
-            'ratio_level="sequence" and surrogate="cispo" contradict each other: CISPO weighs'
+            f'ratio_level="sequence" and surrogate="{surrogate}" contradict each other: it weighs'
             " single tokens"
         )
-    if min(clip_low, clip_high) < 0:
+    if unknown := [name for name in settings if name not in known]:
         raise ValueError(
-            f"clip_low and clip_high must be 0 or more, got {clip_low} and {clip_high}"
+            f'surrogate "{function.__name__}" has no setting {", ".join(unknown)}; it has'
+            f" {', '.join(known) or 'none'}"
         )
-    if dual_clip is not None and dual_clip <= 1 + clip_high:
-        raise ValueError(
-            f"dual_clip must lie above 1 + clip_high = {1 + clip_high}, got {dual_clip}"
-        )
-    _same_shape(logprob=logprob, old_logprob=old_logprob, mask=mask)
-    _tensors(advantage=advantage)
+    same_shape(logprob=logprob, old_logprob=old_logprob, mask=mask)
+    check_tensors(advantage=advantage)
     if logprob.dim() != 2 or advantage.shape != logprob.shape[:1]:
         raise ValueError(
             f"advantage must be [R] for logprob [R, T], got {tuple(advantage.shape)} and"
             f" {tuple(logprob.shape)}"
         )
-    mask = _as_bool("mask", mask)
-    logp = _unmasked(logprob, mask)
-    log_ratio = logp - _unmasked(old_logprob.detach(), mask)
+    mask = as_bool("mask", mask)
+    logp, old = unmasked(logprob, mask), unmasked(old_logprob.detach(), mask)
+    log_ratio = logp - old
     if ratio_level == "sequence":
         tokens = mask.sum(1, keepdim=True).clamp(min=1)  # (R, 1)
         log_ratio = (log_ratio.sum(1, keepdim=True) / tokens).expand_as(logp)
-    ratio = _finite_exp(log_ratio)  # rho
-    a = _unmasked(advantage.detach()[:, None].expand_as(logp), mask)
-    if surrogate == "cispo":
-        loss = -ratio.clamp(max=cispo_cap).detach() * a * logp
-        stats = {"clip_high": _masked_mean(ratio > cispo_cap, mask)}
-    else:
-        loss = torch.maximum(-a * ratio, -a * ratio.clamp(1 - clip_low, 1 + clip_high))
-        stats = {
-            "clip_high": _masked_mean((ratio > 1 + clip_high) & (a > 0), mask),
-            "clip_low": _masked_mean((ratio < 1 - clip_low) & (a < 0), mask),
-        }
-        if dual_clip is not None:
-            loss = torch.where(a < 0, torch.minimum(loss, -dual_clip * a), loss)
-            stats["clip_dual"] = _masked_mean((ratio > dual_clip) & (a < 0), mask)
-    stats["ratio_deviation"] = _masked_mean((ratio - 1).abs(), mask)
+    ratio = finite_exp(log_ratio)  # rho
+    a = unmasked(advantage.detach()[:, None].expand_as(logp), mask)
+    result = function(ratio, a, logp, old, **settings)
+    loss, taken = result if isinstance(result, tuple) else (result, {})
+    same_shape(logprob=logp, **{"the surrogate's loss": loss})
+    stats = {name: masked_mean(of_tokens, mask) for name, of_tokens in taken.items()}
+    stats["ratio_deviation"] = masked_mean((ratio - 1).abs(), mask)
     return torch.where(mask, loss, 0.0), stats
+
+
+# ---- answers of another policy than the old one --------------------------------------------------
+
+
+def rollout_weights(
+    old_logprob: Tensor,
+    rollout_logprob: Tensor,
+    mask: Tensor,
+    *,
+    level: RatioLevel = "token",
+    floor: float = 0.0,
+    cap: float = 2.0,
+    outside: Outside = "cut",
+) -> tuple[Tensor, Tensor]:
+    """What the policy term of each token is weighed by where the sampler is not quite the scorer:
+    w = exp(old - rollout). Source: V-trace (1802.01561) cuts w at cap; IcePop (2510.18855) drops
+    tokens whose w lies outside 0.5..2.
+
+    Args:
+        old_logprob, rollout_logprob: [R, T] in nats, of the scorer and of the sampler.
+        mask: [R, T] bool.
+        level: "token", or "sequence": the product over the answer's tokens, at every token of it.
+        floor, cap: between which w may lie, 0 <= floor < cap.
+        outside: "cut" w to the nearer of the two, or "drop": w = 0.
+
+    Returns: w [R, T] without gradient, and a bool [R, T], where w lay outside.
+
+    Raises: ValueError for other choices or bounds.
+    """
+    one_of("rollout_level", level, RATIO_LEVELS)
+    one_of("rollout_outside", outside, OUTSIDES)
+    if not 0 <= floor < cap:
+        raise ValueError(
+            f"rollout_floor and rollout_cap must be 0 <= floor < cap, got {floor} and {cap}"
+        )
+    log_weight = unmasked(old_logprob.detach(), mask) - unmasked(rollout_logprob.detach(), mask)
+    if level == "sequence":
+        log_weight = log_weight.sum(1, keepdim=True).expand_as(log_weight)
+    weight = finite_exp(log_weight)
+    beyond = (weight < floor) | (weight > cap)
+    return weight.clamp(floor, cap) if outside == "cut" else weight.masked_fill(beyond, 0.0), beyond
+
+
+def off_policy_rows(
+    logprob: Tensor, sampled_logprob: Tensor, advantage: Tensor, mask: Tensor, delta: float
+) -> Tensor:
+    """Bad answers that the policy has left far behind: A < 0 and mean over their tokens of
+    sampled - logp above delta. What they teach is noise. Source: DeepSeek-V3.2 (2512.02556), eq. 9.
+
+    Args:
+        logprob, sampled_logprob: [R, T] in nats, of the policy and of what sampled.
+        advantage: [R].
+        mask: [R, T] bool.
+        delta: nats per token, 0 or more.
+
+    Returns: a bool [R].
+
+    Raises: ValueError for a delta below 0.
+    """
+    if delta < 0:
+        raise ValueError(f"off_policy_delta must be 0 or more, got {delta}")
+    drift = unmasked(sampled_logprob, mask) - unmasked(logprob.detach(), mask)
+    return (advantage < 0) & (drift.sum(1) / mask.sum(1).clamp(min=1) > delta)
+
+
+def next_entropy_coef(coef: float, entropy: float, target: float, step: float = 0.005) -> float:
+    """The adaptive weight of an entropy bonus: it rises by `step` while the entropy is at the
+    target or below, and falls above it. Source: Skywork-OR1 (2505.22312), section 3.2.5, where it
+    is 0 at once above the target.
+
+    Args:
+        coef: what it was, 0 or more.
+        entropy, target: in nats per token.
+        step: by which it moves.
+
+    Returns: what it is next, 0 or more.
+    """
+    return max(0.0, coef + step if entropy <= target else coef - step)
+
+
+# ---- the whole loss ------------------------------------------------------------------------------
 
 
 def denominator_of(
@@ -298,8 +316,8 @@ def denominator_of(
 
     Raises: ValueError for other shapes, values or choices, TypeError for what is no tensor.
     """
-    _one_of("aggregation", aggregation, AGGREGATIONS)
-    mask = _as_bool("mask", mask)
+    one_of("aggregation", aggregation, AGGREGATIONS)
+    mask = as_bool("mask", mask)
     if mask.dim() != 2:
         raise ValueError(f"mask must be [R, T], got {tuple(mask.shape)}")
     if aggregation == "token-mean":
@@ -335,18 +353,18 @@ def aggregate(
 
     Raises: ValueError for other shapes, values or choices, TypeError for what is no tensor.
     """
-    _one_of("aggregation", aggregation, AGGREGATIONS)
-    _same_shape(per_token=per_token, mask=mask)
+    one_of("aggregation", aggregation, AGGREGATIONS)
+    same_shape(per_token=per_token, mask=mask)
     if denominator is None:
         denominator = denominator_of(mask, aggregation=aggregation, max_tokens=max_tokens)
-    mask, per_token = _as_bool("mask", mask), _exact(per_token)
+    mask, per_token = as_bool("mask", mask), exact(per_token)
     count = torch.as_tensor(denominator, dtype=per_token.dtype)
     if per_token.dim() != 2 or count.dim():
         raise ValueError(
             "per_token must be [R, T] and denominator one number, "
             f"got {tuple(per_token.shape)} and {tuple(count.shape)}"
         )
-    summed = _unmasked(per_token, mask).sum(1)  # (R,)
+    summed = unmasked(per_token, mask).sum(1)  # (R,)
     total = (summed / mask.sum(1).clamp(min=1) if aggregation == "sequence-mean" else summed).sum()
     return total / count.clamp(min=torch.finfo(count.dtype).tiny)
 
@@ -360,21 +378,24 @@ def grpo_loss(
     ref_logprob: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: Estimator = "k3",
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    dual_clip: float | None = None,
-    ratio_level: RatioLevel = "token",
-    surrogate: Surrogate = "clip",
-    cispo_cap: float = 5.0,
     kl_ratio: bool = False,
+    surrogate: str | Callable = "clip",
+    ratio_level: RatioLevel = "token",
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
     rollout_logprob: Tensor | None = None,
+    rollout_level: RatioLevel = "token",
+    rollout_floor: float = 0.0,
     rollout_cap: float = 2.0,
+    rollout_outside: Outside = "cut",
+    off_policy_delta: float | None = None,
     aggregation: Aggregation = "token-mean",
     denominator: float | Tensor | None = None,
     max_tokens: int | None = None,
+    **settings: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """aggregate(policy_loss + kl_coef kl_penalty). Source: DeepSeekMath (2402.03300), eq. 3; the
-    settings of each paper are in `PRESETS`.
+    """aggregate(policy_loss + kl_coef kl_penalty - entropy_coef entropy). Source: DeepSeekMath
+    (2402.03300), eq. 3; the settings of each paper are in `PRESETS`.
 
     At the first update after sampling, rho is 1 and the advantages of a group add up to 0, so the
     loss is 0 or nearly. Its gradient is not.
@@ -385,108 +406,71 @@ def grpo_loss(
             with kl_coef 0.
         kl_coef: weight of the KL.
         kl_estimator: as for `kl_penalty`.
-        clip_low, clip_high, dual_clip, ratio_level, surrogate, cispo_cap: as for `policy_loss`.
         kl_ratio: multiply each token's KL by that token's ratio exp(logp - logp_old)
-            (DeepSeek-V3.2, 2512.02556). It is the token's also at ratio_level "sequence"; TRL and
-            Liger take the answer's there.
+            (DeepSeek-V3.2, 2512.02556). It is the token's also at ratio_level "sequence", where TRL
+            and Liger take the answer's: with the token's alone is the estimate unbiased.
+        surrogate, ratio_level: as for `policy_loss`.
+        entropy: [R, T] in nats, of the policy's next token, with its gradient.
+        entropy_coef: weight of the entropy, which the loss then raises; see `next_entropy_coef`.
         rollout_logprob: [R, T] in nats, the sampler's own, where it differs from the scorer that
-            gave old_logprob. The policy term is weighed by sg(min(exp(old - rollout),
-            rollout_cap)), as in V-trace (1802.01561).
-        rollout_cap: the largest such weight.
+            gave old_logprob. The policy term is weighed by `rollout_weights`.
+        rollout_level, rollout_floor, rollout_cap, rollout_outside: level, floor, cap and outside of
+            `rollout_weights`.
+        off_policy_delta: in nats: the policy term of `off_policy_rows` is 0. None: off.
         aggregation, denominator, max_tokens: as for `aggregate`.
+        settings: of the surrogate, as clip_low=0.2, clip_high=0.28, dual_clip=None of "clip".
 
     Returns: the loss, a scalar, and statistics, scalars without gradient: those of `policy_loss`;
-        "kl" in nats per token, with ref_logprob; "rollout_weight", the mean of those weights, with
-        rollout_logprob.
+        "kl" in nats per token, with ref_logprob; "rollout_weight", the mean of those weights, and
+        "rollout_outside", the share that lay outside the bounds, with rollout_logprob;
+        "off_policy", the share of tokens in such rows, with off_policy_delta.
 
     Raises: ValueError for other shapes, values or choices, TypeError for what is no tensor.
     """
     if kl_coef and ref_logprob is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprob")
-    optional = {"ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob}
-    _same_shape(optional, logprob=logprob, old_logprob=old_logprob, mask=mask)
-    mask = _as_bool("mask", mask)
-    logp, old = _unmasked(logprob, mask), _unmasked(old_logprob.detach(), mask)
+    if entropy_coef and entropy is None:
+        raise ValueError(f"entropy_coef={entropy_coef} needs entropy")
+    same_shape(
+        {"ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob, "entropy": entropy},
+        logprob=logprob,
+        old_logprob=old_logprob,
+        mask=mask,
+    )
+    mask = as_bool("mask", mask)
+    logp, old = unmasked(logprob, mask), unmasked(old_logprob.detach(), mask)
     loss, stats = policy_loss(
-        logp,
-        old,
-        advantage,
-        mask,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        ratio_level=ratio_level,
-        surrogate=surrogate,
-        cispo_cap=cispo_cap,
+        logp, old, advantage, mask, surrogate=surrogate, ratio_level=ratio_level, **settings
     )
     if rollout_logprob is not None:
-        weight = (old - _unmasked(rollout_logprob.detach(), mask)).exp().clamp(max=rollout_cap)
+        weight, beyond = rollout_weights(
+            old,
+            rollout_logprob,
+            mask,
+            level=rollout_level,
+            floor=rollout_floor,
+            cap=rollout_cap,
+            outside=rollout_outside,
+        )
         loss = weight * loss
-        stats["rollout_weight"] = _masked_mean(weight, mask)
+        stats["rollout_weight"] = masked_mean(weight, mask)
+        stats["rollout_outside"] = masked_mean(beyond, mask)
+    if off_policy_delta is not None:
+        sampled = old if rollout_logprob is None else rollout_logprob.detach()
+        dropped = off_policy_rows(logp, sampled, advantage, mask, off_policy_delta)[:, None]
+        loss = loss.masked_fill(dropped, 0.0)
+        stats["off_policy"] = masked_mean(dropped.expand_as(mask), mask)
     if ref_logprob is not None:
-        ratio = _finite_exp(logp - old) if kl_ratio else None
-        kl = kl_penalty(logp, _unmasked(ref_logprob.detach(), mask), kl_estimator, ratio)
-        stats["kl"] = _masked_mean(kl, mask)
+        ratio = finite_exp(logp - old) if kl_ratio else None
+        kl = kl_penalty(logp, unmasked(ref_logprob.detach(), mask), kl_estimator, ratio)
+        stats["kl"] = masked_mean(kl, mask)
         if kl_coef:
             loss = loss + kl_coef * kl
+    if entropy is not None and entropy_coef:
+        loss = loss - entropy_coef * unmasked(entropy, mask)
     return (
         aggregate(
             loss, mask, aggregation=aggregation, denominator=denominator, max_tokens=max_tokens
         ),
         stats,
     )
-
-
-def _exact(x: Tensor) -> Tensor:
-    """fp32, or float64 where x has it: sums over thousands of bf16 tokens would lose the last
-    ones.
-    """
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _unmasked(x: Tensor, mask: Tensor) -> Tensor:
-    """x in `_exact` where the mask is set, 0 elsewhere: unlike x * mask, this lets no NaN through,
-    forward or backward.
-    """
-    return torch.where(mask, _exact(x), 0.0)
-
-
-def _finite_exp(x: Tensor) -> Tensor:
-    """exp, kept finite: an infinite ratio times an advantage or a slope of 0 would be NaN."""
-    return x.clamp(max=math.log(torch.finfo(x.dtype).max) - 1).exp()
-
-
-def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """For statistics: without gradient, 0 for an empty mask."""
-    return _unmasked(x.detach(), mask).sum() / mask.sum().clamp(min=1)
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _tensors(**values: Tensor) -> None:
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-
-
-def _as_bool(name: str, mask: Tensor) -> Tensor:
-    """Only a mask that is not bool already is looked at: on a GPU, looking waits for it."""
-    _tensors(**{name: mask})
-    if mask.dtype == torch.bool:
-        return mask
-    other = mask[(mask != 0) & (mask != 1)]
-    if len(other):
-        raise ValueError(f"{name} must hold 0 and 1 alone, got {other[0].item():g}")
-    return mask.bool()
-
-
-def _same_shape(optional: dict[str, Tensor | None] | None = None, **tensors: Tensor) -> None:
-    """`optional` ones may be None."""
-    given = tensors | {k: x for k, x in (optional or {}).items() if x is not None}
-    _tensors(**given)
-    if len({x.shape for x in given.values()}) > 1:
-        shapes = ", ".join(f"{k} {tuple(x.shape)}" for k, x in given.items())
-        raise ValueError(f"these must have one shape, [R, T]: {shapes}")

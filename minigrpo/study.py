@@ -9,8 +9,9 @@ command, resumable.
     python -m minigrpo.study --table          # tables and figures from docs/study.json alone
 
 {general, domain} start x {direct, thinking} x {report, grounding}: each evaluated before and after
-GRPO, over several seeds. `general` learned to see and answer on drawn scenes and never saw a film;
-`domain` is the same model after SFT on films. Both learned to think when asked. Arms differ in what
+GRPO, over several seeds. `general` learned to see and answer on drawn scenes, and saw films with
+loose captions alone; `domain` is the same model after SFT on films. Both learned to think when
+asked. Arms differ in what
 their name says and in nothing else: the same steps, prompts, longest answer and seeds.
 
 A run's folder is named by a hash of its command and of the runs that it stands on, so that a change
@@ -41,8 +42,12 @@ from minigrpo.study_table import draw_figures, page_text, tables, write_page
 
 STARTS, MODES, TASKS = ("general", "domain"), ("direct", "thinking"), ("report", "grounding")
 ENTITIES = "minigrpo.rewards.phantom_entities:complete"
-# The domain-direct report run under each reward; "gleu" is the arm itself.
-ABLATION = {"radgraph": f"report={ENTITIES}", "mix": f"report=0.5*gleu+0.5*{ENTITIES}"}
+# RadCliQ, the paper's reward, weighs findings and likeness of the text; so does this, without
+# weights of a network.
+REWARDS = {"report": f"0.5*gleu+0.5*{ENTITIES}", "grounding": "soft_f1"}
+# The domain-direct report run under each other reward; "mix" is the arm itself.
+ABLATION = {"gleu": "report=gleu", "radgraph": f"report={ENTITIES}"}
+RANKS = 2  # processes that share a step of SFT
 
 
 @dataclass
@@ -53,6 +58,7 @@ class Size:
     test: int
     pixels: int  # of a film's side
     scenes: int
+    captioned: int  # films with loose captions
     reading: int  # reports as text
     traces: int  # of thought, for each start
     general_steps: int
@@ -69,6 +75,7 @@ FULL = Size(
     test=300,
     pixels=224,
     scenes=2000,
+    captioned=1600,
     reading=400,
     traces=2000,
     general_steps=1200,
@@ -76,7 +83,7 @@ FULL = Size(
     grpo_steps={"report": 100, "grounding": 140},
     prompts=16,
     group=8,
-    longest=224,
+    longest=192,
     seeds=3,
 )
 SMOKE = Size(
@@ -84,6 +91,7 @@ SMOKE = Size(
     test=4,
     pixels=64,
     scenes=12,
+    captioned=4,
     reading=4,
     traces=10,
     general_steps=2,
@@ -100,8 +108,8 @@ def plan(size: Size, reward_weights: str | None = None) -> list[Run]:
     """All runs, each after those that it needs."""
     runs: list[Run] = []
 
-    def add(name: str, *command, alone: bool = False) -> None:
-        runs.append(Run(name, list(command), alone))
+    def add(name: str, *command, alone: bool = False, ranks: int = 1) -> None:
+        runs.append(Run(name, list(command), alone, ranks))
 
     add(
         "films",
@@ -117,6 +125,7 @@ def plan(size: Size, reward_weights: str | None = None) -> list[Run]:
         0,
         "--size",
         size.pixels,
+        "--prose",
     )
     add(
         "scenes",
@@ -126,6 +135,8 @@ def plan(size: Size, reward_weights: str | None = None) -> list[Run]:
         "{out}",
         "--train",
         size.scenes,
+        "--films",
+        size.captioned,
         "--reading",
         size.reading,
         "--seed",
@@ -137,7 +148,7 @@ def plan(size: Size, reward_weights: str | None = None) -> list[Run]:
         "--batch_size",
         10,
         "--micro_batch",
-        10,
+        10 // RANKS,
         "--optimizer",
         "muon",
         "--beta2",
@@ -175,8 +186,9 @@ def plan(size: Size, reward_weights: str | None = None) -> list[Run]:
             "{out}",
             *sft,
             *weights,
-            alone=True,
-        )  # all else waits for it
+            alone=True,  # all else waits for it
+            ranks=RANKS,
+        )
     think = {"direct": [], "thinking": ["--think"]}
     evaluate = [
         "evaluate.py",
@@ -189,11 +201,12 @@ def plan(size: Size, reward_weights: str | None = None) -> list[Run]:
         "--output_dir",
         "{out}",
     ]
+    add("constant", *evaluate, "--model", "constant", "--train_data", "{films}/train.jsonl")
     for start in STARTS:
         for mode in MODES:
             add(f"{start}-{mode}-sft", *evaluate, "--model", f"{{{start}}}/final", *think[mode])
 
-    def grpo(name: str, start: str, mode: str, task: str, seed: int, *reward) -> None:
+    def grpo(name: str, start: str, mode: str, task: str, seed: int, reward: str, *weights) -> None:
         add(
             name,
             "train_grpo.py",
@@ -222,8 +235,10 @@ def plan(size: Size, reward_weights: str | None = None) -> list[Run]:
             "projector",
             "--max_new_tokens",
             size.longest,
+            "--reward",
+            reward,
+            *weights,
             *think[mode],
-            *reward,
         )
         add(f"{name}-test", *evaluate, "--model", f"{{{name}}}/final", "--task", task, *think[mode])
 
@@ -231,19 +246,11 @@ def plan(size: Size, reward_weights: str | None = None) -> list[Run]:
         for start in STARTS:
             for mode in MODES:
                 for task in TASKS:
-                    grpo(f"{start}-{mode}-{task}-{seed}", start, mode, task, seed)
+                    reward = f"{task}={REWARDS[task]}"
+                    grpo(f"{start}-{mode}-{task}-{seed}", start, mode, task, seed, reward)
         for name, reward in rewards_compared(reward_weights).items():
-            extra = ["--reward_weights", reward_weights] if name == "bertscore" else []
-            grpo(
-                f"reward-{name}-{seed}",
-                "domain",
-                "direct",
-                "report",
-                seed,
-                "--reward",
-                reward,
-                *extra,
-            )
+            weights = ["--reward_weights", reward_weights] if name == "bertscore" else []
+            grpo(f"reward-{name}-{seed}", "domain", "direct", "report", seed, reward, *weights)
     return runs
 
 
@@ -280,7 +287,7 @@ def main() -> None:
         runs = plan(size, args.reward_weights)
         where = folders(runs, root)
         run_all(runs, where, root, jobs=args.jobs, threads=torch.get_num_threads(), began=BEGAN)
-        names = ["gleu", *rewards_compared(args.reward_weights)]
+        names = ["mix", *rewards_compared(args.reward_weights)]
         target.parent.mkdir(parents=True, exist_ok=True)
         write_aside(
             target, json.dumps(collect(where, size, names, smoke=args.smoke), indent=1) + "\n"

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt  # noqa: E402  the backend must be set first
 from minigrpo.metrics.published import REWARDS, TABLE_1, TABLE_2, TABLE_3  # noqa: E402
 from minigrpo.metrics.table import cell, figure, grid  # noqa: E402
 from minigrpo.run.files import aside, write_aside  # noqa: E402
+from minigrpo.study_results import HEADLINE  # noqa: E402
 
 ARMS = [f"{start}-{mode}" for start in ("general", "domain") for mode in ("direct", "thinking")]
 THEIRS = {
@@ -21,14 +22,16 @@ THEIRS = {
     "domain-direct": ("RadVLM (SFT)", "RadVLM+RL"),
     "domain-thinking": (None, "RadVLM-Thinking+RL"),
 }
-MAIN = {"report": "gleu", "grounding": "soft_f1"}
-TITLES = {"report": "GLEU", "grounding": "soft F1"}
+TITLES = {"entity_f1": "entity F1", "gleu": "GLEU", "map50": "mAP@0.5", "soft_f1": "soft F1"}
 THEIR_REWARD = {
     "none": "none (SFT)",
+    "mix": "RadCliQ",
     "gleu": "GLEU",
     "radgraph": "RadGraph complete",
     "bertscore": "BERTScore",
 }
+KINDS = ("anatomy", "abnormality", "phrase", "all findings")  # of questions for boxes
+GAINED = HEADLINE["report"]
 NOTHING = "Not run yet: `make study` fills this part in."
 
 
@@ -59,14 +62,17 @@ def tables(results: dict) -> str:
         "### How much more the general start gains",
         *general(results["general_gains_more"]),
         "",
+        "### How near the general start comes",
+        *nearness(results),
+        "",
         "### Table 1: reports",
-        *table_1(runs),
+        *table_1(runs, results["constant"]["report"]),
         "",
         "### Table 2: grounding, mAP@0.5",
-        *table_2(runs),
+        *table_2(runs, results["constant"]["grounding"]),
         "",
         "### Table 3: what the reward does to reports",
-        *table_3(results["ablation"]),
+        *table_3(results["ablation"], results["references"]),
         "",
         "### One answer of each arm",
         *examples(runs),
@@ -78,18 +84,19 @@ def gains(runs: dict) -> list[str]:
     rows = []
     for name, run in runs.items():
         arm, task = name.rsplit("-", 1)
-        metric = MAIN[task]
-        rows.append(
-            [
-                arm,
-                f"{task}, {TITLES[task]}",
-                cell(run["sft"][metric]),
-                cell(run["rl"][metric]),
-                cell(run["gain"], "+"),
-                ", ".join(f"{seed['gain']['mean']:+.3f}" for seed in run["seeds"]),
-                their_gain(arm, task),
-            ]
-        )
+        for metric in HEADLINE[task]:
+            clinical = metric == HEADLINE[task][0]
+            rows.append(
+                [
+                    arm,
+                    f"{task}, {TITLES[metric]}",
+                    cell(run["sft"][metric]),
+                    cell(run["rl"][metric]),
+                    cell(run["gain"][metric], "+"),
+                    ", ".join(f"{seed['gain'][metric]['mean']:+.3f}" for seed in run["seeds"]),
+                    their_gain(arm, task) if clinical else "",
+                ]
+            )
     return grid(["arm", "task", "SFT", "SFT + RL", "gain", "by seed", "theirs"], rows)
 
 
@@ -105,21 +112,57 @@ def their_gain(arm: str, task: str) -> str:
 
 def contrast(cells: dict) -> list[str]:
     rows = [
-        [*name.split("-"), cell(both["sft"], "+"), cell(both["rl"], "+")]
+        [*name.split("-"), TITLES[metric], *(cell(both[k][metric], "+") for k in ("sft", "rl"))]
         for name, both in cells.items()
+        for metric in both["sft"]
     ]
-    return grid(["start", "task", "thinking - direct, SFT", "thinking - direct, SFT + RL"], rows)
+    heads = ["start", "task", "metric", "thinking - direct, SFT", "thinking - direct, SFT + RL"]
+    return grid(heads, rows)
 
 
 def general(cells: dict) -> list[str]:
     return grid(
-        ["mode", "task", "gain of general - gain of domain"],
-        [[*name.split("-"), cell(value, "+")] for name, value in cells.items()],
+        ["mode", "task", "metric", "gain of general - gain of domain"],
+        [
+            [*name.split("-"), TITLES[metric], cell(value, "+")]
+            for name, by_metric in cells.items()
+            for metric, value in by_metric.items()
+        ],
     )
 
 
-def table_1(runs: dict) -> list[str]:
-    rows = []
+def nearness(results: dict) -> list[str]:
+    """The general start after RL over the domain start after RL; boxes also by kind of question,
+    beside the best constant answer, which never looks at the film.
+    """
+    runs, constant, rows = results["runs"], results["constant"], []
+    for name, by_metric in results["general_share"].items():
+        task = name.split("-")[1]
+        for metric, share in by_metric.items():
+            for kind in ("", *(KINDS if task == "grounding" else ())):
+                key = f"{metric} {kind}".strip()
+                pair = [runs[f"{start}-{name}"]["rl"].get(key) for start in ("general", "domain")]
+                if None in pair:  # no such question among the few of a smoke run
+                    continue
+                rows.append(
+                    [
+                        *name.split("-"),
+                        f"{TITLES[metric]}{', ' if kind else ''}{kind}",
+                        *(f"{value['mean']:.3f}" for value in pair),
+                        cell(share)
+                        if not kind
+                        else f"{pair[0]['mean'] / pair[1]['mean']:.3f}"
+                        if pair[1]["mean"]
+                        else "-",
+                        f"{constant[task][key]['mean']:.3f}",
+                    ]
+                )
+    heads = ["mode", "task", "metric", "general + RL", "domain + RL", "share", "constant answer"]
+    return grid(heads, rows)
+
+
+def table_1(runs: dict, constant: dict) -> list[str]:
+    rows = [["constant answer", *figures_1(constant), *["-"] * 7]]
     for arm in ARMS:
         for stage, theirs in zip(("sft", "rl"), THEIRS[arm]):
             cells = runs[f"{arm}-report"][stage]
@@ -127,18 +170,7 @@ def table_1(runs: dict) -> list[str]:
             rows.append(
                 [
                     f"{arm}, {'SFT + RL' if stage == 'rl' else 'SFT'}",
-                    *(
-                        f"{100 * cells[m]['mean']:.1f}"
-                        for m in (
-                            "gleu",
-                            "rouge_l",
-                            "entities_simple",
-                            "entities_partial",
-                            "entities_complete",
-                        )
-                    ),
-                    f"{cells['cider']['mean']:.2f}",
-                    f"{cells['length']['mean']:.1f}",
+                    *figures_1(cells),
                     *thinking(cells),
                     theirs or "-",
                     *(
@@ -154,13 +186,17 @@ def table_1(runs: dict) -> list[str]:
             )
     heads = [
         "arm",
+        "entity F1",
+        "partial",
+        "simple",
+        "findings' sensitivity",
+        "PPV",
         "GLEU",
         "ROUGE-L",
-        "entities, simple",
-        "partial",
-        "complete",
         "CIDEr",
         "words",
+        "names things of scenes",
+        "of films",
         "thinking words",
         "closed",
         "cut off",
@@ -172,6 +208,19 @@ def table_1(runs: dict) -> list[str]:
     return grid(heads, rows)
 
 
+def figures_1(cells: dict) -> list[str]:
+    percent = (
+        *("entity_f1", "entity_f1_partial", "entity_f1_simple"),
+        *("finding_sensitivity", "finding_ppv", "gleu", "rouge_l"),
+    )
+    return [
+        *(f"{100 * cells[metric]['mean']:.1f}" for metric in percent),
+        f"{cells['cider']['mean']:.2f}",
+        f"{cells['length']['mean']:.1f}",
+        *(f"{100 * cells[metric]['mean']:.0f}" for metric in ("of_scenes", "of_films")),
+    ]
+
+
 def thinking(cells: dict) -> tuple[str, str, str]:
     """Words of thinking, share of closed blocks, share cut off, as percent."""
     words = f"{cells['thinking_length']['mean']:.1f}" if "thinking_length" in cells else "-"
@@ -179,21 +228,15 @@ def thinking(cells: dict) -> tuple[str, str, str]:
     return words, closed, f"{100 * cells['cut_off']['mean']:.0f}"
 
 
-def table_2(runs: dict) -> list[str]:
-    kinds, rows = ("anatomy", "abnormality", "phrase", "all findings"), []
+def table_2(runs: dict, constant: dict) -> list[str]:
+    rows = [["constant answer", *figures_2(constant), *["-"] * 8]]
     for arm in ARMS:
         for stage, theirs in zip(("sft", "rl"), THEIRS[arm]):
             cells = runs[f"{arm}-grounding"][stage]
-            ours = [
-                f"{100 * cells[f'map50 {kind}']['mean']:.1f}" if f"map50 {kind}" in cells else "-"
-                for kind in kinds
-            ]
             rows.append(
                 [
                     f"{arm}, {'SFT + RL' if stage == 'rl' else 'SFT'}",
-                    *ours,
-                    f"{100 * cells['map50']['mean']:.1f}",
-                    f"{cells['boxes']['mean']:.2f}",
+                    *figures_2(cells),
                     *thinking(cells),
                     theirs or "-",
                     *([f"{value:.1f}" for value in TABLE_2[theirs]] if theirs else ["-"] * 4),
@@ -202,9 +245,11 @@ def table_2(runs: dict) -> list[str]:
     return grid(
         [
             "arm",
-            *kinds,
+            *KINDS,
             "all",
+            "soft F1",
             "boxes",
+            "names things of scenes",
             "thinking words",
             "closed",
             "cut off",
@@ -218,27 +263,41 @@ def table_2(runs: dict) -> list[str]:
     )
 
 
-def table_3(ablation: dict) -> list[str]:
-    rows = []
+def figures_2(cells: dict) -> list[str]:
+    ours = [f"map50 {kind}" for kind in KINDS] + ["map50", "soft_f1"]
+    return [
+        *(f"{100 * cells[key]['mean']:.1f}" if key in cells else "-" for key in ours),
+        f"{cells['boxes']['mean']:.2f}",
+        f"{100 * cells['of_scenes']['mean']:.0f}",
+    ]
+
+
+def table_3(ablation: dict, references: dict) -> list[str]:
+    """ "unscored" are the characters of sentences that hold no entity."""
+    metrics = ("entity_f1", "finding_sensitivity", "gleu", "rouge_l")
+    lengths = [f"{references[key]:.0f}" for key in ("characters", "unscored")]
+    rows = [["the films' own reports", *[""] * 6, *lengths, *["-"] * 4]]
     for reward, cells in ablation.items():
         theirs = TABLE_3.get(THEIR_REWARD.get(reward))
         rows.append(
             [
                 reward,
-                *(cell(cells[m]) for m in ("gleu", "rouge_l", "entities_complete")),
-                cell(cells["gain"], "+") if "gain" in cells else "",
-                f"{cells['characters']['mean']:.0f}",
+                *(cell(cells[m]) for m in metrics),
+                *(cell(cells["gain"][m], "+") if "gain" in cells else "" for m in GAINED),
+                *(f"{cells[m]['mean']:.0f}" for m in ("characters", "unscored")),
                 *([figure(theirs[k], REWARDS[k]) for k in (0, 2, 4, 5)] if theirs else ["-"] * 4),
             ]
         )
     return grid(
         [
             "reward",
+            "entity F1",
+            "findings' sensitivity",
             "GLEU",
             "ROUGE-L",
-            "entities, complete",
-            "gain in GLEU",
+            *(f"gain in {TITLES[metric]}" for metric in GAINED),
             "characters",
+            "unscored",
             "*theirs*: ROUGE-L",
             "RadGraph F1",
             "RadCliQ",
@@ -340,7 +399,7 @@ def draw_figures(results: dict, folder: Path) -> list[Path]:
 
 def before_after(runs: dict):
     fig, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    for axis, (task, metric) in zip(axes, MAIN.items()):
+    for axis, (task, (metric, _)) in zip(axes, HEADLINE.items()):
         for row, arm in enumerate(ARMS):
             for stage, color in (("sft", "#9a6700"), ("rl", "#cf222e")):
                 value = runs[f"{arm}-{task}"][stage][metric]
@@ -356,7 +415,7 @@ def before_after(runs: dict):
                 )
         axis.set_yticks(range(len(ARMS)), ARMS, fontsize=8)
         axis.invert_yaxis()
-        axis.set_title(f"{task}: {TITLES[task]}", fontsize=9)
+        axis.set_title(f"{task}: {TITLES[metric]}", fontsize=9)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=7)
     return fig

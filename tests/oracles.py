@@ -57,6 +57,11 @@ def exp(x):
     return x._chain(math.exp(x.value), math.exp(x.value)) if isinstance(x, Dual) else math.exp(x)
 
 
+def sigmoid(x):
+    y = 1 / (1 + math.exp(-sg(x)))
+    return x._chain(y, y * (1 - y)) if isinstance(x, Dual) else y
+
+
 def variables(rows):
     """Lists of floats -> lists of Duals, the variable at row i and token t named (i, t)."""
     return [
@@ -144,16 +149,28 @@ def policy_terms(
     ratio_level="token",
     surrogate="clip",
     cispo_cap=5.0,
+    dppo_delta=0.2,
+    dppo_cap=20.0,
+    sapo_tau_up=1.0,
+    sapo_tau_down=1.05,
 ):
     """The loss of each token, None where masked."""
     out = []
-    for lp, row, a in zip(logprob, ratios(logprob, old, mask, ratio_level), advantage):
+    rows = ratios(logprob, old, mask, ratio_level)
+    for i, (lp, row, a) in enumerate(zip(logprob, rows, advantage)):
         terms = []
         for t, rho in enumerate(row):
             if rho is None:
                 terms.append(None)
             elif surrogate == "cispo":  # MiniMax-M1, without a lower bound
                 terms.append(lp[t] * (-min(sg(rho), cispo_cap) * a))
+            elif surrogate == "dppo":  # binary total variation, of probabilities
+                moved = math.exp(sg(lp[t])) - math.exp(old[i][t])
+                beyond = moved > dppo_delta if a > 0 else moved < -dppo_delta
+                terms.append(0.0 if beyond else lp[t] * (-min(sg(rho), dppo_cap) * a))
+            elif surrogate == "sapo":
+                tau = sapo_tau_up if a > 0 else sapo_tau_down
+                terms.append(sigmoid((rho - 1.0) * tau) * (-4 / tau * a))
             else:
                 terms.append(clipped(rho, a, clip_low, clip_high, dual_clip))
         out.append(terms)
@@ -185,7 +202,13 @@ def grpo(
     kl_estimator="k3",
     kl_ratio=False,
     rollout=None,
+    rollout_level="token",
+    rollout_floor=0.0,
     rollout_cap=2.0,
+    rollout_outside="cut",
+    off_policy_delta=None,
+    entropy=None,
+    entropy_coef=0.0,
     aggregation="token-mean",
     denominator=None,
     max_tokens=None,
@@ -200,8 +223,20 @@ def grpo(
         for t, term in enumerate(row):
             if term is None:
                 continue
+            on = [u for u, there in enumerate(mask[i]) if there]
             if rollout is not None:
-                term = term * min(math.exp(old[i][t] - rollout[i][t]), rollout_cap)
+                among = on if rollout_level == "sequence" else [t]
+                weight = math.exp(sum(old[i][u] - rollout[i][u] for u in among))
+                kept = min(max(weight, rollout_floor), rollout_cap)
+                if rollout_outside == "drop" and kept != weight:
+                    kept = 0.0
+                term = term * kept
+            if off_policy_delta is not None and advantage[i] < 0:
+                sampled = old if rollout is None else rollout
+                drift = [sampled[i][u] - sg(logprob[i][u]) for u in on]
+                term = 0.0 if sum(drift) / len(drift) > off_policy_delta else term
+            if entropy is not None:
+                term = term + entropy[i][t] * -entropy_coef
             if kl_coef:
                 k = kl(logprob[i][t], ref[i][t], kl_estimator)
                 term = term + (rho[i][t] * k if kl_ratio else k) * kl_coef

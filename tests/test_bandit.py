@@ -50,6 +50,9 @@ def train(steps, learning_rate, *, size, scale, updates=1, leave_one_out=False, 
     [
         dict(dual_clip=3.0),
         dict(surrogate="cispo"),
+        dict(surrogate="dppo"),
+        dict(surrogate="sapo"),
+        dict(off_policy_delta=0.1),
         dict(ratio_level="sequence", aggregation="sequence-mean"),
     ],
 )

@@ -24,6 +24,7 @@ from minigrpo.loss import (
     policy_loss,
     soft_overlong_penalty,
 )
+from minigrpo.surrogates import SURROGATES, surrogate_settings
 from tests import oracles
 
 PAPER = dict(clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coef=0.01)
@@ -36,7 +37,11 @@ VARIANTS = {
         ratio_level="sequence", clip_low=3e-4, clip_high=4e-4, aggregation="sequence-mean"
     ),
     "CISPO": dict(surrogate="cispo", cispo_cap=2.0, kl_coef=0.1, kl_estimator="k2"),
-    "V3.2": dict(PAPER, kl_ratio=True, rollout_cap=1.5),
+    "V3.2": dict(PAPER, kl_ratio=True, rollout_cap=1.5, off_policy_delta=0.2),
+    "DPPO": dict(surrogate="dppo", dppo_delta=0.1, dppo_cap=1.5),
+    "SAPO": dict(surrogate="sapo", ratio_level="sequence", aggregation="sequence-mean"),
+    "IcePop": dict(rollout_floor=0.6, rollout_cap=1.5, rollout_outside="drop"),
+    "MIS": dict(rollout_level="sequence", rollout_cap=3.0, rollout_outside="drop"),
 }
 calm = pytest.mark.filterwarnings("ignore:Anomaly Detection")
 variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
@@ -79,6 +84,15 @@ SETTINGS = st.fixed_dictionaries(
         "clip_high": st.floats(0.01, 0.9),
         "dual_clip": st.none() | st.floats(2, 4),
         "cispo_cap": st.floats(0.5, 3),
+        "dppo_delta": st.floats(0.01, 0.3),
+        "dppo_cap": st.floats(0.5, 3),
+        "sapo_tau_up": st.floats(0.1, 3),
+        "sapo_tau_down": st.floats(0.1, 3),
+        "rollout_level": st.sampled_from(["token", "sequence"]),
+        "rollout_floor": st.floats(0, 0.4),
+        "rollout_outside": st.sampled_from(["cut", "drop"]),
+        "off_policy_delta": st.none() | st.floats(0, 1),
+        "entropy_coef": st.sampled_from([0.0, 0.2]),
         "kl_coef": st.sampled_from([0.0, 0.3]),
         "kl_estimator": st.sampled_from(["k1", "k2", "k3"]),
         "kl_ratio": st.booleans(),
@@ -88,7 +102,12 @@ SETTINGS = st.fixed_dictionaries(
         "denominator": st.none() | st.floats(0.5, 9),
     }
 )
-KINDS = st.sampled_from([("token", "clip"), ("sequence", "clip"), ("token", "cispo")])
+KINDS = st.sampled_from(
+    [
+        *(("token", name) for name in ("clip", "cispo", "dppo", "sapo")),
+        *(("sequence", name) for name in ("clip", "sapo")),
+    ]
+)
 
 
 @st.composite
@@ -112,10 +131,13 @@ def tensors(draw):
     st.booleans(),
     st.sampled_from([torch.bool, torch.float32, torch.long]),
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 def test_loss_and_gradient_are_the_oracles(numbers, chosen, level_surrogate, corrected, mask_dtype):
     old, (logprob, ref, rollout), advantage, mask = numbers
     ratio_level, surrogate = level_surrogate
+    others = set().union(*map(surrogate_settings, SURROGATES))
+    others -= set(surrogate_settings(surrogate))
+    chosen = {name: value for name, value in chosen.items() if name not in others}
     rollout = rollout if corrected else None
     logprob.requires_grad_()
     loss, _ = grpo_loss(
@@ -125,18 +147,21 @@ def test_loss_and_gradient_are_the_oracles(numbers, chosen, level_surrogate, cor
         mask.to(mask_dtype),
         ref_logprob=ref,
         rollout_logprob=rollout,
+        entropy=logprob.square(),  # it has a gradient of its own
         ratio_level=ratio_level,
         surrogate=surrogate,
         **chosen,
     )
     grad = torch.autograd.grad(loss, logprob)[0]
+    variables = oracles.variables(logprob.tolist())
     expected = oracles.grpo(
-        oracles.variables(logprob.tolist()),
+        variables,
         old.tolist(),
         advantage.tolist(),
         mask.tolist(),
         ref=ref.tolist(),
         rollout=rollout.tolist() if corrected else None,
+        entropy=[[x * x for x in row] for row in variables],
         ratio_level=ratio_level,
         surrogate=surrogate,
         **chosen,
@@ -389,15 +414,25 @@ def test_overlong_filter_takes_whole_answers_out():
 
 
 def test_statistics_are_means_over_tokens():
-    logprob, old, advantage, mask, ref, rollout = batch(rows=4, seed=3)
+    logprob, old, advantage, mask, ref, rollout = batch(rows=4, seed=4)
     logprob = logprob.detach().requires_grad_()
     _, stats = grpo_loss(
-        logprob, old, advantage, mask, ref_logprob=ref, rollout_logprob=rollout, **PAPER
+        logprob,
+        old,
+        advantage,
+        mask,
+        ref_logprob=ref,
+        rollout_logprob=rollout,
+        rollout_floor=0.5,
+        off_policy_delta=0.1,
+        **PAPER,
     )
     tokens, (n, width) = [], mask.shape
     for i, t in itertools.product(range(n), range(width)):
         if mask[i, t]:
             rho, a = math.exp(logprob[i, t].item() - old[i, t].item()), advantage[i].item()
+            weight = math.exp(old[i, t].item() - rollout[i, t].item())
+            drift = (rollout - logprob)[i][mask[i]].mean().item()
             tokens.append(
                 {
                     "clip_high": rho > 1.28 and a > 0,
@@ -405,11 +440,14 @@ def test_statistics_are_means_over_tokens():
                     "clip_dual": rho > 3 and a < 0,
                     "ratio_deviation": abs(rho - 1),
                     "kl": oracles.kl(logprob[i, t].item(), ref[i, t].item(), "k3"),
-                    "rollout_weight": min(math.exp(old[i, t].item() - rollout[i, t].item()), 2.0),
+                    "rollout_weight": min(max(weight, 0.5), 2.0),
+                    "rollout_outside": not 0.5 <= weight <= 2,
+                    "off_policy": a < 0 and drift > 0.1,
                 }
             )
     means = {name: sum(token[name] for token in tokens) / len(tokens) for name in tokens[0]}
     assert {name: value.item() for name, value in stats.items()} == pytest.approx(means)
+    assert all(0 < means[name] < 1 for name in ("rollout_outside", "off_policy"))
     assert not any(value.requires_grad for value in stats.values())
 
 
@@ -429,7 +467,8 @@ def test_the_gradient_reaches_logprob_alone():
         **PAPER,
     )
     assert torch.autograd.grad(loss, others, allow_unused=True) == (None,) * 4
-    for options in ({}, {"ratio_level": "sequence"}, {"surrogate": "cispo"}):
+    choices = [{"surrogate": name} for name in SURROGATES]
+    for options in ({"ratio_level": "sequence"}, *choices):
         loss, _ = grpo_loss(
             logprob,
             logprob,
@@ -698,7 +737,7 @@ def test_batch_std_of_one_rank_is_that_of_its_rewards(tmp_path):
         ),
         (
             lambda x: group_advantages(x, scale="std"),
-            "scale must be one of group, batch, none, got 'std'",
+            "scale must be one of group, batch, mean, none, got 'std'",
         ),
         (
             lambda x: policy_loss(x, x, torch.zeros(3), x),
@@ -790,14 +829,14 @@ def test_batch_std_of_one_rank_is_that_of_its_rewards(tmp_path):
         ),
         (
             lambda x: policy_loss(x, x, torch.zeros(2), x, surrogate="ppo"),
-            "surrogate must be one of clip, cispo, got 'ppo'",
+            "surrogate must be one of clip, cispo, dppo, sapo, got 'ppo'",
         ),
         (
             lambda x: policy_loss(
                 x, x, torch.zeros(2), x, ratio_level="sequence", surrogate="cispo"
             ),
             (
-                '^ratio_level="sequence" and surrogate="cispo" contradict each other: CISPO weighs'
+                '^ratio_level="sequence" and surrogate="cispo" contradict each other: it weighs'
                 " single tokens$"
             ),
         ),

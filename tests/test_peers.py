@@ -171,6 +171,25 @@ VARIANTS = {  # name: (TRL's settings, ours)
         dict(ratio_level="sequence", aggregation="sequence-mean", kl_coef=0.1, **PAPER),
     ),
     "cispo": (dict(loss_type="cispo", epsilon_high=5.0), dict(surrogate="cispo", cispo_cap=5.0)),
+    "sapo": (
+        dict(loss_type="sapo", sapo_temperature_pos=0.875, sapo_temperature_neg=1.25),
+        dict(surrogate="sapo", sapo_tau_up=0.875, sapo_tau_down=1.25, aggregation="sequence-mean"),
+    ),
+    "off-policy sequence mask": (
+        dict(loss_type="dapo", off_policy_mask_threshold=0.1, **CLIP),
+        dict(off_policy_delta=0.1, **PAPER),
+    ),
+    "off-policy sequence mask of a sampler": (
+        dict(
+            loss_type="dapo",
+            off_policy_mask_threshold=0.1,
+            use_vllm=True,
+            vllm_importance_sampling_mode="token_truncate",
+            vllm_importance_sampling_clip_max=2.0,
+            **CLIP,
+        ),
+        dict(off_policy_delta=0.1, rollout_cap=2.0, **PAPER),
+    ),
     "batch std": (
         dict(loss_type="dapo", scale_rewards="batch", **CLIP),
         dict(scale="batch", **PAPER),
@@ -187,6 +206,27 @@ VARIANTS = {  # name: (TRL's settings, ours)
         ),
         dict(kl_coef=0.1, rollout_cap=2.0, **PAPER),
     ),
+    **{
+        f"importance weights, {level} {mode}": (
+            dict(
+                loss_type="dapo",
+                use_vllm=True,
+                vllm_importance_sampling_mode=f"{level}_{mode}",
+                vllm_importance_sampling_clip_min=0.5,
+                vllm_importance_sampling_clip_max=2.0,
+                **CLIP,
+            ),
+            dict(
+                rollout_level=level,
+                rollout_floor=0.5,
+                rollout_cap=2.0,
+                rollout_outside=outside,
+                **PAPER,
+            ),
+        )
+        for level in ("token", "sequence")
+        for mode, outside in (("truncate", "cut"), ("mask", "drop"))
+    },
 }
 
 

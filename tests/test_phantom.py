@@ -23,6 +23,8 @@ from minigrpo.data.phantom import (
     report,
     write_phantom,
 )
+from minigrpo.metrics.drawn import named_findings
+from minigrpo.rewards.phantom_entities import annotate, entity_f1
 from tests.processes import python
 
 SIZE = 96
@@ -78,6 +80,21 @@ def test_same_seed_same_bytes_whatever_the_count_and_the_workers(folder, tmp_pat
         assert first == second and {x["patient"][-5:] for x in first} == {
             f"{k:05d}" for k in range(shared)
         }
+
+
+def test_prose_is_unscored_and_changes_nothing_else(folder, tmp_path):
+    arguments = Arguments(train=6, test=3, seed=5, size=SIZE, prose=True)
+    assert write_phantom(tmp_path, arguments, workers=1)
+    lengths = []
+    for plain, spoken in zip(*(lines(f / "train.jsonl") for f in (folder, tmp_path)), strict=True):
+        if plain["task"] == "report":
+            short, long = plain.pop("answer"), spoken.pop("answer")
+            assert short in long and entity_f1(long, short)["complete"] == 1
+            lengths.append(len(long) / len(short))
+        assert plain == spoken
+    assert min(lengths) >= 1 and np.mean(lengths) > 1.2
+    for text in (text for options, _ in phantom.PROSE for text in options):
+        assert annotate(text)["entities"] == {} and named_findings(text) == set()
 
 
 def test_another_seed_and_another_split_draw_other_films():

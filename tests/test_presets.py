@@ -9,28 +9,27 @@ import torch
 import yaml
 
 from minigrpo.loss import PRESETS, group_advantages, grpo_loss
+from minigrpo.surrogates import surrogate_settings
 from tests.test_grpo import ROOT
 from train_grpo import GrpoArguments
 
-KNOWN = inspect.signature(grpo_loss).parameters
+KNOWN = {name: p.default for name, p in inspect.signature(grpo_loss).parameters.items()}
 
 
-def settings_of(args) -> dict:
-    """Of the loss, without what the function has as its default anyway."""
-    return {
-        name: value for name, value in args.loss_settings().items() if value != KNOWN[name].default
-    }
+def settings_of(settings: dict) -> dict:
+    """Of the loss, without what the function and the surrogate have as their defaults anyway."""
+    known = KNOWN | surrogate_settings(settings.get("surrogate", "clip"))
+    return {k: v for k, v in settings.items() if v != known[k] and k not in BESIDE}
 
 
-@pytest.mark.parametrize("name", ["dapo", "dr_grpo", "gspo", "cispo"])
+BESIDE = ("max_tokens", "rollout_cap")
+
+
+@pytest.mark.parametrize("name", ["dapo", "dr_grpo", "gspo", "cispo", "dppo", "sapo"])
 def test_files_say_the_same(name):
     content = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
     args = GrpoArguments(model="m", train_data="t", output_dir="o", **content)
-    expected = {k: v for k, v in PRESETS[name].items() if v != KNOWN[k].default}
-    found = {k: v for k, v in settings_of(args).items() if k not in ("max_tokens", "rollout_cap")}
-    if name == "cispo":  # which has no clip
-        found = {k: v for k, v in found.items() if not k.startswith(("clip", "dual"))}
-    assert found == expected
+    assert settings_of(args.loss_settings()) == settings_of(PRESETS[name])
 
 
 def test_the_trainer_s_defaults_are_radvlm():
@@ -49,6 +48,7 @@ def test_each_is_taken(name):
         advantage,
         torch.ones(4, 5),
         ref_logprob=torch.randn(4, 5),
+        rollout_logprob=logprob.detach(),
         max_tokens=5,
         **PRESETS[name],
     )

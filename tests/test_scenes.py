@@ -1,5 +1,5 @@
-"""Drawn scenes: boxes that are true, nothing of a film in them, and the same scene from the same
-seed.
+"""Drawn scenes: boxes that are true, films with loose captions alone, and the same scene from the
+same seed.
 """
 
 import json
@@ -10,16 +10,21 @@ import pytest
 from PIL import Image
 
 from minigrpo.data import Sample, parse_boxes, read_jsonl
+from minigrpo.data.phantom import box_of, draw_film
 from minigrpo.data.scenes import (
     ALL,
     ANSWERS,
     CAPTIONS,
+    FILM_NOTES,
     ONE,
+    PLACED,
     THINGS,
     draw_scene,
+    film_notes,
     where,
     write_scenes,
 )
+from minigrpo.data.templates import DETECTION_QUESTIONS, REGION_QUESTIONS, REPORT_QUESTIONS
 from minigrpo.data.traces import drawn_trace, read_templates
 
 OF_FILMS = re.compile("x-ray|film|lung|heart|chest|report", re.IGNORECASE)
@@ -28,7 +33,7 @@ OF_FILMS = re.compile("x-ray|film|lung|heart|chest|report", re.IGNORECASE)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, train=8, test=2, reading=3, seed=0, size=96, workers=1)
+    write_scenes(folder, train=8, test=2, reading=3, films=6, seed=0, size=96, workers=1)
     return folder
 
 
@@ -55,7 +60,7 @@ def test_a_thing_fills_its_box(monkeypatch):
                     rows[-1] + 1 + max(0, y1 - 4),
                 ]
             )
-            assert np.abs(found - (x1, y1, x2, y2)).max() <= 4, (thing, found)
+            assert np.abs(found - (x1, y1, x2, y2)).max() <= 6, (thing, found)  # a narrow tip blurs
             seen.add(thing["label"])
     assert seen == set(THINGS)
 
@@ -72,26 +77,51 @@ def test_things_do_not_overlap():
 
 def test_the_file_is_one_that_training_reads(folder):
     samples = read_jsonl(folder / "train.jsonl")
-    assert len(samples) == 8 * 3 + 3
+    assert len(samples) == 8 * 4 + 6 * 2 + 3
     for s in samples:
         if s.task == "grounding":
             assert np.allclose(parse_boxes(s.answer), s.boxes, atol=0.006)
 
 
-def test_no_film_and_no_word_of_a_film_beside_the_reading(folder):
-    """The general start must not have seen films: its only chests are in texts without an image."""
+def test_films_come_with_loose_captions_alone(folder):
+    """The general start has seen films as the web shows them: without boxes, reports or the tasks'
+    questions. Nor does a scene speak of films.
+    """
     for s in read_jsonl(folder / "train.jsonl"):
-        assert (s.image is None) == s.id.startswith("reading") and (
-            s.image is None or not OF_FILMS.search(f"{s.question} {s.answer}")
-        )
+        assert (s.image is None) == s.id.startswith("reading")
+        if s.id.startswith("film"):
+            assert not s.boxes and not parse_boxes(s.answer) and s.question in CAPTIONS
+            assert s.task == "classification" and OF_FILMS.search(s.answer)
+        elif s.image is not None:
+            assert not OF_FILMS.search(f"{s.question} {s.answer}")
     # one of 20 answers, "On this film ...", once came along
-    templates = (*CAPTIONS, *ALL, *ONE, *ANSWERS)
+    templates = (*CAPTIONS, *ALL, *ONE, *PLACED, *ANSWERS)
     assert len(ANSWERS) > 15 and not any(map(OF_FILMS.search, templates))
-    assert not set(p.suffix for p in (folder / "scenes").iterdir()) - {".png"}
+    asked = (*REGION_QUESTIONS, *DETECTION_QUESTIONS, *REPORT_QUESTIONS)
+    assert not set(CAPTIONS) & set(asked)
+
+
+def test_a_loose_caption_is_incomplete_and_partly_wrong():
+    """But mostly right: of the notes' places, about MISPLACED differ from the drawing's."""
+    told = right = findings = 0
+    for index in range(150):
+        film = draw_film(0, 3, index, 48)
+        notes = film_notes(film, np.random.default_rng(index))
+        truth = {
+            (phrase, where(f.box)) for f in film.findings for phrase in FILM_NOTES[f.label]
+        } | {(f"the {name}", where(box_of(mask))) for name, mask in film.regions.items()}
+        told, right = (
+            told + len(notes),
+            right + sum((note["label"], note["where"]) in truth for note in notes),
+        )
+        findings += len(film.findings)
+    assert 0.75 < right / told < 0.95 and told < findings + 3 * 150
 
 
 def test_the_same_seed_draws_the_same(folder, tmp_path):
-    write_scenes(tmp_path / "again", train=8, test=2, reading=3, seed=0, size=96, workers=2)
+    write_scenes(
+        tmp_path / "again", train=8, test=2, reading=3, films=6, seed=0, size=96, workers=2
+    )
     for name in ("train.jsonl", "test.jsonl"):
         assert (tmp_path / "again" / name).read_text() == (folder / name).read_text()
     for path in (folder / "scenes").iterdir():
@@ -119,3 +149,5 @@ def test_a_scene_is_thought_about_in_its_own_words():
         "bottom",
     ]
     assert json.dumps(things)
+    notes = [{"label": "fluid", "where": "left"}, {"label": "the heart", "where": "bottom"}]
+    assert drawn_trace(sample, notes, read_templates()) == "left, fluid; bottom, the heart."

@@ -17,7 +17,7 @@ from minigrpo.rewards.spec import parse_spec
 from minigrpo.run.args import parse_args
 from minigrpo.stages import Run, run_all
 from minigrpo.study import FULL, SMOKE, folders, plan
-from minigrpo.study_results import curves, gain, pooled
+from minigrpo.study_results import HEADLINE, curves, gain, general_share, pooled, wording
 from minigrpo.study_table import NOTHING, tables, write_page
 from tests import processes
 from train_grpo import GrpoArguments
@@ -52,10 +52,15 @@ def test_the_plan_holds_every_arm_and_seed():
         for t in ("report", "grounding")
     }
     assert {
-        f"{arm}-{seed}{test}" for arm in arms for seed in range(3) for test in ("", "-test")
+        f"{arm}-{seed}{test}"
+        for arm in arms
+        for seed in range(FULL.seeds)
+        for test in ("", "-test")
     } <= names
     assert {f"{s}-{m}-sft" for s in ("general", "domain") for m in ("direct", "thinking")} <= names
-    assert {f"reward-{r}-{seed}-test" for r in ("radgraph", "mix") for seed in range(3)} <= names
+    assert {
+        f"reward-{r}-{seed}-test" for r in ("radgraph", "gleu") for seed in range(FULL.seeds)
+    } <= names
     order = [run.name for run in plan(FULL)]
     assert all(
         order.index(need) < order.index(run.name) for run in plan(FULL) for need in run.needs
@@ -68,9 +73,9 @@ def test_the_plan_holds_every_arm_and_seed():
         ("general-direct-report-1", "domain-direct-report-1", {"--model"}),
         ("domain-direct-report-1", "domain-thinking-report-1", {"--think"}),
         ("general-direct-grounding-0", "general-thinking-grounding-0", {"--think"}),
-        ("domain-direct-report-0", "domain-direct-report-2", {"--seed"}),
+        ("domain-direct-report-0", "domain-direct-report-1", {"--seed"}),
         ("domain-direct-report-0", "reward-radgraph-0", {"--reward"}),
-        ("domain-direct-report-0", "reward-mix-0", {"--reward"}),
+        ("domain-direct-report-0", "reward-gleu-0", {"--reward"}),
         ("domain-direct-sft", "domain-thinking-sft", {"--think"}),
         ("general-direct-sft", "domain-direct-sft", {"--model"}),
         ("general-direct-report-0-test", "general-thinking-report-0-test", {"--think", "--model"}),
@@ -98,7 +103,7 @@ def test_a_run_is_cached_by_all_that_it_stands_on(tmp_path):
     changed = folders(plan(replace(FULL, domain_steps=FULL.domain_steps + 1)), tmp_path)
     moved = {name for name in before if before[name] != changed[name]}
     assert moved == {name for name in before if name.startswith(("domain", "reward"))}
-    more = folders(plan(replace(FULL, seeds=4)), tmp_path)
+    more = folders(plan(replace(FULL, seeds=FULL.seeds + 1)), tmp_path)
     assert all(more[name] == folder for name, folder in before.items())
 
 
@@ -156,13 +161,40 @@ def test_seeds_are_pooled_and_are_no_new_samples():
     """
     before = {str(i): float(i % 2) for i in range(40)}
     seeds = [{i: {"gleu": value + 0.1 * s} for i, value in before.items()} for s in range(3)]
-    after = {i: item["gleu"] for i, item in pooled(seeds).items()}
-    found = gain(after, before)
+    after = [item["gleu"] for item in pooled(seeds).values()]
+    found = gain(after, list(before.values()))
     assert (
         found["n"] == 40
         and found["mean"] == pytest.approx(0.1)
         and found["low"] == pytest.approx(found["high"])
     )
+
+
+def test_the_general_starts_share_is_of_means_and_not_a_mean_of_shares():
+    """A film on which the domain start scores 0 would make a mean of shares infinite."""
+    figures = {"general": (0.2, 0.4, 0.0), "domain": (0.4, 0.8, 0.0)}
+    after = {
+        f"{start}-{mode}-{task}": {
+            str(i): dict.fromkeys(metrics, value) for i, value in enumerate(figures[start])
+        }
+        for start in figures
+        for mode in ("direct", "thinking")
+        for task, metrics in HEADLINE.items()
+    }
+    assert set(general_share(after)) == {
+        f"{m}-{t}" for m in ("direct", "thinking") for t in HEADLINE
+    }
+    for by_metric in general_share(after).values():
+        for share in by_metric.values():
+            assert share["mean"] == pytest.approx(0.5) and share["n"] == 3
+
+
+def test_wording_counts_what_a_scorer_of_findings_passes_over():
+    prose = "Please correlate with the clinical history and any prior imaging."
+    found = wording(f"There is mild cardiomegaly. {prose}")
+    assert found == {"of_scenes": 0, "of_films": 1, "unscored": len(prose)}
+    assert wording("The crate is located at [0.02, 0.04, 0.49, 0.59].")["of_scenes"] == 1
+    assert wording("") == {"of_scenes": 0, "of_films": 0, "unscored": 0}
 
 
 def test_curves_are_means_over_seeds_and_parts(tmp_path):
@@ -293,14 +325,13 @@ def test_the_whole_study_runs_and_comes_from_its_cache(tmp_path, monkeypatch, ca
         and results["smoke"]
     )
     for name, run in results["runs"].items():
-        metric = {"report": "gleu", "grounding": "soft_f1"}[name.rsplit("-")[-1]]
-        assert run["gain"]["mean"] == pytest.approx(
-            run["rl"][metric]["mean"] - run["sft"][metric]["mean"]
-        )
-        assert (
-            set(run["gain"]) == {"mean", "low", "high", "p", "n"}
-            and len(run["seeds"]) == SMOKE.seeds
-        )
+        metrics = HEADLINE[name.rsplit("-")[-1]]
+        assert set(run["gain"]) == set(metrics) and len(run["seeds"]) == SMOKE.seeds
+        for metric in metrics:
+            assert run["gain"][metric]["mean"] == pytest.approx(
+                run["rl"][metric]["mean"] - run["sft"][metric]["mean"]
+            )
+            assert set(run["gain"][metric]) == {"mean", "low", "high", "p", "n"}
         assert (
             ("thinking_length" in run["rl"])
             == ("thinking" in name)
@@ -320,7 +351,7 @@ def test_the_whole_study_runs_and_comes_from_its_cache(tmp_path, monkeypatch, ca
     monkeypatch.setattr(stages, "start", None)  # nothing may be run again
     monkeypatch.setattr(sys, "argv", ["study", *map(str, command)])
     study.main()
-    assert page.read_text() == text and "30 runs, 30 of them done" in capsys.readouterr().out
+    assert page.read_text() == text and "31 runs, 31 of them done" in capsys.readouterr().out
     for folder in (tmp_path / "runs").glob("films-*/"):
         assert json.loads((folder / "done.json").read_text())["seconds"] >= 0
     monkeypatch.setattr(sys, "argv", ["study", "--table", *map(str, command[3:])])

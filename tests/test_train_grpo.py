@@ -150,8 +150,14 @@ def test_contradictions_stop_before_training(settings, message):
         (dict(kl_coef=0, kl_ratio=True), "no KL is computed"),
         (dict(kl_coef=0, kl_estimator="k1"), "--kl_estimator and --kl_ratio are not used"),
         (dict(kl_estimator="k1"), "is 0"),
-        (dict(surrogate="cispo"), "--dual_clip are not used"),
-        (dict(cispo_cap=3.0), "--cispo_cap 3.0 is not used"),
+        (
+            dict(surrogate="cispo", clip_low=0.1, dual_clip=0),
+            "--surrogate cispo: --clip_low, --dual_clip are not used",
+        ),
+        (dict(cispo_cap=3.0), "--surrogate clip: --cispo_cap is not used"),
+        (dict(surrogate="sapo", dppo_delta=0.1), "sapo: --dppo_delta is not used"),
+        (dict(rollout_outside="drop"), "--rollout_cap 0: the sampler's log-probs are trusted"),
+        (dict(advantage_scale="decoupled", leave_one_out=True), "--leave_one_out and"),
         (dict(dual_clip=0), "nothing bounds the ratio"),
         (dict(ratio_level="sequence"), "GSPO uses 3e-4"),
         (dict(warmup=0.001), "the first step is at the peak already"),
@@ -218,8 +224,16 @@ def test_every_switch_reaches_the_loss(train, calls):
         "--kl_estimator",
         "k2",
         "--kl_ratio",
-        "--cispo_cap",
-        4,
+        "--entropy_coef",
+        0.01,
+        "--off_policy_delta",
+        0.7,
+        "--rollout_level",
+        "sequence",
+        "--rollout_floor",
+        0.5,
+        "--rollout_outside",
+        "drop",
         "--rollout_cap",
         1.5,
         "--updates_per_rollout",
@@ -231,6 +245,7 @@ def test_every_switch_reaches_the_loss(train, calls):
     assert len(calls) == 1 + 4, "the check of the arguments, and a call for every prompt"
     for _, settings in calls[1:]:
         assert settings.pop("rollout_logprob").shape == settings.pop("ref_logprob").shape == (3, 12)
+        assert settings.pop("entropy").shape == (3, 12)
         assert settings == dict(
             ratio_level="sequence",
             surrogate="clip",
@@ -241,11 +256,46 @@ def test_every_switch_reaches_the_loss(train, calls):
             kl_coef=0.3,
             kl_estimator="k2",
             kl_ratio=True,
-            cispo_cap=4.0,
+            entropy_coef=0.01,
+            off_policy_delta=0.7,
+            rollout_level="sequence",
+            rollout_floor=0.5,
+            rollout_outside="drop",
             rollout_cap=1.5,
             max_tokens=12,
             denominator=torch.tensor(2 * 3 * 12),
         )
+
+
+@pytest.mark.parametrize(
+    "surrogate, own",
+    [
+        ("clip", dict(clip_low=0.2, clip_high=0.28, dual_clip=3.0)),
+        ("cispo", dict(cispo_cap=5.0)),
+        ("dppo", dict(dppo_delta=0.2)),
+        ("sapo", dict(sapo_tau_up=1.0, sapo_tau_down=1.05)),
+        ("tests.test_variants:bounded", {}),
+    ],
+)
+def test_a_surrogate_gets_its_own_settings(surrogate, own):
+    found = GrpoArguments(**NEEDED, surrogate=surrogate).loss_settings()
+    others = ("clip_low", "clip_high", "dual_clip", "cispo_cap", "dppo_delta", "sapo_tau_up")
+    assert {name: found[name] for name in (*others, "sapo_tau_down") if name in found} == own
+
+
+def test_a_surrogate_of_one_s_own_trains(train):
+    log = rows(train("--surrogate", "tests.test_variants:bounded", steps=1))
+    assert 0 <= log[0]["bounded"] < 0.5 and "clip_high" not in log[0]
+
+
+def test_a_mix_of_rewards_is_compared_one_by_one(train):
+    train("--advantage_scale", "decoupled", "--reward", "report=0.5*gleu+0.5*length", steps=1)
+
+
+def test_the_weight_of_the_entropy_follows_its_target(train):
+    """Below its target the bonus rises by 0.005 a step, also over a stop."""
+    folder = train("--entropy_target", 100, steps=2)
+    assert [row["entropy_coef"] for row in rows(folder)] == [0, 0.005]
 
 
 def test_off_is_off(train, calls):

@@ -863,6 +863,24 @@ DETAILS = {
     "endotracheal tube": "Airway is intubated.",
     "nasogastric tube": "Gastric tube crosses the diaphragm.",
 }
+# What real reports hold beside findings, and no scorer of findings counts: none of these words is
+# an entity of `minigrpo.rewards.phantom_entities`. Nothing of it is to be seen on the film.
+TECHNIQUE = (
+    "A single frontal view was obtained at the bedside.",
+    "This study consists of one frontal view taken while standing.",
+    "One view was acquired, and its quality is adequate for interpretation.",
+)
+VARIANTS = (
+    "Degenerative changes of the spine are as expected for age.",
+    "Nipple shadows should not be mistaken for a lesion.",
+    "An azygos fissure is present as a common variant.",
+)
+ADVICE = (
+    "Please correlate with the clinical history and any prior imaging.",
+    "Follow-up should be arranged as the referring team sees fit.",
+    "These results were discussed with the ward by telephone.",
+)
+PROSE = ((TECHNIQUE, 0.8), (VARIANTS, 0.5), (ADVICE, 0.7))  # each with its chance
 
 
 def choose(rng, *options: str) -> str:
@@ -1000,13 +1018,27 @@ def report(findings: list[Finding], rng) -> list[Statement]:
     return statements + [Statement(text, []) for text in rng.permutation(remarks).tolist()]
 
 
-def film_samples(film: Film, patient: str, image: str, rng, presence: float = 0.0) -> list[dict]:
+def with_prose(statements: list[Statement], rng) -> list[Statement]:
+    """The report with unscored text: technique before it, a variant and advice behind it."""
+    technique, *rest = (
+        [Statement(templates.draw_template(options, rng), [])] if rng.random() < chance else []
+        for options, chance in PROSE
+    )
+    return [*technique, *statements, *(s for part in rest for s in part)]
+
+
+def film_samples(
+    film: Film, patient: str, image: str, rng, *, presence: float = 0.0, prose=None
+) -> list[dict]:
     """The samples about a film, as lines of the JSONL file: its report, the boxes of all findings,
     and for a film without findings and every second other the boxes of one part of the anatomy, of
     one abnormality or of one phrase of the report. `presence` is the chance of one more question,
-    after a kind of finding that is on the film as often as not.
+    after a kind of finding that is on the film as often as not. `prose`, a Generator of its own,
+    adds unscored text to the report and changes nothing else.
     """
     statements = report(film.findings, rng)
+    if prose is not None:
+        statements = with_prose(statements, prose)
     findings = [
         {key: value for key, value in vars(f).items() if key != "mask"} for f in film.findings
     ]
@@ -1088,16 +1120,16 @@ def film_samples(film: Film, patient: str, image: str, rng, presence: float = 0.
     ]
 
 
-def write_film(
-    job: tuple[str, int], *, seed: int, size: int, presence: float, folder: Path
-) -> list[dict]:
-    split, index = job
+def write_film(job: tuple[str, int], *, arguments: "Arguments", folder: Path) -> list[dict]:
+    (split, index), seed = job, arguments.seed
     number, patient = SPLITS.index(split), f"phantom-{split}-{index:05d}"
-    film = draw_film(seed, number, index, size)
+    film = draw_film(seed, number, index, arguments.size)
     with aside(folder / "films" / f"{patient}.png", durable=False) as part:
         Image.fromarray(film.pixels).save(part, "PNG", compress_level=3)
     rng = np.random.default_rng([seed, number, index, 1])
-    return film_samples(film, patient, f"films/{patient}.png", rng, presence)
+    prose = np.random.default_rng([seed, number, index, 4]) if arguments.prose else None
+    image, presence = f"films/{patient}.png", arguments.presence
+    return film_samples(film, patient, image, rng, presence=presence, prose=prose)
 
 
 @dataclass
@@ -1107,6 +1139,7 @@ class Arguments:
     seed: int
     size: int
     presence: float = 0.0  # share of films with a question after a finding that may be absent
+    prose: bool = False  # unscored text in the reports
 
 
 def write_phantom(output_dir: str | Path, arguments: Arguments, workers: int | None = None) -> bool:
@@ -1116,7 +1149,8 @@ def write_phantom(output_dir: str | Path, arguments: Arguments, workers: int | N
     folder = Path(output_dir)
     done = folder / "phantom.json"
     # a folder of an earlier version says nothing of what it could not do
-    if done.exists() and {"presence": 0.0} | json.loads(done.read_text()) == asdict(arguments):
+    new = {"presence": 0.0, "prose": False}
+    if done.exists() and new | json.loads(done.read_text()) == asdict(arguments):
         return False
     if (folder / "train.jsonl").exists():
         before = done.read_text().strip() if done.exists() else "a run that did not finish"
@@ -1126,13 +1160,7 @@ def write_phantom(output_dir: str | Path, arguments: Arguments, workers: int | N
         )
     (folder / "films").mkdir(parents=True, exist_ok=True)
     jobs = [(split, k) for split in SPLITS for k in range(getattr(arguments, split))]
-    write = partial(
-        write_film,
-        seed=arguments.seed,
-        size=arguments.size,
-        presence=arguments.presence,
-        folder=folder,
-    )
+    write = partial(write_film, arguments=arguments, folder=folder)
     lines: dict[str, list[str]] = {split: [] for split in SPLITS}
     with multiprocessing.Pool(workers or os.cpu_count()) as pool:
         results = tqdm(
@@ -1160,6 +1188,11 @@ def main() -> None:
         type=float,
         default=0.0,
         help="share of films with one more question, about a finding that half of them have",
+    )
+    parser.add_argument(
+        "--prose",
+        action="store_true",
+        help="reports also hold what no scorer of findings counts: technique, variants, advice",
     )
     options = vars(parser.parse_args())
     output_dir = options.pop("output_dir")

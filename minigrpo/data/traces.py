@@ -11,7 +11,7 @@ import yaml
 from .boxes import split_thinking
 from .rewrite import unusable
 from .sample import Sample
-from .scenes import named, where
+from .scenes import named, place_of, where
 
 TEMPLATES = Path(__file__).with_name("reasoning.yaml")
 NEEDED = ("search", "pin_down", "system", "user", "leaks", "words", "drawn")
@@ -90,7 +90,7 @@ def drawn_trace(sample: Sample, drawn: list[dict], templates: dict) -> str:
     """
     words = templates["drawn"]
     if sample.source == "scenes":
-        return "; ".join(f"{where(f['box'])}, {named(f)}" for f in drawn) + "."
+        return "; ".join(f"{place_of(f)}, {named(f)}" for f in drawn) + "."
     if sample.task == "grounding" and sample.label != "all findings":
         spots = [
             words["box"].format(label=sample.label, size=size_of(box, words), where=where(box))

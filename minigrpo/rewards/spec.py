@@ -1,15 +1,11 @@
 """Parses the --reward argument: which rewards apply to which task, with which weight."""
 
 import difflib
-import importlib
 import math
-import os
-import sys
 from collections.abc import Callable
 
 from ..data.schema import TASKS
-from ..packages import MissingPackage
-from ..visible import text_of
+from ..own import own_function
 from .clinical import CLINICAL
 from .format import format_reward
 from .grounding import dice_or_none_reward, dice_reward, soft_f1_reward
@@ -41,31 +37,10 @@ def _known(word: str, names: list[str]) -> str:
 def _load(name: str, spec: str) -> tuple[Callable, set[str]]:
     if name in REWARDS:
         return REWARDS[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         known = _known(name, list(REWARDS))
         raise _error(spec, f"unknown reward {name!r}; {known}; your own is written module:function")
-    if os.getcwd() not in sys.path:
-        # `minigrpo` is started elsewhere; last, so that no file here hides a package
-        sys.path.append(os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except MissingPackage as error:
-        raise _error(spec, str(error)) from error
-    except Exception as error:  # a module of the user's own may fail in any way
-        absent = (
-            isinstance(error, AttributeError | ValueError) or getattr(error, "name", "") == module
-        )
-        mend = (
-            "write module:function, and put the module's folder on PYTHONPATH"
-            if absent
-            else f"correct {module}"
-        )
-        raise _error(
-            spec, f"cannot load {name!r} ({type(error).__name__}: {text_of(error)}): {mend}"
-        ) from error
-    if not callable(function):
-        raise _error(spec, f"{name!r} is not a function: write one that takes (answers, samples)")
+    function = own_function(name, f"--reward {spec!r}", "(answers, samples)")
     return function, set(TASKS)
 
 

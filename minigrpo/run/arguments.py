@@ -7,18 +7,20 @@ in `check_with_torch`.
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from minigrpo.choices import (
     AGGREGATIONS,
     ESTIMATORS,
+    OUTSIDES,
     RATIO_LEVELS,
     SCALES,
     SCHEDULES,
     SURROGATES,
     TASKS,
 )
+from minigrpo.own import own_function
 from minigrpo.packages import need
 from minigrpo.run.args import at_least_one, check_box_scale, check_pixels, checked_device
 from minigrpo.run.schedule import rise_of
@@ -30,6 +32,9 @@ LARGEST_SEED = 2**40
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # The help of the three programs below: every argument in one group.
+OF_SURROGATES = ("clip_low", "clip_high", "dual_clip", "cispo_cap", "dppo_delta")
+OF_SURROGATES += ("sapo_tau_up", "sapo_tau_down")
+
 GROUPS = {
     "data": ["train_data", "eval_data", "data", "task", "task_weights", "max_pixels"],
     "model": ["model", "predictions", "baseline", "freeze", "lora_rank", "lora_alpha"]
@@ -39,8 +44,10 @@ GROUPS = {
     "reward": ["reward", "reward_weights", "reward_device", "reward_timeout", "max_unscored"]
     + ["soft_overlong"],
     "loss": ["kl_coef", "kl_estimator", "kl_ratio", "clip_low", "clip_high", "dual_clip"]
-    + ["ratio_level", "surrogate", "cispo_cap", "rollout_cap", "aggregation", "overlong_filter"]
-    + ["advantage_scale", "leave_one_out"],
+    + ["ratio_level", "surrogate", "cispo_cap", "dppo_delta", "sapo_tau_up", "sapo_tau_down"]
+    + ["entropy_coef", "entropy_target", "rollout_cap", "rollout_floor", "rollout_outside"]
+    + ["rollout_level", "off_policy_delta", "aggregation", "overlong_filter"]
+    + ["advantage_scale", "leave_one_out", "length_baseline"],
     "optimiser": ["learning_rate", "warmup", "lr_schedule", "batch_size", "updates_per_rollout"]
     + ["optimizer", "beta2", "weight_decay", "grad_clip", "max_grad_norm", "max_skipped"],
     "memory": ["bf16", "micro_batch", "micro_tokens", "rollout_rows", "questions_per_image"]
@@ -496,10 +503,12 @@ class GrpoArguments(RunArguments):
         metadata={
             "help": (
                 "what centred rewards are divided by: the group's std (the paper), the whole"
-                " batch's, or none (Dr. GRPO). In an easy group the std is small, so `group` weighs"
-                " its differences as heavily as those of a hard one"
+                " batch's, the group's mean (MaxRL), or none (Dr. GRPO). In an easy group the std"
+                " is small, so `group` weighs its differences as heavily as those of a hard one."
+                " decoupled: each reward of a mix by its own std in the group, their sum by the"
+                " batch's (GDPO)"
             ),
-            "choices": list(SCALES),
+            "choices": [*SCALES, "decoupled"],
         },
     )
     leave_one_out: bool = field(
@@ -508,6 +517,15 @@ class GrpoArguments(RunArguments):
             "help": (
                 "compare each answer with the mean of the others, which multiplies the advantage"
                 " by n / (n - 1) (RLOO); with --advantage_scale none an unbiased policy gradient"
+            )
+        },
+    )
+    length_baseline: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "compare each answer with the group's mean weighed by the answers' lengths (OPO,"
+                " with --advantage_scale none)"
             )
         },
     )
@@ -527,9 +545,10 @@ class GrpoArguments(RunArguments):
         metadata={
             "help": (
                 "clip: beyond the clip a token has no gradient (PPO); cispo: all keep theirs, with"
-                " the ratio as a bounded weight (MiniMax-M1)"
-            ),
-            "choices": list(SURROGATES),
+                " the ratio as a bounded weight (MiniMax-M1); dppo: none once the token's"
+                " probability has moved too far; sapo: it fades away from ratio 1; or your own, as"
+                " module:function"
+            )
         },
     )
     clip_low: float = field(default=0.2, metadata={"help": "the ratio may fall to 1 - clip_low"})
@@ -542,6 +561,57 @@ class GrpoArguments(RunArguments):
     cispo_cap: float = field(
         default=5.0,
         metadata={"help": "largest weight with --surrogate cispo; its own, not the clip's"},
+    )
+    dppo_delta: float = field(
+        default=0.2,
+        metadata={"help": "how far a probability may move with --surrogate dppo, 0 to 1"},
+    )
+    sapo_tau_up: float = field(
+        default=1.0,
+        metadata={"help": "how fast the gradient fades with --surrogate sapo, where A > 0"},
+    )
+    sapo_tau_down: float = field(default=1.05, metadata={"help": "the same, where A is negative"})
+    entropy_coef: float = field(
+        default=0.0,
+        metadata={"help": "weight of an entropy bonus in the loss; 0: none, as in the paper"},
+    )
+    entropy_target: float = field(
+        default=0.0,
+        metadata={
+            "help": (
+                "raise --entropy_coef by 0.005 a step while the entropy in nats per token is below"
+                " this, and lower it above (Skywork-OR1); 0: keep it fixed"
+            )
+        },
+    )
+    rollout_floor: float = field(
+        default=0.0, metadata={"help": "smallest weight with --rollout_cap (IcePop: 0.5)"}
+    )
+    rollout_outside: str = field(
+        default="cut",
+        metadata={
+            "help": (
+                "a weight beyond --rollout_cap or --rollout_floor is cut to it, or the token"
+                " dropped (IcePop; with --rollout_level sequence the answer)"
+            ),
+            "choices": list(OUTSIDES),
+        },
+    )
+    rollout_level: str = field(
+        default="token",
+        metadata={
+            "help": "one weight with --rollout_cap for each token, or their product over an answer",
+            "choices": list(RATIO_LEVELS),
+        },
+    )
+    off_policy_delta: float = field(
+        default=0.0,
+        metadata={
+            "help": (
+                "leave out bad answers (A below 0) of which the policy has moved away by more nats"
+                " per token (DeepSeek-V3.2); 0: none"
+            )
+        },
     )
     rollout_cap: float = field(
         default=0.0,
@@ -658,10 +728,21 @@ class GrpoArguments(RunArguments):
             "dual_clip",
             "cispo_cap",
             "rollout_cap",
+            "rollout_floor",
             "kl_coef",
+            "entropy_coef",
+            "entropy_target",
+            "off_policy_delta",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must be 0 or more, got {getattr(self, name)}")
+        if self.surrogate not in SURROGATES and ":" not in self.surrogate:
+            raise ValueError(
+                f"--surrogate {self.surrogate!r}: choose one of {', '.join(SURROGATES)}, or your"
+                " own as module:function"
+            )
+        if self.leave_one_out and self.length_baseline:
+            raise ValueError("--leave_one_out and --length_baseline are two baselines: choose one")
         if self.kl_coef == math.inf:
             raise ValueError(
                 "--kl_coef inf: nothing but the KL would count, and the loss would be NaN"
@@ -688,26 +769,35 @@ class GrpoArguments(RunArguments):
         super().check_with_torch()
         if self.reward_device:
             self.reward_device = checked_device(self.reward_device, "--reward_device")
-        one = torch.zeros(1, 1)
-        grpo_loss(one, one, one[0], one, ref_logprob=one, **self.loss_settings())
-
-    def advantage_settings(self) -> dict:
-        """What `group_advantages` is told at every step."""
-        return dict(scale=self.advantage_scale, leave_one_out=self.leave_one_out)
+        one, given = torch.zeros(1, 1), {"rollout_logprob": None}
+        if self.rollout_cap:
+            given = {"rollout_logprob": one}
+        grpo_loss(
+            one, one, one[0], one, ref_logprob=one, entropy=one, **given, **self.loss_settings()
+        )
 
     def loss_settings(self) -> dict:
         """What `grpo_loss` is told at every update."""
-        return dict(
+        from minigrpo.surrogates import surrogate_settings
+
+        surrogate = self.surrogate
+        if surrogate not in SURROGATES:
+            takes = "(ratio, advantage, logprob, old_logprob)"
+            surrogate = own_function(surrogate, f"--surrogate {surrogate}", takes)
+        values = asdict(self) | {"dual_clip": self.dual_clip or None}
+        own = {name: values[name] for name in surrogate_settings(surrogate) if name in values}
+        return own | dict(
             kl_coef=self.kl_coef,
             kl_estimator=self.kl_estimator,
             kl_ratio=self.kl_ratio,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            dual_clip=self.dual_clip or None,
             ratio_level=self.ratio_level,
-            surrogate=self.surrogate,
-            cispo_cap=self.cispo_cap,
+            surrogate=surrogate,
+            entropy_coef=self.entropy_coef,
+            rollout_level=self.rollout_level,
+            rollout_floor=self.rollout_floor,
             rollout_cap=self.rollout_cap,
+            rollout_outside=self.rollout_outside,
+            off_policy_delta=self.off_policy_delta or None,
             aggregation=self.aggregation,
             max_tokens=self.max_new_tokens,
         )
@@ -715,7 +805,13 @@ class GrpoArguments(RunArguments):
     def inert(self) -> list[str]:
         from minigrpo.run.distributed import ranks  # imports torch
 
-        clip, rise = self.surrogate == "clip", rise_of(self.max_steps, self.warmup)
+        rise = rise_of(self.max_steps, self.warmup)
+        used = self.loss_settings()
+        unused = [
+            name
+            for name in OF_SURROGATES
+            if name not in used and getattr(self, name) != getattr(GrpoArguments, name)
+        ]
         notes = [
             (
                 self.updates_per_rollout == 1,
@@ -736,13 +832,27 @@ class GrpoArguments(RunArguments):
                     " it does not hold the policy back"
                 ),
             ),
-            (not clip, "--surrogate cispo: --clip_low, --clip_high and --dual_clip are not used"),
             (
-                clip and self.cispo_cap != GrpoArguments.cispo_cap,
-                f"--surrogate clip: --cispo_cap {self.cispo_cap} is not used",
+                bool(unused),
+                f"--surrogate {self.surrogate}: --{', --'.join(unused)}"
+                f" {'are' if len(unused) > 1 else 'is'} not used",
             ),
             (
-                clip and not self.dual_clip,
+                not self.rollout_cap
+                and (self.rollout_floor, self.rollout_outside, self.rollout_level)
+                != (0, "cut", "token"),
+                (
+                    "--rollout_cap 0: the sampler's log-probs are trusted, so --rollout_floor,"
+                    " --rollout_outside and --rollout_level are not used"
+                ),
+            ),
+            (
+                self.advantage_scale == "decoupled"
+                and (self.leave_one_out or self.length_baseline),
+                "--advantage_scale decoupled: --leave_one_out and --length_baseline are not used",
+            ),
+            (
+                self.surrogate == "clip" and not self.dual_clip,
                 "--dual_clip 0: nothing bounds the ratio where the advantage is negative",
             ),
             (
@@ -760,7 +870,9 @@ class GrpoArguments(RunArguments):
                 ),
             ),
             (
-                self.ratio_level == "sequence" and min(self.clip_low, self.clip_high) > 0.01,
+                self.surrogate == "clip"
+                and self.ratio_level == "sequence"
+                and min(self.clip_low, self.clip_high) > 0.01,
                 (
                     "--ratio_level sequence: a mean over the answer hardly moves and will not reach"
                     f" --clip_low {self.clip_low} or --clip_high {self.clip_high}; GSPO uses 3e-4"

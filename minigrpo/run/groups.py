@@ -11,6 +11,7 @@ from minigrpo.data import Sample
 from minigrpo.encode import Prompts
 from minigrpo.generate import Rollout
 from minigrpo.loss import group_advantages
+from minigrpo.rewards.spec import parse_spec
 from minigrpo.run.distributed import gathered, ranks, total
 
 
@@ -37,6 +38,23 @@ class Groups:
         """What each group costs to score: its prompt once, and its answers. [B]"""
         answers = self.rollout.mask.sum(1).view(self.rewards.shape).sum(1).tolist()
         return [prompt + own for prompt, own in zip(self.prompt_tokens, answers)]
+
+    def terms(self, spec: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The terms of a --reward, each by itself: rewards [K, B, G], weights [K, B] and valid [K,
+        B, G], K the most terms that a task's sum has; the penalty of --soft_overlong is one more.
+        """
+        mixes = {task: [(n, w) for w, n, _ in terms] for task, terms in parse_spec(spec).items()}
+        penalty = [("overlong", 1.0)] * ("overlong" in self.parts)
+        mix_of = [mixes[sample.task] + penalty for sample in self.samples]
+        size, most = self.rewards.shape[1], max(map(len, mix_of))
+        rewards = torch.full((most, *self.rewards.shape), math.nan)
+        weights = torch.zeros(most, len(self.samples))
+        for b, mix in enumerate(mix_of):
+            for k, (name, weight) in enumerate(mix):
+                rewards[k, b] = torch.tensor(self.parts[name][b * size : (b + 1) * size])
+                weights[k, b] = weight
+        valid = self.valid & ~rewards.isnan()
+        return rewards, weights, valid
 
     def take(self, places: list[int]) -> "Groups":
         """The groups at `places`, in that order; the cost of the rollout remains that of the whole
