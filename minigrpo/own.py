@@ -29,11 +29,11 @@ def own_function(name: str, argument: str, takes: str) -> Callable:
         mend = (
             "write module:function, and put the module's folder on PYTHONPATH"
             if absent
-            else f"mend {module}"
+            else f"correct {module}"
         )
         raise ValueError(
             f"{argument}: cannot load {name!r} ({type(error).__name__}: {text_of(error)}): {mend}"
         ) from error
     if not callable(function):
-        raise ValueError(f"{argument}: {name!r} is no function: write one that takes {takes}")
+        raise ValueError(f"{argument}: {name!r} is not a function: write one that takes {takes}")
     return function
