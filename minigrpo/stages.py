@@ -307,7 +307,7 @@ def hold(root: Path, patience: float = 60.0) -> IO:
                 f"{root} is in use: programs that were started there are still running"
             )
         if not told:
-            say("waiting for the programs that a killed run left running in {root}")
+            say(f"waiting for the programs that a killed run left running in {root}")
         told = True
         time.sleep(0.5)
     held.truncate(0)

@@ -261,7 +261,7 @@ def test_killed_while_it_removes_it_leaves_no_half_stage_that_counts(begun, tmp_
     )
 
 
-def test_two_demos_do_not_share_a_folder(tmp_path, monkeypatch):
+def test_two_demos_do_not_share_a_folder(tmp_path, capsys, monkeypatch):
     held = hold(tmp_path)
     began = time.monotonic()
     with pytest.raises(
@@ -273,6 +273,7 @@ def test_two_demos_do_not_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "is_alive", lambda number: False)
     with pytest.raises(ValueError, match="programs that were started there are still running"):
         hold(tmp_path, patience=0.1)
+    assert f"left running in {tmp_path}" in capsys.readouterr().out
     monkeypatch.setattr(stages.time, "sleep", lambda seconds: held.close())
     hold(tmp_path).close()
 
