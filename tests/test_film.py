@@ -400,7 +400,6 @@ def test_a_film_that_vanishes_in_a_run(policy, write, tmp_path):  # noqa: F811
     (tmp_path / "film.png").unlink()
     with pytest.raises(
         DataError,
-        match=r"data.jsonl:2: image .*film.png cannot be read \(no such file\): put "
-        r"it back",
+        match=r"data.jsonl:2: image .*film.png cannot be read \(no such file\): restore it",
     ):
         policy.encode([sample])

@@ -124,7 +124,7 @@ def test_files_are_joined_repeated_and_find_their_images(phantom, tmp_path):
     assert len(joined) == 2 * lines + len((phantom / "test.jsonl").read_text().splitlines())
     assert len({record["id"] for record in joined}) == len(joined)
     assert (tmp_path / "deep" / joined[0]["image"]).resolve().is_file()
-    with pytest.raises(ValueError, match="stands in .* and in"):
+    with pytest.raises(ValueError, match="is in .* and in"):
         (tmp_path / "copy.jsonl").write_text(
             json.dumps(json.loads(first.read_text().splitlines()[0]) | {"image": None}) + "\n"
         )
